@@ -1,0 +1,1 @@
+"""One package per framework. Importing this one imports none of them."""

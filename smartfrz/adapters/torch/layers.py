@@ -1,0 +1,352 @@
+"""Which parts of a PyTorch model are frozen as one unit, and how their weights are read."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from smartfrz.errors import StateError, UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What is frozen as one unit: a module that owns weights, with what belongs to it.
+
+    Attributes:
+        name: The module's name, as in `model.named_modules()`.
+        parameters: Names of every parameter that is frozen with the layer.
+        weights: The parameters that tailoring reads: those with two or more dimensions.
+        norms: Modules of the layer that keep running statistics.
+        output: The module whose output is the layer's output: its batch norm if it has one.
+        forward_flops: Floating point operations of one forward pass, at the traced batch size.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    weights: tuple[str, ...]
+    norms: tuple[str, ...]
+    output: str
+    forward_flops: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for a saved state."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Layer":
+        """The layer that `to_dict` described."""
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+
+
+class LayerTracer:
+    """Watches one forward pass to learn the layers in the order in which they run.
+
+    Registration order is not execution order in many models, and only execution order tells which
+    frozen layers form a prefix that the backward pass need not enter.
+
+    Args:
+        model: The model. Its modules get hooks until the first forward pass in which gradients or
+            `any_mode` allow tracing has ended.
+        training_only: Ignore forward passes in eval mode, in which some modules take other paths.
+    """
+
+    def __init__(self, model: nn.Module, *, training_only: bool = True):
+        self._model = model
+        self._training_only = training_only
+        self._ran: list[str] = []
+        self._flops: dict[str, int] = {}
+        self._stack: list[str] = []
+        self._mode: _FlopMode | None = None
+        self._handles: list[Any] = []
+        self.total_flops = 0
+        self.done = False
+        for name, module in model.named_modules():
+            if module is model:
+                continue
+            self._handles.append(module.register_forward_pre_hook(self._enter(name)))
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+        # prepend: the root starts and stops the count around everything else
+        self._handles.append(model.register_forward_pre_hook(self._start, prepend=True))
+        self._handles.append(model.register_forward_hook(self._stop, always_call=True))
+
+    def _start(self, module: nn.Module, args: Any) -> None:
+        if self.done or (self._training_only and not module.training):
+            return
+        self._ran, self._flops, self._stack = [""], {}, [""]
+        self._mode = _FlopMode(self._stack, self._flops)
+        self._mode.__enter__()
+
+    def _stop(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._mode is None:
+            return
+        self._mode.__exit__(None, None, None)
+        self._mode = None
+        if output is None:  # the forward pass raised
+            return
+        self.total_flops = sum(self._flops.values())
+        self.done = True
+        self.close()
+
+    def _enter(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            if self._mode is not None:
+                self._ran.append(name)
+                self._stack.append(name)
+
+        return hook
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._mode is not None and len(self._stack) > 1:
+            self._stack.pop()
+
+    def close(self) -> None:
+        """Remove every hook."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def layers(self) -> list[Layer]:
+        """The layers, in execution order.
+
+        Raises:
+            UnsupportedModelError: If no module with weights ran.
+        """
+        return _group(self._model, list(dict.fromkeys(self._ran)), self._flops)
+
+
+class _FlopMode(TorchDispatchMode):
+    """Adds up PyTorch's own operation counts, per innermost running module."""
+
+    def __init__(self, stack: list[str], flops: dict[str, int]):
+        super().__init__()
+        self._stack = stack
+        self._flops = flops
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            name = self._stack[-1]
+            self._flops[name] = self._flops.get(name, 0) + count(*args, **kwargs, out_val=output)
+        return output
+
+
+def trace_layers(model: nn.Module, *example: Any, **keywords: Any) -> list[Layer]:
+    """Run the model once, without gradients, and return its layers in execution order.
+
+    Args:
+        model: The model, in the mode in which it shall be traced.
+        *example: Positional arguments of its forward pass.
+        **keywords: Keyword arguments of its forward pass.
+
+    Returns:
+        One `Layer` per unit that can be frozen.
+
+    Raises:
+        UnsupportedModelError: If the model has no layer with weights.
+    """
+    tracer = LayerTracer(model, training_only=False)
+    try:
+        with torch.no_grad():
+            model(*example, **keywords)
+        return tracer.layers()
+    finally:
+        tracer.close()
+
+
+def _group(model: nn.Module, ran: list[str], flops: dict[str, int]) -> list[Layer]:
+    """Join modules and parameters to layers; `ran` holds module names by first execution."""
+    modules = dict(model.named_modules())
+    ran_set = set(ran)
+    first_name = {id(p): name for name, p in model.named_parameters()}  # one name per tied parameter
+
+    def owned(name: str) -> list[str]:
+        return [first_name[id(p)] for p in modules[name].parameters(recurse=False)]
+
+    # A module whose descendants own parameters and run is a container, not a layer.
+    containers = {ancestor for name in ran if owned(name) for ancestor in _ancestors(name)}
+    belongs: dict[str, list[str]] = {name: owned(name) for name in ran}
+    for name, module in modules.items():
+        if name in ran_set or not owned(name):
+            continue
+        # nn.MultiheadAttention never calls its out_proj; a ParameterList has no forward at all.
+        # Their parameters are used by the module around them. Anything else that did not run is
+        # unused in training (an auxiliary head, say) and no layer.
+        around = next((a for a in _ancestors(name) if a in ran_set), None)
+        lists = isinstance(module, (nn.ParameterList, nn.ParameterDict))
+        if around is not None and (lists or around not in containers):
+            belongs[around] += owned(name)
+
+    drafts: list[_Draft] = []
+    waiting: list[str] = []  # parameters of containers: they join the next layer that runs
+    waiting_norms: list[str] = []
+    holder: dict[str, _Draft] = {}
+    for name in ran:
+        names, module = belongs[name], modules[name]
+        statistics = isinstance(module, _NormBase) and module.running_mean is not None
+        tied = next((holder[n] for n in names if n in holder), None)
+        if name in containers:
+            waiting += names
+            continue
+        if tied is not None:
+            draft = tied
+        elif any(model.get_parameter(n).dim() >= 2 for n in names):
+            draft = _Draft(name)
+            drafts.append(draft)
+            names, waiting = waiting + names, []
+            draft.norms, waiting_norms = waiting_norms, []
+        elif names or statistics:  # vectors only: a norm, a layer scale, a learned slope
+            if not drafts:
+                waiting += names
+                waiting_norms += [name] if statistics else []
+                continue
+            draft = drafts[-1]
+            if isinstance(module, _NormBase):
+                draft.output = name
+        else:
+            continue
+        draft.parameters += [n for n in names if n not in draft.parameters]
+        draft.norms += [name] if statistics else []
+        draft.flops += flops.get(name, 0)
+        holder.update(dict.fromkeys(names, draft))
+    if drafts:
+        drafts[-1].parameters += waiting
+        drafts[-1].norms += waiting_norms
+    if not drafts:
+        raise UnsupportedModelError(
+            f"SmartFRZ found no layer to freeze in {type(model).__name__}: none of the {len(ran)} modules that ran in "
+            "its forward pass owns a weight of two or more dimensions. Pass the model that holds the layers, and run "
+            "its forward pass through the model itself."
+        )
+    return [draft.layer(model) for draft in drafts]
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    """Names of the modules around a module, nearest first, the root last."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+class _Draft:
+    """A layer while its parts are being collected."""
+
+    def __init__(self, name: str):
+        self.name = self.output = name
+        self.parameters: list[str] = []
+        self.norms: list[str] = []
+        self.flops = 0
+
+    def layer(self, model: nn.Module) -> Layer:
+        own = self.name + "." if self.name else ""
+        matrices = [n for n in self.parameters if model.get_parameter(n).dim() >= 2]
+        # Embeddings that joined from a container (`cls_token`) are not what the layer is judged by.
+        inside = [n for n in matrices if n.startswith(own)]
+        return Layer(
+            self.name,
+            tuple(self.parameters),
+            tuple(inside or matrices),
+            tuple(self.norms),
+            self.output,
+            self.flops,
+        )
+
+
+class LayerReader:
+    """Reads the weights of a model's layers as NumPy arrays.
+
+    Args:
+        model: The model.
+        layers: Its layers, in execution order.
+
+    Raises:
+        StateError: If the model lacks a parameter that a layer names.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[Layer]):
+        self._layers = {layer.name: layer for layer in layers}
+        known = dict(model.named_parameters())
+        missing = [n for layer in layers for n in layer.parameters if n not in known]
+        if missing:
+            raise StateError(
+                f"The layers name parameters that {type(model).__name__} does not have: {missing[:3]}. "
+                "Use the state of a run of this same model."
+            )
+        self._tensors = {layer.name: [known[n] for n in layer.weights] for layer in layers}
+        self._parts: dict[str, list[Any]] = {}
+
+    def layers(self) -> list[str]:
+        """Names of the layers, in execution order."""
+        return list(self._layers)
+
+    def num_weights(self, layer: str) -> int:
+        """How many weights the layer has."""
+        return sum(t.numel() for t in self._tensors[layer])
+
+    def weights(self, layer: str, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The layer's flattened weights at `indices`, as a copy.
+
+        Args:
+            layer: Name of the layer.
+            indices: Positions in the layer's flattened weights, int64 `[n]`, ascending. The same
+                ones are expected at every call, so that they stay on the weights' device.
+
+        Returns:
+            float32 `[n]`, whatever the dtype of the weights.
+        """
+        if layer not in self._parts:
+            self._parts[layer] = list(self._split(layer, indices))
+        picked = []
+        for tensor, where in self._parts[layer]:
+            data = tensor.detach()
+            # .view needs no copy of the whole weight; channels_last kernels are not viewable flat
+            picked.append(data.view(-1)[where[0]] if len(where) == 1 else data[where])
+        joined = picked[0] if len(picked) == 1 else torch.cat([p.float() for p in picked])
+        return joined.float().cpu().numpy()
+
+    def _split(self, layer: str, indices: NDArray[np.int64]) -> Iterator[tuple[torch.Tensor, tuple[torch.Tensor, ...]]]:
+        start = 0
+        for tensor in self._tensors[layer]:
+            inside = indices[(indices >= start) & (indices < start + tensor.numel())] - start
+            start += tensor.numel()
+            if not len(inside):
+                continue
+            where = torch.from_numpy(inside).to(tensor.device)
+            yield tensor, (where,) if tensor.is_contiguous() else torch.unravel_index(where, tensor.shape)
+
+
+@contextmanager
+def layer_outputs(model: nn.Module, layers: list[Layer]) -> Iterator[dict[str, torch.Tensor]]:
+    """Collect each layer's output during forward passes inside the block; hooks are removed after.
+
+    Yields:
+        A dict that a forward pass fills: layer name to its output, a copy on the CPU. Where a
+        module returns several values, the first tensor counts.
+    """
+    outputs: dict[str, torch.Tensor] = {}
+    modules = dict(model.named_modules())
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            while isinstance(output, (tuple, list)):
+                output = output[0]
+            # a copy: an in-place activation behind the layer would overwrite its output
+            outputs[name] = output.detach().to("cpu", copy=True)
+
+        return hook
+
+    handles = [modules[layer.output].register_forward_hook(keep(layer.name)) for layer in layers]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,301 @@
+"""Recipes: TOML files that say which model is trained on which data, and how."""
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
+
+from smartfrz.errors import MissingDependencyError, RecipeError
+
+OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad")
+SCHEDULES = ("cosine", "linear", "constant", "step")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """`[model]`: `source` is `module:callable`, or `torchvision:`, `timm:`, `transformers:` and a name."""
+
+    source: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    init: str = ""  # a safetensors file, or the name of a recipe whose reference model to start from
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """`[data]`: `source` is `module:callable`, returning (train, test) datasets; or `folder` of images."""
+
+    source: str = ""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    folder: str = ""  # folder/train/<class>/*.png and folder/test/<class>/*.png
+    image_size: int = 64
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """`[training]`."""
+
+    epochs: float
+    batch_size: int = 32
+    optimizer: str = "SGD"
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    schedule: str = "cosine"
+    warmup: float = 0.0  # fraction of the run
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class RecordingSpec:
+    """`[recording]`: the second training, which is recorded."""
+
+    records: int = 60
+    pool_size: int = 2048
+    probe_size: int = 96
+    seed: int = 1  # data order of the recorded run; the reference uses the recipe's seed
+    reinitialize: bool = False  # start from other initial weights than the reference did
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One recipe. `folder` is where import paths and relative files are looked up."""
+
+    name: str
+    architecture: str
+    model: ModelSpec
+    data: DataSpec
+    training: TrainingSpec
+    recording: RecordingSpec
+    seed: int = 0
+    folder: Path = Path()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, without the folder: the same recipe elsewhere is the same recipe."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key != "folder"}
+
+    @property
+    def sha256(self) -> str:
+        """Of the recipe's content."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def load_recipe(path: str | os.PathLike[str]) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: The TOML file.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        RecipeError: If it is missing, not TOML, or has unknown, absent or wrong entries.
+    """
+    path = Path(path)
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"Cannot read recipe {str(path)!r}: {error.strerror}. Pass the path of a TOML file.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"Recipe {str(path)!r} is not valid TOML: {error}. Mend that line.") from error
+    sections = {"model": ModelSpec, "data": DataSpec, "training": TrainingSpec, "recording": RecordingSpec}
+    values: dict[str, Any] = {"name": path.stem, "recording": {}} | content
+    try:
+        for key, spec in sections.items():
+            values[key] = _section(path, key, spec, values.get(key))
+        recipe: Recipe = _section(path, "", Recipe, values | {"folder": path.parent.resolve()})
+    except TypeError as error:
+        raise RecipeError(f"Recipe {str(path)!r} lacks an entry: {error}. See docs/recipes.md.") from error
+    _check(path, recipe)
+    return recipe
+
+
+def _section(path: Path, key: str, spec: Any, values: Any) -> Any:
+    where = f"section [{key}]" if key else "the top level"
+    if not isinstance(values, dict):
+        raise RecipeError(f"Recipe {str(path)!r} lacks {where}. See docs/recipes.md for a commented recipe.")
+    known = [f.name for f in dataclasses.fields(spec)]
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise RecipeError(f"Recipe {str(path)!r}, {where}: unknown entry {unknown[0]!r}. Known: {', '.join(known)}.")
+    return spec(**values)
+
+
+def _check(path: Path, recipe: Recipe) -> None:
+    training, recording, data = recipe.training, recipe.recording, recipe.data
+    checks = [
+        (training.optimizer in OPTIMIZERS, "training.optimizer", training.optimizer, f"one of {OPTIMIZERS}"),
+        (training.schedule in SCHEDULES, "training.schedule", training.schedule, f"one of {SCHEDULES}"),
+        (training.epochs > 0, "training.epochs", training.epochs, "a positive number"),
+        (training.batch_size > 0, "training.batch_size", training.batch_size, "a positive integer"),
+        (recording.records >= 4, "recording.records", recording.records, "at least 4"),
+        (recording.probe_size >= 4, "recording.probe_size", recording.probe_size, "at least 4"),
+        (bool(data.source) != bool(data.folder), "data", data, "either `source` or `folder`"),
+    ]
+    for fine, name, received, expected in checks:
+        if not fine:
+            raise RecipeError(f"Recipe {str(path)!r}: {name} is {received!r}; expected {expected}. Change that entry.")
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+
+
+def _resolve(recipe: Recipe, key: str, source: str) -> Callable[..., Any]:
+    """The callable behind `module:callable`, looked up in the recipe's folder first."""
+    module_name, colon, attribute = source.partition(":")
+    if not colon:
+        raise RecipeError(
+            f"Recipe {recipe.name!r}: {key}.source is {source!r}; expected 'module:callable', for example "
+            "'mymodels:resnet20', with mymodels.py beside the recipe."
+        )
+    try:
+        with _importable(recipe.folder):
+            return getattr(importlib.import_module(module_name), attribute)
+    except ImportError as error:
+        raise RecipeError(
+            f"Recipe {recipe.name!r}: {key}.source names module {module_name!r}, which cannot be imported ({error}). "
+            f"Put {module_name}.py beside the recipe or install the package that has it."
+        ) from error
+    except AttributeError as error:
+        raise RecipeError(
+            f"Recipe {recipe.name!r}: {key}.source names {attribute!r}, which module {module_name!r} does not have. "
+            "Name a callable of that module."
+        ) from error
+
+
+def build_model(recipe: Recipe, seed: int, runs: Path | None = None) -> nn.Module:
+    """Make the recipe's model, with initial weights drawn from `seed` or read from `model.init`.
+
+    Args:
+        recipe: The recipe.
+        seed: For the random initial weights.
+        runs: Where the reference models of other recipes are, for `init` by recipe name.
+
+    Raises:
+        RecipeError: If the model or its initial weights cannot be found or do not fit.
+        MissingDependencyError: If the library that the recipe names is not installed.
+    """
+    torch.manual_seed(seed)
+    library, _, name = recipe.model.source.partition(":")
+    arguments = recipe.model.arguments
+    if library in _LIBRARIES:
+        try:
+            model = _LIBRARIES[library](name, arguments)
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"Recipe {recipe.name!r} takes its model from {library}, which cannot be imported ({error}). "
+                f"Install it with: pip install {library}"
+            ) from error
+    else:
+        model = _resolve(recipe, "model", recipe.model.source)(**arguments)
+    if recipe.model.init:
+        _load_init(recipe, model, runs)
+    return model
+
+
+def _torchvision(name: str, arguments: dict[str, Any]) -> nn.Module:
+    from torchvision.models import get_model
+
+    return get_model(name, **arguments)
+
+
+def _timm(name: str, arguments: dict[str, Any]) -> nn.Module:
+    import timm
+
+    return timm.create_model(name, **arguments)
+
+
+def _transformers(name: str, arguments: dict[str, Any]) -> nn.Module:
+    from transformers import AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification.from_pretrained(name, **arguments)
+
+
+_LIBRARIES = {"torchvision": _torchvision, "timm": _timm, "transformers": _transformers}
+
+
+def reference_file(runs: Path, name: str) -> Path:
+    """Where the finished reference model of a recipe is kept."""
+    return runs / f"{name}.reference.safetensors"
+
+
+def _load_init(recipe: Recipe, model: nn.Module, runs: Path | None) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = recipe.folder / recipe.model.init
+    if path.suffix != ".safetensors" and runs is not None:
+        path = reference_file(runs, recipe.model.init)
+    try:
+        saved = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RecipeError(
+            f"Recipe {recipe.name!r}: model.init is {recipe.model.init!r}, but {path.name!r} cannot be read ({error}). "
+            "Record the recipe it names first, or give a safetensors file relative to the recipe."
+        ) from error
+    own = model.state_dict()
+    # A head for other classes stays as initialised: that is what fine-tuning means.
+    fitting = {k: v for k, v in saved.items() if k in own and own[k].shape == v.shape}
+    if 2 * len(fitting) < len(own):
+        raise RecipeError(
+            f"Recipe {recipe.name!r}: only {len(fitting)} of the model's {len(own)} tensors are in {path.name!r} with "
+            "the same name and shape. Give a checkpoint of this architecture."
+        )
+    model.load_state_dict(fitting, strict=False)
+
+
+def build_data(recipe: Recipe) -> tuple[Dataset[Any], Dataset[Any]]:
+    """The recipe's (train, test) datasets; items are `(inputs, target)`.
+
+    Raises:
+        RecipeError: If the data cannot be found.
+    """
+    if recipe.data.source:
+        return _resolve(recipe, "data", recipe.data.source)(**recipe.data.arguments)
+    folder = recipe.folder / recipe.data.folder
+    return image_folder(folder / "train", recipe.data.image_size), image_folder(folder / "test", recipe.data.image_size)
+
+
+def image_folder(folder: Path, image_size: int) -> TensorDataset:
+    """Pictures in `folder/<class>/`, resized to a square and scaled to [-1, 1].
+
+    Returns:
+        Items `(float32 [3, image_size, image_size], int64)`; classes are numbered by name.
+
+    Raises:
+        RecipeError: If there are fewer than two classes with pictures.
+    """
+    import numpy as np
+    from PIL import Image
+
+    endings = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+    classes = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    files = [(f, i) for i, name in enumerate(classes) for f in sorted((folder / name).iterdir())]
+    files = [(f, i) for f, i in files if f.suffix.lower() in endings]
+    if len({i for _, i in files}) < 2:
+        raise RecipeError(
+            f"{str(folder)!r} holds pictures of {len({i for _, i in files})} classes; expected at least two folders, "
+            "one a class, with .png or .jpg files in each."
+        )
+    size = (image_size, image_size)
+    pixels = np.stack([np.asarray(Image.open(f).convert("RGB").resize(size, Image.Resampling.BILINEAR)) for f, _ in files])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    return TensorDataset(images, torch.tensor([i for _, i in files]))

@@ -1,0 +1,281 @@
+"""Recording: train a reference model, train again, and keep weights and CKA along the way."""
+
+import logging
+import math
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from smartfrz import __version__
+from smartfrz.adapters.torch.layers import Layer, LayerReader, layer_outputs, trace_layers
+from smartfrz.dataset_builder.cka import centered_gram, cka_of_grams
+from smartfrz.dataset_builder.recipes import Recipe, TrainingSpec, build_data, build_model, reference_file
+from smartfrz.dataset_builder.storage import RecordedRun, read_run, write_run
+from smartfrz.errors import DatasetFormatError, RecipeError
+from smartfrz.files import replacing
+from smartfrz.predictor.tailoring import tailoring_positions
+
+logger = logging.getLogger("smartfrz")
+Progress = Callable[[float, str], None]
+Grams = dict[str, NDArray[np.float64]]
+
+
+def record(recipe: Recipe, output: Path, progress: Progress = lambda fraction, text: None) -> Path:
+    """Record one recipe; what is already finished is not done again.
+
+    Args:
+        recipe: What to train.
+        output: Folder of the recorded runs and of the reference models.
+        progress: Called with the fraction done, in [0, 1], and what is being done.
+
+    Returns:
+        The Parquet file.
+
+    Raises:
+        RecipeError: If the recipe cannot be run.
+        OSError: If the output cannot be written.
+    """
+    target = output / f"{recipe.name}.parquet"
+    if is_recorded(recipe, output):
+        return target
+    train_data, test_data = build_data(recipe)
+    reference, accuracy = _reference(recipe, output, train_data, test_data, progress)
+    probe = probe_batch(test_data, recipe.recording.probe_size)
+    layers = trace_layers(reference.eval(), *_arguments(probe)[0], **_arguments(probe)[1])
+    grams = layer_grams(reference, layers, probe)
+    del reference
+
+    model = build_model(recipe, recipe.seed + 1 if recipe.recording.reinitialize else recipe.seed, output)
+    recorder = _Recorder(model, layers, grams, probe, recipe)
+
+    def on_step(step: int, total: int, loss: float, learning_rate: float) -> None:
+        recorder.after_step(step, total, loss, learning_rate)
+        progress(0.5 + 0.5 * step / total, "recording")
+
+    train(model, train_data, recipe.training, seed=recipe.recording.seed, on_step=on_step)
+    facts = {
+        "name": recipe.name,
+        "architecture": recipe.architecture,
+        "recipe": recipe.to_dict(),
+        "recipe_sha256": recipe.sha256,
+        "accuracies": {"reference": accuracy, "recorded": evaluate(model, test_data)},
+        "layer_facts": [layer.to_dict() for layer in layers],
+        "versions": {"smartfrz": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    write_run(target, recorder.run(facts))
+    return target
+
+
+def is_recorded(recipe: Recipe, output: Path) -> bool:
+    """Whether the folder holds a complete recording of this very recipe."""
+    target = output / f"{recipe.name}.parquet"
+    if not target.exists():
+        return False
+    try:
+        recorded = read_run(target).facts.get("recipe_sha256")
+    except DatasetFormatError as error:
+        logger.warning("Recording %s again: %s", recipe.name, error)
+        return False
+    if recorded != recipe.sha256:
+        logger.warning("Recording %s again: its recipe has changed.", recipe.name)
+    return bool(recorded == recipe.sha256)
+
+
+def _reference(
+    recipe: Recipe, output: Path, train_data: Dataset[Any], test_data: Dataset[Any], progress: Progress
+) -> tuple[nn.Module, float]:
+    """The finished reference model: read if an interrupted recording left it, else trained and kept."""
+    from safetensors import safe_open
+    from safetensors.torch import save_model
+
+    path = reference_file(output, recipe.name)
+    model = build_model(recipe, recipe.seed, output)
+    if path.exists():
+        with safe_open(path, framework="pt") as file:
+            facts = file.metadata() or {}
+            if facts.get("recipe_sha256") == recipe.sha256:
+                model.load_state_dict({key: file.get_tensor(key) for key in file.keys()}, strict=False)  # noqa: SIM118
+                return model, float(facts["accuracy"])
+    train(
+        model,
+        train_data,
+        recipe.training,
+        seed=recipe.seed,
+        on_step=lambda step, total, *_: progress(0.5 * step / total, "reference"),
+    )
+    accuracy = evaluate(model, test_data)
+    with replacing(path) as temporary:
+        save_model(model, str(temporary), {"recipe_sha256": recipe.sha256, "accuracy": repr(accuracy)})
+    return model, accuracy
+
+
+class _Recorder:
+    """Collects tailored weights and CKA at evenly spaced steps of one training run."""
+
+    def __init__(self, model: nn.Module, layers: list[Layer], grams: Grams, probe: Any, recipe: Recipe):
+        self._model, self._layers, self._grams, self._probe = model, layers, grams, probe
+        self._records = recipe.recording.records
+        self._reader = LayerReader(model, layers)
+        pool = recipe.recording.pool_size
+        self._positions = {
+            layer.name: tailoring_positions(layer.name, self._reader.num_weights(layer.name), pool, seed=recipe.seed)
+            for layer in layers
+        }
+        self._rows: list[tuple[int, float, float, float]] = []
+        self._cka: list[list[float]] = []
+        self._weights: list[NDArray[np.float32]] = []
+        self._losses: list[float] = []
+
+    def after_step(self, step: int, total: int, loss: float, learning_rate: float) -> None:
+        self._losses.append(loss)
+        if step % max(1, round(total / self._records)) != 0:
+            return
+        grams = layer_grams(self._model, self._layers, self._probe)
+        self._cka.append([cka_of_grams(self._grams[layer.name], grams[layer.name]) for layer in self._layers])
+        self._weights.append(np.stack([self._reader.weights(name, p) for name, p in self._positions.items()]))
+        self._rows.append((step, step / total, float(np.mean(self._losses)), learning_rate))
+        self._losses = []
+
+    def run(self, facts: dict[str, Any]) -> RecordedRun:
+        steps, fractions, losses, rates = (np.array(column) for column in zip(*self._rows, strict=True))
+        return RecordedRun(
+            facts,
+            [layer.name for layer in self._layers],
+            steps.astype(np.int64),
+            fractions,
+            losses,
+            rates,
+            cka=np.array(self._cka).T,
+            weights=np.stack(self._weights, axis=1),
+        )
+
+
+def layer_grams(model: nn.Module, layers: list[Layer], probe: Any) -> Grams:
+    """Centered Gram matrix of each layer's output on the probe batch.
+
+    Dropout is off. Norms with running statistics use the probe batch's own: running statistics lag
+    behind the weights, by hundreds of steps where their momentum is small, and CKA would measure
+    that lag. The model's mode and statistics are as before afterwards.
+    """
+    with _probing(model), layer_outputs(model, layers) as outputs, torch.no_grad():
+        forward(model, probe)
+    return {name: centered_gram(output.float().numpy()) for name, output in outputs.items()}
+
+
+@contextmanager
+def _probing(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
+    buffers = [(b, b.clone()) for m in norms for b in m.buffers(recurse=False)]
+    model.eval()
+    for norm in norms:
+        norm.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for buffer, saved in buffers:
+            buffer.copy_(saved)
+
+
+def probe_batch(data: Dataset[Any], size: int) -> Any:
+    """The inputs of `size` examples, drawn from the test data with a fixed seed."""
+    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:size]  # type: ignore[arg-type]
+    return default_collate([data[int(i)][0] for i in chosen])
+
+
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs as the arguments of a forward pass: a dict is spread, as transformers models expect."""
+    return ((), inputs) if isinstance(inputs, dict) else ((inputs,), {})
+
+
+def forward(model: nn.Module, inputs: Any) -> torch.Tensor:
+    """The model's logits, float `[batch, classes]`."""
+    args, keywords = _arguments(inputs)
+    output = model(*args, **keywords)
+    return output if isinstance(output, torch.Tensor) else output.logits
+
+
+def train(
+    model: nn.Module,
+    data: Dataset[Any],
+    spec: TrainingSpec,
+    *,
+    seed: int,
+    on_step: Callable[[int, int, float, float], None],
+) -> None:
+    """Train a classifier as the recipe says.
+
+    Args:
+        model: Trained in place.
+        data: Items `(inputs, target)`.
+        spec: Optimizer, schedule, epochs.
+        seed: For the order of the data, dropout and augmentation.
+        on_step: Called after each optimizer step with step (from 1), total steps, loss, learning rate.
+
+    Raises:
+        RecipeError: If the loss is not finite.
+    """
+    torch.manual_seed(seed)
+    loader = DataLoader(data, spec.batch_size, shuffle=True, drop_last=len(data) >= spec.batch_size)  # type: ignore[arg-type]
+    total = max(1, round(len(loader) * spec.epochs))
+    momentum = {"momentum": spec.momentum} if spec.optimizer in ("SGD", "RMSprop") else {}
+    optimizer = getattr(torch.optim, spec.optimizer)(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=spec.learning_rate,
+        weight_decay=spec.weight_decay,
+        **momentum,
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule_factor(spec, step / total))
+    model.train()
+    step = 0
+    while step < total:
+        for inputs, targets in loader:
+            loss = cross_entropy(forward(model, inputs), targets, label_smoothing=spec.label_smoothing)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            if not math.isfinite(loss.item()):
+                raise RecipeError(f"The loss is {loss.item()} at step {step}. Lower training.learning_rate.")
+            on_step(step, total, loss.item(), optimizer.param_groups[0]["lr"])
+            scheduler.step()
+            if step == total:
+                break
+
+
+def schedule_factor(spec: TrainingSpec, progress: float) -> float:
+    """Learning rate as a fraction of its peak, at `progress` in [0, 1] of the run."""
+    if progress < spec.warmup:
+        return (progress + 1e-3) / spec.warmup
+    progress = (progress - spec.warmup) / (1 - spec.warmup)
+    match spec.schedule:
+        case "cosine":
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        case "linear":
+            return 1 - progress
+        case "step":
+            return 0.1 ** (int(progress >= 0.5) + int(progress >= 0.75))
+        case _:
+            return 1.0
+
+
+def evaluate(model: nn.Module, data: Dataset[Any], batch_size: int = 256) -> float:
+    """Accuracy in [0, 1]; the model is in eval mode afterwards."""
+    model.eval()
+    correct = 0
+    with torch.no_grad():
+        for inputs, targets in DataLoader(data, batch_size):
+            correct += int((forward(model, inputs).argmax(1) == targets).sum())
+    return correct / len(data)  # type: ignore[arg-type]

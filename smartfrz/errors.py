@@ -1,0 +1,51 @@
+"""Every exception that SmartFRZ raises on purpose.
+
+    SmartFRZError
+      PredictorFileError       not a predictor of ours, damaged, or of a format that is not read here
+      ChecksumError            a file differs from its recorded SHA-256
+      UnknownPredictorError    no predictor of that name
+      UnsupportedModelError    a model in which nothing can be frozen
+      StateError               a saved state that does not belong to this model or predictor
+      RecipeError              a recipe that cannot be run as written
+      DatasetFormatError       a recorded run that cannot be read
+      MissingDependencyError   an optional package is absent (also an ImportError)
+
+Wrong argument values raise `ValueError` or `TypeError`. A message says what was received, what was
+expected and how to fix it.
+"""
+
+
+class SmartFRZError(Exception):
+    """Base of all errors below."""
+
+
+class PredictorFileError(SmartFRZError):
+    """Not an ONNX file that keeps the predictor contract."""
+
+
+class ChecksumError(SmartFRZError):
+    """A file's SHA-256 differs from the recorded one."""
+
+
+class UnknownPredictorError(SmartFRZError, LookupError):
+    """No predictor of that name is known."""
+
+
+class UnsupportedModelError(SmartFRZError):
+    """Nothing in the model can be frozen."""
+
+
+class StateError(SmartFRZError):
+    """A saved state does not belong to this model or predictor."""
+
+
+class RecipeError(SmartFRZError):
+    """A recipe cannot be run as written."""
+
+
+class DatasetFormatError(SmartFRZError):
+    """A recorded run cannot be read."""
+
+
+class MissingDependencyError(SmartFRZError, ImportError):
+    """An optional package is not installed, or two that exclude each other are."""

@@ -1,0 +1,1 @@
+"""The framework-free core, and the training of the predictor itself."""
