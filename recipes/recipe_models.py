@@ -19,9 +19,7 @@ def _conv_bn(inside, outside, size=3, stride=1, groups=1):
 class _Residual(nn.Module):
     def __init__(self, inside, outside, stride):
         super().__init__()
-        self.main = nn.Sequential(
-            *_conv_bn(inside, outside, stride=stride), nn.ReLU(), *_conv_bn(outside, outside)
-        )
+        self.main = nn.Sequential(*_conv_bn(inside, outside, stride=stride), nn.ReLU(), *_conv_bn(outside, outside))
         same = stride == 1 and inside == outside
         self.shortcut = nn.Identity() if same else nn.Sequential(*_conv_bn(inside, outside, 1, stride))
 

@@ -8,6 +8,7 @@
       StateError               a saved state that does not belong to this model or predictor
       RecipeError              a recipe that cannot be run as written
       DatasetFormatError       a recorded run that cannot be read
+      UsageError               a call at a moment at which it cannot be answered (also a RuntimeError)
       MissingDependencyError   an optional package is absent (also an ImportError)
 
 Wrong argument values raise `ValueError` or `TypeError`. A message says what was received, what was
@@ -37,6 +38,10 @@ class UnsupportedModelError(SmartFRZError):
 
 class StateError(SmartFRZError):
     """A saved state does not belong to this model or predictor."""
+
+
+class UsageError(SmartFRZError, RuntimeError):
+    """A call at a moment at which it cannot be answered."""
 
 
 class RecipeError(SmartFRZError):

@@ -1,32 +1,29 @@
 """`smartfrz-build`: record runs, label them, train a predictor, evaluate it."""
 
+import hashlib
+import logging
 import queue
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import rich
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from smartfrz.cli import Group
+from smartfrz.dataset_builder.labels import LabelRule, label_layers
 from smartfrz.dataset_builder.recipes import Recipe, load_recipe
-from smartfrz.errors import SmartFRZError
+from smartfrz.dataset_builder.storage import RecordedRun, read_run, run_files
+from smartfrz.files import replacing
+from smartfrz.predictor.contract import REPRESENTATIONS
+
+if TYPE_CHECKING:
+    from smartfrz.predictor.training import LabelledRun
 
 
-class _Group(click.Group):
-    """Shows our errors as one line and exits with 1."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except SmartFRZError as error:
-            raise click.ClickException(str(error)) from error
-        except OSError as error:
-            raise click.ClickException(f"{error}. Nothing half-written was left behind.") from error
-
-
-@click.group(cls=_Group)
+@click.group(cls=Group)
 @click.version_option(package_name="smartfrz")
 def main() -> None:
     """Build a freeze predictor from recorded training runs."""
@@ -93,3 +90,114 @@ def _show(messages: Any, bars: Progress, tasks: dict[str, Any]) -> None:
         except queue.Empty:
             return
         bars.update(tasks[name], completed=fraction, what=text)
+
+
+def _rule_options(command: Any) -> Any:
+    """The options of a label rule, shared by several commands."""
+    for option in (
+        click.option("--rule", type=click.Choice(["forward", "backward"]), default="forward", show_default=True),
+        click.option("--tolerance", default=LabelRule.tolerance, show_default=True, help="Of CKA, absolute."),
+        click.option("--rule-records", default=LabelRule.records, show_default=True, help="For --rule backward."),
+    ):
+        command = option(command)
+    return command
+
+
+def _rule(rule: Any, tolerance: float, rule_records: int) -> LabelRule:
+    try:
+        return LabelRule(rule, tolerance, rule_records)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _labelled(runs: list[RecordedRun], rule: LabelRule) -> "list[LabelledRun]":
+    from smartfrz.predictor.training import LabelledRun
+
+    return [LabelledRun(run.name, run.architecture, run.weights, label_layers(run.cka, rule)) for run in runs]
+
+
+@main.command()
+@click.argument("runs", type=click.Path(path_type=Path, file_okay=False))
+@_rule_options
+@click.option("--plots", type=click.Path(path_type=Path, file_okay=False), help="Folder for one picture a run.")
+def label(runs: Path, rule: str, tolerance: float, rule_records: int, plots: Path | None) -> None:
+    """Show the labels that a rule gives: share ready to freeze, by run and by layer."""
+    chosen = _rule(rule, tolerance, rule_records)
+    for path in run_files(runs):
+        run = read_run(path)
+        labels = label_layers(run.cka, chosen)
+        known = labels >= 0
+        click.echo(f"{run.name}: {(labels == 1).sum() / max(1, known.sum()):.0%} ready, {known.mean():.0%} known")
+        for layer, row in zip(run.layers, labels, strict=True):
+            click.echo(f"  {layer:40s} {(row == 1).sum() / max(1, (row >= 0).sum()):5.0%}")
+        if plots is not None:
+            from smartfrz.plots import plot_labels
+
+            with replacing(plots / f"{run.name}.png") as temporary:
+                plot_labels(run.name, run.layers, run.cka, labels, temporary)
+            click.echo(f"  picture: {plots / run.name}.png")
+
+
+@main.command()
+@click.argument("runs", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--output", "-o", required=True, type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--name", default=None, help="Default: the output file's name.")
+@_rule_options
+@click.option("--representation", type=click.Choice(REPRESENTATIONS), default="motion", show_default=True)
+@click.option("--window", default=30, show_default=True)
+@click.option("--tailored-size", default=1024, show_default=True)
+@click.option("--optimizer", type=click.Choice(["adamw", "sgd"]), default="adamw", show_default=True)
+@click.option("--learning-rate", default=5e-4, show_default=True)
+@click.option("--epochs", default=12, show_default=True)
+@click.option("--precision", default=0.9, show_default=True, help="For which the threshold is calibrated.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--cross-validate/--no-cross-validate", default=True, help="Also hold out each architecture in turn.")
+def train(output: Path, runs: Path, name: str | None, rule: str, tolerance: float, rule_records: int, cross_validate: bool,
+          **options: Any) -> None:  # fmt: skip
+    """Train a predictor, evaluate it on held-out runs, export it to ONNX, check parity, write its card."""
+    from smartfrz.dataset_builder.building import build_predictor
+    from smartfrz.predictor.training import TrainingOptions
+
+    _quiet_exporter()
+    chosen = _rule(rule, tolerance, rule_records)
+    files = run_files(runs)
+    recorded = [read_run(path) for path in files]
+    digest = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)).hexdigest()
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[what]}"), TimeElapsedColumn())
+    with Progress(*columns, console=rich.console.Console(stderr=True)) as bars:
+        task = bars.add_task("training", total=1.0, what="")
+        try:
+            card = build_predictor(
+                recorded,
+                _labelled(recorded, chosen),
+                chosen,
+                TrainingOptions(**options),
+                output,
+                name or output.stem,
+                digest,
+                cross_validate=cross_validate,
+                progress=lambda fraction, what: bars.update(task, completed=fraction, what=what),
+            )
+        except ValueError as error:
+            raise click.ClickException(str(error)) from error
+    click.echo(card)
+    click.echo(f"Wrote {output} and {output.with_suffix('.md')}.")
+
+
+@main.command()
+@click.argument("predictor", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("runs", type=click.Path(path_type=Path, file_okay=False))
+def evaluate(predictor: Path, runs: Path) -> None:
+    """Judge a predictor on recorded runs, beside the weight-change baseline."""
+    from smartfrz.dataset_builder.building import evaluate_predictor
+    from smartfrz.predictor.runtime import Predictor
+
+    loaded = Predictor(predictor, device="cpu")
+    recorded = [read_run(path) for path in run_files(runs)]
+    rule = LabelRule(**loaded.info.metrics.get("label_rule", {}))
+    click.echo(evaluate_predictor(loaded, _labelled(recorded, rule)))
+
+
+def _quiet_exporter() -> None:
+    # It warns of torchvision operators that no predictor has.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)

@@ -107,7 +107,9 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RecipeError(f"Cannot read recipe {str(path)!r}: {error.strerror}. Pass the path of a TOML file.") from error
+        raise RecipeError(
+            f"Cannot read recipe {str(path)!r}: {error.strerror}. Pass the path of a TOML file."
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"Recipe {str(path)!r} is not valid TOML: {error}. Mend that line.") from error
     sections = {"model": ModelSpec, "data": DataSpec, "training": TrainingSpec, "recording": RecordingSpec}
@@ -296,6 +298,8 @@ def image_folder(folder: Path, image_size: int) -> TensorDataset:
             "one a class, with .png or .jpg files in each."
         )
     size = (image_size, image_size)
-    pixels = np.stack([np.asarray(Image.open(f).convert("RGB").resize(size, Image.Resampling.BILINEAR)) for f, _ in files])
+    pixels = np.stack(
+        [np.asarray(Image.open(f).convert("RGB").resize(size, Image.Resampling.BILINEAR)) for f, _ in files]
+    )
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0
     return TensorDataset(images, torch.tensor([i for _, i in files]))

@@ -138,7 +138,10 @@ def read_run(path: str | os.PathLike[str]) -> RecordedRun:
     return RecordedRun(
         facts,
         layers,
-        *(column(name)[:timestamps] for name in ("step", "progress", "loss", "learning_rate")),
+        step=column("step")[:timestamps],
+        progress=column("progress")[:timestamps],
+        loss=column("loss")[:timestamps],
+        learning_rate=column("learning_rate")[:timestamps],
         cka=column("cka").reshape(len(layers), timestamps),
         weights=weights.reshape(len(layers), timestamps, -1),
     )

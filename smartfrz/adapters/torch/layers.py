@@ -43,7 +43,8 @@ class Layer:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Layer":
         """The layer that `to_dict` described."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**values)
 
 
 class LayerTracer:

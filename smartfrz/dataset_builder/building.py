@@ -1,0 +1,207 @@
+"""From labelled runs to a predictor file with its card."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from smartfrz.dataset_builder.labels import LabelRule
+from smartfrz.dataset_builder.storage import RecordedRun
+from smartfrz.files import replacing
+from smartfrz.predictor.contract import PredictorInfo
+from smartfrz.predictor.export import export
+from smartfrz.predictor.runtime import Predictor
+from smartfrz.predictor.training import (
+    LabelledRun,
+    Quality,
+    TrainingOptions,
+    best_accuracy_threshold,
+    calibrate,
+    fit,
+    leave_one_architecture_out,
+    quality,
+    score,
+    split,
+    weight_change,
+)
+
+Progress = Callable[[float, str], None]
+
+
+def build_predictor(
+    recorded: Sequence[RecordedRun],
+    runs: Sequence[LabelledRun],
+    rule: LabelRule,
+    options: TrainingOptions,
+    output: Path,
+    name: str,
+    dataset_sha256: str,
+    *,
+    cross_validate: bool = True,
+    progress: Progress = lambda fraction, text: None,
+) -> str:
+    """Train, evaluate, export and describe a predictor.
+
+    Args:
+        recorded: The recorded runs.
+        runs: The same runs with labels.
+        rule: The label rule, stored with the predictor.
+        options: How to train.
+        output: The ONNX file; the card goes beside it, with the ending `.md`.
+        name: The predictor's name.
+        dataset_sha256: Of the recordings.
+        cross_validate: Also train without each architecture in turn, for the card.
+        progress: Called with the fraction done and what is being done.
+
+    Returns:
+        The card, Markdown.
+
+    Raises:
+        ValueError: If the runs are too few or too small.
+        PredictorFileError: If the exported file answers differently from the trained network.
+    """
+    share = 0.8 if cross_validate else 0.0
+    held_out = (
+        leave_one_architecture_out(runs, options, lambda done, text: progress(share * done, text))
+        if cross_validate
+        else {}
+    )
+    train, validation = split(runs, options.seed)
+    model = fit(train, validation, options, lambda done, text: progress(share + (1 - share) * done, f"final: {text}"))
+    scores = score(model, validation, options)
+    threshold = calibrate(scores, validation, options, options.precision)
+    baseline = best_accuracy_threshold(weight_change(train, options), train, options)
+    on_validation = {
+        "predictor": quality(scores, validation, threshold, options),
+        "weight_change": quality(weight_change(validation, options), validation, baseline, options),
+    }
+    records = float(np.median([run.facts["recipe"]["recording"]["records"] for run in recorded]))
+    metrics = {
+        "label_rule": rule.to_dict(),
+        "trained_on": sorted(run.name for run in train),
+        "validated_on": sorted(run.name for run in validation),
+        "validation": _plain(on_validation),
+        "leave_one_architecture_out": {a: _plain(q) for a, q in held_out.items()},
+        "weight_change_threshold": baseline,
+    }
+    info = PredictorInfo(
+        name=name,
+        tailored_size=options.tailored_size,
+        window=options.window,
+        representation=options.representation,
+        # A confidence of exactly 0 or 1 would freeze everything or nothing.
+        threshold=float(np.clip(threshold, 0.01, 0.99)),
+        record_fraction=1.0 / records,
+        dataset_sha256=dataset_sha256,
+        metrics=metrics,
+        min_records=options.min_records,
+    )
+    difference = export(model, info, output)
+    card = write_card(info, recorded, on_validation, held_out, difference, options)
+    with replacing(output.with_suffix(".md")) as temporary:
+        temporary.write_text(card, encoding="utf-8")
+    return card
+
+
+def _plain(results: dict[str, Quality]) -> dict[str, dict[str, float | None]]:
+    """Without NaN, which JSON lacks."""
+    return {key: {k: None if np.isnan(v) else v for k, v in value.to_dict().items()} for key, value in results.items()}
+
+
+_COLUMNS = ("AUC", "accuracy", "precision", "recall", "ready", "right freezes", "time frozen")
+
+
+def _table(results: dict[str, dict[str, Quality]], first: str) -> list[str]:
+    lines = [f"| {first} | judged by | {' | '.join(_COLUMNS)} |", "|---" * (len(_COLUMNS) + 2) + "|"]
+    for name, methods in results.items():
+        for method, q in methods.items():
+            values = (q.auc, q.accuracy, q.precision, q.recall, q.positive, q.freeze_precision, q.frozen_share)
+            lines.append(f"| {name} | {method.replace('_', ' ')} | " + " | ".join(f"{v:.3f}" for v in values) + " |")
+    return lines
+
+
+def mean_quality(results: dict[str, dict[str, Quality]], method: str) -> Quality:
+    """Mean over the held-out architectures."""
+    rows = [list(q[method].to_dict().values()) for q in results.values()]
+    return Quality(*(float(v) for v in np.nanmean(np.array(rows, dtype=float), axis=0)))
+
+
+def write_card(
+    info: PredictorInfo,
+    recorded: Sequence[RecordedRun],
+    validation: dict[str, Quality],
+    held_out: dict[str, dict[str, Quality]],
+    difference: float,
+    options: TrainingOptions,
+) -> str:
+    """The card of a predictor, Markdown."""
+    rule = info.metrics["label_rule"]
+    lines = [
+        f"# {info.name}",
+        "",
+        f"Reads the last {info.window} records of {info.tailored_size} sampled weights of a layer, at "
+        f"{round(1 / info.record_fraction)} records a run, as `{info.representation}`; freezes from a confidence of "
+        f"{info.threshold:.3f}. License: {info.license}.",
+        "",
+        f"Labels: CKA to a finished reference model, `{rule['kind']}` rule, tolerance {rule['tolerance']}. Threshold: "
+        f"the lowest with a precision of {options.precision} on the validation runs. PyTorch and ONNX Runtime differ by "
+        f"at most {difference:.1g}.",
+        "",
+    ]
+    if held_out:
+        means = {m: mean_quality(held_out, m) for m in ("predictor", "weight_change")}
+        lines += [
+            "## An architecture that it never saw",
+            "",
+            "Trained anew without each architecture, judged on that architecture's runs (means over runs). The baseline, "
+            "weight change, is the relative change over the last 5 records, with the threshold of the highest accuracy "
+            "on the training runs.",
+            "",
+            *_table(held_out | {"mean": means}, "held out"),
+            "",
+        ]
+    lines += [
+        "## Runs that it was validated on",
+        "",
+        "Training was stopped, and the threshold chosen, on these: better than an unseen run would be.",
+        "",
+        *_table({", ".join(info.metrics["validated_on"]): validation}, "runs"),
+        "",
+        "`ready`: share of labels that say freeze. `right freezes`: of the first time that a layer reaches the threshold "
+        "at a freezing stage. `time frozen`: share of all layers' training that lies behind that moment.",
+        "",
+        "## Recordings",
+        "",
+        "| run | architecture | layers | records | accuracy of reference, recorded | used for |",
+        "|---|---|---|---|---|---|",
+    ]
+    for run in recorded:
+        accuracies = run.facts["accuracies"]
+        used = "training" if run.name in info.metrics["trained_on"] else "validation"
+        lines.append(
+            f"| {run.name} | {run.architecture} | {len(run.layers)} | {len(run.step)} | "
+            f"{accuracies['reference']:.3f}, {accuracies['recorded']:.3f} | {used} |"
+        )
+    return "\n".join([*lines, "", f"SHA-256 of the recordings: `{info.dataset_sha256}`.", ""])
+
+
+def evaluate_predictor(predictor: Predictor, runs: Sequence[LabelledRun]) -> str:
+    """Judge a predictor file run by run, beside the baseline.
+
+    Returns:
+        A Markdown table; runs that the predictor was trained on are marked.
+    """
+    info = predictor.info
+    options = TrainingOptions(window=info.window, tailored_size=info.tailored_size, min_records=info.min_records)
+    seen: dict[str, Any] = dict.fromkeys(info.metrics.get("trained_on", []), " (trained on)")
+    seen |= dict.fromkeys(info.metrics.get("validated_on", []), " (validated on)")
+    baseline = info.metrics.get("weight_change_threshold", 2.0)
+    results = {
+        run.name + seen.get(run.name, " (held out)"): {
+            "predictor": quality(score(predictor, [run], options), [run], info.threshold, options),
+            "weight_change": quality(weight_change([run], options), [run], baseline, options),
+        }
+        for run in runs
+    }
+    return "\n".join(_table(results, "run"))

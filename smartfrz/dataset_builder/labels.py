@@ -1,0 +1,70 @@
+"""From CKA curves to labels that say whether it was right to freeze a layer at a timestamp."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+UNKNOWN = -1
+
+
+@dataclass(frozen=True)
+class LabelRule:
+    """When the CKA of a layer counts as stabilised.
+
+    Attributes:
+        kind: `forward`: from this timestamp to the end of the run CKA stays within `tolerance` of its
+            present value. `backward`: it stayed so over the last `records` timestamps, which is all
+            that could be known at that moment.
+        tolerance: Largest absolute difference of CKA.
+        records: Timestamps that the backward rule looks at.
+
+    Source:
+        Paper, section 3.4: "if the CKA value of a layer stabilizes during the training process, we
+        consider this layer is converged". Neither rule nor tolerance is given there; these are ours.
+    """
+
+    kind: Literal["forward", "backward"] = "forward"
+    tolerance: float = 0.02
+    records: int = 10
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("forward", "backward") or not 0 < self.tolerance < 1 or self.records < 2:
+            raise ValueError(
+                f"LabelRule received kind={self.kind!r}, tolerance={self.tolerance}, records={self.records}; expected "
+                "'forward' or 'backward', a tolerance in (0, 1), and at least 2 records."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, stored with the predictor."""
+        return asdict(self)
+
+
+def label_layers(cka: NDArray[np.float64], rule: LabelRule) -> NDArray[np.int8]:
+    """Label every layer at every timestamp.
+
+    Args:
+        cka: Similarity to the reference, float64 `[num_layers, timestamps]`, NaN where undefined.
+        rule: When CKA counts as stabilised.
+
+    Returns:
+        int8 of the same shape: 1 if freezing was right, 0 if not, -1 where the rule meets NaN or,
+        for the backward rule, where too little has been seen.
+
+    Example:
+        >>> label_layers(np.array([[0.2, 0.6, 0.9, 0.91]]), LabelRule(tolerance=0.05))
+        array([[0, 0, 1, 1]], dtype=int8)
+    """
+    labels = np.full(cka.shape, UNKNOWN, np.int8)
+    for timestamp in range(cka.shape[1]):
+        if rule.kind == "forward":
+            span = cka[:, timestamp:]
+        elif timestamp + 1 < rule.records:
+            continue
+        else:
+            span = cka[:, timestamp + 1 - rule.records : timestamp + 1]
+        change = np.abs(span - cka[:, timestamp, None]).max(axis=1)  # NaN if any is
+        # Equal up to rounding counts as within: 0.91 - 0.86 is a little more than 0.05.
+        labels[:, timestamp] = np.where(np.isnan(change), UNKNOWN, change <= rule.tolerance + 1e-12)
+    return labels

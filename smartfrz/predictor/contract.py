@@ -1,0 +1,159 @@
+"""The predictor file: names, shapes and metadata of the ONNX graph that everybody relies on.
+
+    in   history     float32 [layers, window, tailored_size]   oldest first, the last row is now
+    in   lengths     int64   [layers]                          how many of the last rows are real
+    out  confidence  float32 [layers, 2]                       keep training, freeze (Eq. 4)
+    out  attention   float32 [layers, window]                  alpha of Eq. 2, zero on padding
+
+`layers` and `window` are dynamic. Every normalisation is inside the graph: callers feed plain
+sampled weights. The facts about a predictor are metadata properties of the file, all strings, whose
+names start with `smartfrz.`; `PredictorInfo` lists them.
+
+`smartfrz.sha256` is the SHA-256 of the whole file with those 64 characters set to `0`, so that a
+damaged or altered file is noticed without any second file.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from smartfrz.errors import PredictorFileError
+
+FORMAT_VERSION = 1
+HISTORY, LENGTHS, CONFIDENCE, ATTENTION = "history", "lengths", "confidence", "attention"
+PREFIX = "smartfrz."
+REPRESENTATIONS = ("raw", "displacement", "log_displacement", "sorted_displacement", "motion")
+_NO_HASH = b"0" * 64
+_HASH = re.compile(rb"smartfrz\.sha256\x12\x40([0-9a-f]{64})")
+
+
+@dataclass(frozen=True)
+class PredictorInfo:
+    """What a predictor file says of itself.
+
+    Attributes:
+        name: For example `smartfrz-base`.
+        tailored_size: Length of a tailored vector.
+        window: Timestamps that the predictor was trained to read; shorter histories are masked.
+        representation: What the graph makes of the weights first; one of `REPRESENTATIONS`.
+        threshold: Confidence from which a layer is frozen, in (0, 1).
+        record_fraction: Fraction of a run between two records: one over the records per run.
+        dataset_sha256: Of the recordings it was trained on.
+        license: SPDX identifier.
+        metrics: Held-out results and the label rule, as JSON.
+        min_records: Shortest history that it was trained to decide on.
+    """
+
+    name: str
+    tailored_size: int
+    window: int
+    representation: str
+    threshold: float
+    record_fraction: float
+    dataset_sha256: str = ""
+    license: str = "Apache-2.0"
+    metrics: dict[str, Any] = field(default_factory=dict)
+    min_records: int = 4
+
+    def to_metadata(self) -> dict[str, str]:
+        """As metadata properties, the format version and an empty checksum included."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["metrics"] = json.dumps(self.metrics, sort_keys=True)
+        values |= {"format_version": FORMAT_VERSION, "sha256": _NO_HASH.decode()}
+        return {PREFIX + key: value if isinstance(value, str) else repr(value) for key, value in values.items()}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str], file: str) -> "PredictorInfo":
+        """Read and check the metadata properties of `file`.
+
+        Raises:
+            PredictorFileError: If one is missing or out of range, or the format version is not read here.
+        """
+        version = metadata.get(PREFIX + "format_version")
+        if version is None:
+            raise PredictorFileError(
+                f"{file!r} is an ONNX file, but no SmartFRZ predictor: it has no metadata 'smartfrz.format_version'. "
+                "Pass a file that smartfrz-build train made."
+            )
+        if version != str(FORMAT_VERSION):
+            raise PredictorFileError(
+                f"{file!r} has format_version {version}; this version of smartfrz reads {FORMAT_VERSION}. "
+                "Update with: pip install --upgrade smartfrz, or use a predictor of that format."
+            )
+        try:
+            info = cls(
+                name=metadata[PREFIX + "name"],
+                tailored_size=int(metadata[PREFIX + "tailored_size"]),
+                window=int(metadata[PREFIX + "window"]),
+                representation=metadata[PREFIX + "representation"],
+                threshold=float(metadata[PREFIX + "threshold"]),
+                record_fraction=float(metadata[PREFIX + "record_fraction"]),
+                dataset_sha256=metadata[PREFIX + "dataset_sha256"],
+                license=metadata[PREFIX + "license"],
+                metrics=json.loads(metadata[PREFIX + "metrics"]),
+                min_records=int(metadata.get(PREFIX + "min_records", "4")),
+            )
+        except (KeyError, ValueError) as error:
+            raise PredictorFileError(
+                f"{file!r} has a missing or unreadable metadata property ({error}). Export it again."
+            ) from error
+        in_range = (
+            info.tailored_size > 0
+            and info.window > 1
+            and 0 < info.threshold < 1
+            and 0 < info.record_fraction <= 1
+            and math.isfinite(info.threshold)
+        )
+        if not in_range:
+            raise PredictorFileError(
+                f"{file!r} has metadata out of range: tailored_size={info.tailored_size}, window={info.window}, "
+                f"threshold={info.threshold}, record_fraction={info.record_fraction}. Export it again."
+            )
+        return info
+
+
+def seal(content: bytes) -> bytes:
+    """Write the checksum into a serialised predictor whose checksum is still empty.
+
+    Raises:
+        ValueError: If the content has no checksum property, or more than one.
+    """
+    blank, _ = _blank(content)
+    return blank.replace(b"smartfrz.sha256\x12\x40" + _NO_HASH, b"smartfrz.sha256\x12\x40" + _digest(blank))
+
+
+def check_seal(content: bytes, file: str) -> str:
+    """The file's checksum, after comparing it with the content.
+
+    Raises:
+        PredictorFileError: If the content has no checksum, or another one.
+    """
+    try:
+        blank, recorded = _blank(content)
+    except ValueError:
+        raise PredictorFileError(
+            f"{file!r} ({len(content)} bytes) is not a SmartFRZ predictor, or is cut: it has no 'smartfrz.sha256'. "
+            "Pass a file that smartfrz-build train made, or copy the file again."
+        ) from None
+    if recorded != _digest(blank):
+        raise PredictorFileError(
+            f"{file!r} is damaged or was altered: its SHA-256 is {_digest(blank).decode()[:12]}..., it was made with "
+            f"{recorded.decode()[:12]}.... Copy or download the file again."
+        )
+    return recorded.decode()
+
+
+def _blank(content: bytes) -> tuple[bytes, bytes]:
+    # In protobuf a property's value follows its key: field 2 (0x12), 64 bytes long (0x40).
+    found = _HASH.findall(content)
+    if len(found) != 1:
+        raise ValueError(f"expected one property 'smartfrz.sha256' of 64 characters, found {len(found)}")
+    return content.replace(found[0], _NO_HASH), found[0]
+
+
+def _digest(blank: bytes) -> bytes:
+    return hashlib.sha256(blank).hexdigest().encode()

@@ -1,0 +1,292 @@
+"""When to record, when to decide, and what has been decided. Knows no framework."""
+
+import dataclasses
+import logging
+import time
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smartfrz.errors import StateError, UnsupportedModelError
+from smartfrz.predictor.contract import PredictorInfo
+from smartfrz.predictor.decision import FreezeDecision, Reason, decide
+from smartfrz.predictor.history import WeightHistory
+from smartfrz.predictor.tailoring import tailoring_positions
+
+logger = logging.getLogger("smartfrz")
+STATE_VERSION = 1
+RECORDS_PER_STAGE = 3
+
+
+class Adapter(Protocol):
+    """What a framework has to offer. NumPy arrays at the border."""
+
+    def layers(self) -> list[str]:
+        """Names of the layers that may be frozen, in execution order."""
+        ...
+
+    def num_weights(self, layer: str) -> int:
+        """How many weights the layer has."""
+        ...
+
+    def weights(self, layer: str, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+        """A copy of the layer's flattened weights at `indices`, float32."""
+        ...
+
+    def freeze(self, layers: list[str]) -> None:
+        """Stop training these layers. Freezing a frozen layer changes nothing."""
+        ...
+
+    def unfreeze(self, layers: list[str]) -> None:
+        """Train these layers again, if it was `freeze` that stopped them."""
+        ...
+
+
+class AsksPredictor(Protocol):
+    """What the controller needs of a `Predictor`; tests pass scripted ones."""
+
+    @property
+    def info(self) -> PredictorInfo:
+        """Facts of the predictor."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """Which predictor it is."""
+        ...
+
+    def predict(self, history: NDArray[np.float32], lengths: NDArray[np.int64]) -> Any:
+        """Confidence `[layers, 2]` and attention `[layers, window]`."""
+        ...
+
+
+class FreezeController:
+    """Records tailored weights, asks the predictor at every freezing stage, has layers frozen.
+
+    Args:
+        adapter: The model, as its framework's adapter shows it.
+        predictor: A loaded predictor.
+        total_steps: Optimizer steps of the whole run. Gives `record_every`, so that the run has as
+            many records as the runs that the predictor was trained on.
+        record_every: Steps between two records; overrides what follows from `total_steps`.
+        decide_every: Records between two freezing stages. Defaults to 3.
+        threshold: Confidence from which a layer is frozen. Defaults to the predictor's own.
+        patience: Freezing stages in a row at which a layer must be confident.
+        dry_run: Decide and log, but freeze nothing.
+        seed: The run seed of the tailoring positions; equal on every rank.
+
+    Raises:
+        ValueError: If an argument is out of range, or neither `total_steps` nor `record_every` is given.
+        UnsupportedModelError: If there is no layer to freeze.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        predictor: AsksPredictor,
+        *,
+        total_steps: int | None = None,
+        record_every: int | None = None,
+        decide_every: int | None = None,
+        threshold: float | None = None,
+        patience: int = 1,
+        dry_run: bool = False,
+        seed: int = 0,
+    ):
+        info = predictor.info
+        self.record_every = record_interval(info, total_steps, record_every)
+        self.decide_every = RECORDS_PER_STAGE if decide_every is None else decide_every
+        self.threshold = info.threshold if threshold is None else threshold
+        self.patience = patience
+        self.dry_run = dry_run
+        self.seed = seed
+        _check_range("decide_every", self.decide_every, self.decide_every >= 1, "an integer of at least 1")
+        _check_range("patience", patience, patience >= 1, "an integer of at least 1")
+        _check_range("threshold", self.threshold, 0 < self.threshold <= 1, "a confidence in (0, 1]")
+        self._adapter = adapter
+        self._predictor = predictor
+        self._history = WeightHistory(info.window, info.tailored_size)
+        self._layers = adapter.layers()
+        if len(self._layers) < 2:
+            raise UnsupportedModelError(
+                f"The model has {len(self._layers)} layers that can be trained, {self._layers}; SmartFRZ needs at least "
+                "two, since the last one is always kept. Train without it."
+            )
+        self._positions = {
+            layer: tailoring_positions(layer, adapter.num_weights(layer), info.tailored_size, seed=seed)
+            for layer in self._layers
+        }
+        self.num_steps = 0
+        self.num_records = 0
+        self.frozen: dict[str, int] = {}
+        self.events: list[FreezeDecision] = []
+        self.decision_seconds = 0.0
+        self._streaks: dict[str, int] = {}
+        self._warned: set[str] = set()
+
+    @property
+    def active(self) -> list[str]:
+        """Layers that are still trained (in a dry run: would be), in execution order."""
+        return [layer for layer in self._layers if layer not in self.frozen]
+
+    def step(self) -> list[FreezeDecision]:
+        """Call after every optimizer step.
+
+        Returns:
+            The decisions of this step; empty if it was not a freezing stage.
+        """
+        self.num_steps += 1
+        if self.num_steps % self.record_every:
+            return []
+        start = time.perf_counter()
+        decisions: list[FreezeDecision] = []
+        active = self.active
+        if len(active) > 1:  # with one layer left there is nothing to decide any more
+            self._record(active)
+            if self.num_records % self.decide_every == 0:
+                decisions = self._stage(active)
+        self.decision_seconds += time.perf_counter() - start
+        return decisions
+
+    def _record(self, active: list[str]) -> None:
+        for layer in active:
+            self._history.append(layer, self._adapter.weights(layer, self._positions[layer]))
+        self.num_records += 1
+
+    def _stage(self, active: list[str]) -> list[FreezeDecision]:
+        excused = self._excused(active)
+        asked = [layer for layer in active if layer not in excused]
+        confidence: dict[str, float] = {}
+        if asked:
+            answer = self._predictor.predict(*self._history.windows(asked))
+            confidence = dict(zip(asked, answer[0][:, 1].tolist(), strict=True))
+        decisions, self._streaks = decide(
+            active,
+            confidence,
+            excused,
+            self._streaks,
+            step=self.num_steps,
+            timestamp=self.num_records - 1,
+            threshold=self.threshold,
+            patience=self.patience,
+            dry_run=self.dry_run,
+        )
+        self.events += decisions
+        chosen = [d for d in decisions if d.action != "keep"]
+        if chosen and not self.dry_run:
+            self._adapter.freeze([d.layer for d in chosen])
+        for decision in chosen:
+            self.frozen[decision.layer] = decision.step
+            self._history.drop(decision.layer)
+            self._streaks.pop(decision.layer, None)
+            logger.info(
+                "%s %s at step %d (confidence %.3f)",
+                decision.action,
+                decision.layer,
+                decision.step,
+                decision.confidence,
+            )
+        return decisions
+
+    def _excused(self, active: list[str]) -> dict[str, Reason]:
+        excused: dict[str, Reason] = {}
+        for layer in active:
+            if self._history.length(layer) < self._predictor.info.min_records:
+                excused[layer] = "history_too_short"
+            elif not self._history.is_finite(layer):
+                excused[layer] = "not_finite"
+                if layer not in self._warned:
+                    self._warned.add(layer)
+                    logger.warning(
+                        "The weights of layer %r hold NaN or infinity at step %d; it is not frozen as long as they are "
+                        "in its history. Look at the loss and the learning rate.",
+                        layer,
+                        self.num_steps,
+                    )
+        return excused
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs to decide as an uninterrupted one: plain data and arrays."""
+        return {
+            "version": STATE_VERSION,
+            "predictor": self._predictor.sha256,
+            "layers": list(self._layers),
+            "schedule": {name: getattr(self, name) for name in _SCHEDULE},
+            "num_steps": self.num_steps,
+            "num_records": self.num_records,
+            "frozen": dict(self.frozen),
+            "streaks": dict(self._streaks),
+            "warned": sorted(self._warned),
+            "decision_seconds": self.decision_seconds,
+            "events": [dataclasses.asdict(event) for event in self.events],
+            "history": self._history.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken; what it had frozen is frozen again.
+
+        The schedule, threshold and patience of the saved run replace those given to this one.
+
+        Raises:
+            StateError: If the state is of another model, predictor or version.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise StateError(
+                f"The saved state has version {state.get('version')!r}; this version of smartfrz reads {STATE_VERSION}. "
+                "Pass what state_dict() returned."
+            )
+        if state["predictor"] != self._predictor.sha256:
+            raise StateError(
+                f"The saved state was made with predictor {state['predictor'][:12]}..., this run has "
+                f"{self._predictor.info.name!r} ({self._predictor.sha256[:12]}...). Resume with the same predictor file."
+            )
+        if state["layers"] != self._layers:
+            unknown = sorted(set(state["layers"]) ^ set(self._layers))
+            raise StateError(
+                f"The saved state is of a model with {len(state['layers'])} layers, this one has {len(self._layers)}; "
+                f"they differ in {unknown[:4] or 'their order'}. Resume with the same model."
+            )
+        for name in _SCHEDULE:
+            setattr(self, name, state["schedule"][name])
+        info = self._predictor.info
+        self._positions = {
+            layer: tailoring_positions(layer, self._adapter.num_weights(layer), info.tailored_size, seed=self.seed)
+            for layer in self._layers
+        }
+        self.num_steps = state["num_steps"]
+        self.num_records = state["num_records"]
+        self.frozen = dict(state["frozen"])
+        self._streaks = dict(state["streaks"])
+        self._warned = set(state["warned"])
+        self.decision_seconds = state["decision_seconds"]
+        self.events = [FreezeDecision(**event) for event in state["events"]]
+        self._history.load_state_dict(state["history"])
+        if not self.dry_run:
+            self._adapter.freeze(list(self.frozen))
+
+
+_SCHEDULE = ("record_every", "decide_every", "threshold", "patience", "dry_run", "seed")
+
+
+def record_interval(info: PredictorInfo, total_steps: int | None, record_every: int | None) -> int:
+    """Steps between two records.
+
+    Raises:
+        ValueError: If neither is given, or one is not positive.
+    """
+    if record_every is not None:
+        _check_range("record_every", record_every, record_every >= 1, "an integer of at least 1")
+        return record_every
+    if total_steps is None:
+        raise ValueError(
+            "SmartFRZ needs to know how long the run is: received neither `total_steps` nor `record_every`. Pass "
+            "total_steps=len(loader) * epochs."
+        )
+    _check_range("total_steps", total_steps, total_steps >= 1, "an integer of at least 1")
+    return max(1, round(total_steps * info.record_fraction))
+
+
+def _check_range(name: str, received: Any, fine: bool, expected: str) -> None:
+    if not fine:
+        raise ValueError(f"`{name}` is {received!r}; expected {expected}.")

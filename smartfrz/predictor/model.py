@@ -1,0 +1,113 @@
+"""The attention network of the predictor, Eq. 1-4. Used to train it; ONNX Runtime runs it."""
+
+import torch
+from torch import nn
+
+from smartfrz.predictor.contract import REPRESENTATIONS
+
+_MASKED = -1e9  # finite: a row of -inf would make softmax return NaN
+_FLOOR = 1e-9
+
+
+class FreezePredictor(nn.Module):
+    """Says from a layer's weight history whether the layer has converged.
+
+    Args:
+        tailored_size: Length of a tailored vector.
+        representation: What the MLPs see of the weights; see `represent`.
+        dropout: On the context vector, in training only.
+
+    Source:
+        Paper, section 3.3, Eq. 1-4, sizes of Appendix C: MLP_k, MLP_q and MLP_v are
+        1024-256-256-64, one head of all-to-one attention, MLP_z is 64-32-32-2. Departure: scores
+        are divided by sqrt(64), without which the softmax saturates early in training; and, but
+        for `raw`, the MLPs see displacements instead of weights.
+    """
+
+    def __init__(self, tailored_size: int = 1024, representation: str = "motion", dropout: float = 0.0):
+        super().__init__()
+        if representation not in REPRESENTATIONS:
+            raise ValueError(f"`representation` is {representation!r}; expected one of {', '.join(REPRESENTATIONS)}.")
+        self.tailored_size = tailored_size
+        self.representation = representation
+        self.key = _mlp(tailored_size, 256, 64)
+        self.query = _mlp(tailored_size, 256, 64)
+        self.value = _mlp(tailored_size, 256, 64)
+        self.dropout = nn.Dropout(dropout)
+        self.head = _mlp(64, 32, 2)
+
+    def forward(self, history: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Confidences and attention.
+
+        Args:
+            history: float32 `[layers, window, tailored_size]`, oldest first, left-padded.
+            lengths: How many of the last rows are real, int64 `[layers]`.
+
+        Returns:
+            `confidence`, float32 `[layers, 2]`, and `attention`, float32 `[layers, window]`.
+        """
+        logits, attention = self.logits(history, lengths)
+        return logits.softmax(-1), attention
+
+    def logits(self, history: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `forward`, before the last softmax."""
+        window = history.shape[1]
+        real = torch.arange(window, device=history.device)[None, :] >= window - lengths[:, None]
+        seen = represent(history, real, self.representation)
+        # Only the newest timestamp asks (all-to-one attention), so one query is enough.
+        scores = torch.matmul(self.key(seen), self.query(seen[:, -1]).unsqueeze(-1)).squeeze(-1) / 8.0
+        attention = torch.where(real, scores, torch.full_like(scores, _MASKED)).softmax(-1)
+        attention = attention * real.to(attention.dtype)
+        context = torch.matmul(attention.unsqueeze(1), self.value(seen)).squeeze(1)
+        return self.head(self.dropout(context)), attention
+
+
+def represent(history: torch.Tensor, real: torch.Tensor, representation: str) -> torch.Tensor:
+    """What the MLPs see of the weights W_j, j <= t.
+
+    Args:
+        history: float32 `[layers, window, tailored_size]`.
+        real: Which rows are no padding, bool `[layers, window]`.
+        representation: `raw`: the weights, as in the paper. `displacement`: (W_j - W_t) / rms(W_t).
+            `log_displacement`: log magnitudes of that. `sorted_displacement`: those in ascending
+            order, which no longer depends on which weights were sampled. `motion`: half of them
+            are sorted log magnitudes of the displacement, half of the step W_j - W_{j-1}.
+
+    Returns:
+        float32 of the shape of `history`.
+    """
+    if representation == "raw":
+        return history
+    now = history[:, -1:]
+    scale = torch.sqrt((now * now).mean(-1, keepdim=True) + _FLOOR**2)
+    displacement = (history - now) / scale
+    if representation == "displacement":
+        return displacement
+    if representation == "motion":
+        half = history.shape[-1] // 2
+        before = torch.cat([history[:, :1], history[:, :-1]], dim=1)
+        # The step into the first real row is unknown: the row before it is padding.
+        known = torch.cat([torch.zeros_like(real[:, :1]), real[:, :-1]], dim=1)
+        step = torch.where(known.unsqueeze(-1), (history - before) / scale, torch.zeros_like(history))
+        displacement = torch.cat([displacement[..., :half], step[..., half:]], dim=-1)
+        halves = _log_magnitude(displacement).unflatten(-1, (2, half))
+        return _ascending(halves).flatten(-2)
+    magnitude = _log_magnitude(displacement)
+    return magnitude if representation == "log_displacement" else _ascending(magnitude)
+
+
+def _log_magnitude(x: torch.Tensor) -> torch.Tensor:
+    # Relative changes of 1e-6 to 1 map to about -1 to 1.
+    return (torch.log10(x.abs() + 1e-7) + 3.0) / 3.0
+
+
+def _ascending(x: torch.Tensor) -> torch.Tensor:
+    # topk exports to one ONNX node; sort exports to the same, with a longer detour.
+    return torch.topk(x, x.shape[-1], dim=-1, largest=False, sorted=True).values
+
+
+def _mlp(inside: int, hidden: int, outside: int) -> nn.Sequential:
+    """The paper's three-layer MLP."""
+    return nn.Sequential(
+        nn.Linear(inside, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outside)
+    )

@@ -1,0 +1,188 @@
+"""A predictor on ONNX Runtime. The only module that imports onnxruntime."""
+
+import importlib.metadata
+import logging
+import os
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smartfrz.errors import MissingDependencyError, PredictorFileError
+from smartfrz.predictor.contract import ATTENTION, CONFIDENCE, HISTORY, LENGTHS, PredictorInfo, check_seal
+
+logger = logging.getLogger("smartfrz")
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class Prediction(NamedTuple):
+    """The predictor's answer.
+
+    Attributes:
+        confidence: Float32 `[layers, 2]`: keep training, freeze. Rows sum to 1.
+        attention: Float32 `[layers, window]`: how much each timestamp counted, zero on padding.
+    """
+
+    confidence: NDArray[np.float32]
+    attention: NDArray[np.float32]
+
+
+class Predictor:
+    """One predictor file, checked and ready to be asked.
+
+    Args:
+        path: The ONNX file.
+        device: `"cpu"`, `"cuda"`, or `"auto"` for CUDA where ONNX Runtime can use it.
+        num_threads: Threads of ONNX Runtime. One, since its spinning threads slow the training around it.
+
+    Raises:
+        PredictorFileError: If the file is missing, damaged, or not a predictor that is read here.
+        MissingDependencyError: If onnxruntime is absent or installed twice, or CUDA was asked for
+            and cannot be used.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, device: Device = "auto", num_threads: int = 1):
+        if device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"`device` is {device!r}; expected 'auto', 'cpu' or 'cuda'.")
+        self.path = Path(path)
+        file = str(path)
+        try:
+            content = self.path.read_bytes()
+        except OSError as error:
+            raise PredictorFileError(
+                f"Cannot read predictor {file!r}: {error.strerror}. Pass the path of an ONNX file that smartfrz-build "
+                "train made, or the name 'smartfrz-base'."
+            ) from error
+        self.sha256 = check_seal(content, file)
+        self._session = _session(content, file, device, num_threads)
+        self.info = PredictorInfo.from_metadata(self._session.get_modelmeta().custom_metadata_map, file)
+        self._check_graph(file)
+        self.device = "cuda" if "CUDAExecutionProvider" in self._session.get_providers() else "cpu"
+
+    def _check_graph(self, file: str) -> None:
+        # Dynamic dimensions come as names, fixed ones as integers.
+        found = {v.name: (v.type, v.shape) for v in (*self._session.get_inputs(), *self._session.get_outputs())}
+        expected: dict[str, tuple[str, list[int | None]]] = {
+            HISTORY: ("tensor(float)", [None, None, self.info.tailored_size]),
+            LENGTHS: ("tensor(int64)", [None]),
+            CONFIDENCE: ("tensor(float)", [None, 2]),
+            ATTENTION: ("tensor(float)", [None, None]),
+        }
+        for name, (dtype, shape) in expected.items():
+            received = found.get(name)
+            fits = (
+                received is not None
+                and received[0] == dtype
+                and len(received[1]) == len(shape)
+                and all(
+                    isinstance(got, int) == (want is not None) and want in (None, got)
+                    for got, want in zip(received[1], shape, strict=True)
+                )
+            )
+            if not fits or len(found) != len(expected):
+                raise PredictorFileError(
+                    f"{file!r} breaks the predictor contract at {name!r}: received {received}, expected {dtype} "
+                    f"{shape} (None is dynamic), and no tensors but {list(expected)}. Export it with smartfrz-build train."
+                )
+
+    def predict(self, history: NDArray[np.float32], lengths: NDArray[np.int64]) -> Prediction:
+        """Ask for the confidence that each layer can be frozen now.
+
+        Args:
+            history: Tailored weights, float32 `[layers, window, tailored_size]`, oldest first.
+            lengths: How many of the last rows are real, int64 `[layers]`.
+
+        Returns:
+            Confidences and attention.
+
+        Raises:
+            ValueError: If shapes or dtypes are not those of this predictor.
+        """
+        name, size, window = self.info.name, self.info.tailored_size, self.info.window
+        if history.ndim != 3 or history.shape[2] != size or not 0 < history.shape[1] <= window:
+            raise ValueError(
+                f"history has shape {history.shape}, but predictor {name!r} reads [layers, 1 to {window}, {size}]. Make "
+                "the WeightHistory with the predictor's own window and tailored_size."
+            )
+        if lengths.shape != history.shape[:1] or (lengths < 1).any() or (lengths > history.shape[1]).any():
+            raise ValueError(
+                f"lengths is {lengths.tolist()} for a history of shape {history.shape}; expected one value in 1 to "
+                f"{history.shape[1]} for each layer."
+            )
+        if history.dtype != np.float32 or lengths.dtype != np.int64:
+            raise ValueError(
+                f"history and lengths are {history.dtype} and {lengths.dtype}; expected float32 and int64. Use .astype."
+            )
+        return Prediction(*self._session.run([CONFIDENCE, ATTENTION], {HISTORY: history, LENGTHS: lengths}))
+
+    def __repr__(self) -> str:
+        info = self.info
+        return (
+            f"Predictor({info.name!r}, window={info.window}, tailored_size={info.tailored_size}, "
+            f"threshold={info.threshold:.3g}, device={self.device!r})"
+        )
+
+
+def _onnxruntime() -> Any:
+    """The onnxruntime module, if exactly one build of it is installed."""
+    installed = []
+    for distribution in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        installed.append(distribution)
+    if len(installed) > 1:
+        # They share one import folder: the last one installed wins, and removing one breaks the other.
+        raise MissingDependencyError(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; expected one of them. Type: "
+            'pip uninstall -y onnxruntime onnxruntime-gpu, and then pip install "smartfrz[cpu]" or pip install '
+            '"smartfrz[gpu]"'
+        )
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"SmartFRZ asks its predictor through onnxruntime, which cannot be imported ({error}). Type: pip install "
+            '"smartfrz[cpu]", or on a machine with an NVIDIA GPU: pip install "smartfrz[gpu]"'
+            + (f" (with --force-reinstall: {installed[0]} is listed, but its files are gone)" if installed else "")
+        ) from error
+    return onnxruntime
+
+
+def _session(content: bytes, file: str, device: Device, num_threads: int) -> Any:
+    ort = _onnxruntime()
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    providers = ["CPUExecutionProvider"]
+    # What is available is what was compiled in, not what works here: only the session can tell.
+    if device != "cpu" and "CUDAExecutionProvider" in ort.get_available_providers():
+        providers.insert(0, "CUDAExecutionProvider")
+        if device == "auto":
+            ort.set_default_logger_severity(4)  # no error lines where falling back is fine
+    try:
+        session = ort.InferenceSession(content, options, providers=providers)
+    except (
+        state.Fail,
+        state.InvalidProtobuf,
+        state.InvalidGraph,
+        state.InvalidArgument,
+        state.NotImplemented,
+    ) as error:
+        raise PredictorFileError(
+            f"ONNX Runtime cannot load {file!r}: {error}. Copy the file again, or update onnxruntime."
+        ) from error
+    finally:
+        ort.set_default_logger_severity(2)
+    if device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
+        raise MissingDependencyError(
+            f"device='cuda' was asked for, but ONNX Runtime runs on {session.get_providers()}. Install the GPU build, "
+            'pip uninstall -y onnxruntime; pip install "smartfrz[gpu]", with CUDA and cuDNN, or pass device="auto".'
+        )
+    return session

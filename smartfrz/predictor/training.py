@@ -1,0 +1,405 @@
+"""Training a predictor offline, and judging it on runs that it has not seen."""
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score
+from torch import nn
+
+from smartfrz.predictor.model import FreezePredictor
+from smartfrz.predictor.runtime import Predictor
+
+logger = logging.getLogger("smartfrz")
+Scores = list[NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class LabelledRun:
+    """One recorded run with its labels.
+
+    Attributes:
+        name: The run's name.
+        architecture: Architectures are held out together.
+        weights: A pool of sampled weights, float32 `[num_layers, timestamps, pool_size]`.
+        labels: 1 freeze, 0 keep training, -1 unknown; int8 `[num_layers, timestamps]`.
+    """
+
+    name: str
+    architecture: str
+    weights: NDArray[np.float32]
+    labels: NDArray[np.int8]
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How the predictor is trained.
+
+    Attributes:
+        representation: What the MLPs see; see `smartfrz.predictor.model.represent`.
+        window: Timestamps that it reads.
+        tailored_size: Weights a timestamp.
+        min_records: Shortest history that it decides on.
+        optimizer: `adamw`, or `sgd` with momentum 0.9 as in the paper.
+        learning_rate: Peak of a cosine schedule.
+        weight_decay: Decoupled for `adamw`.
+        dropout: On the context vector.
+        batch_size: Windows a step.
+        steps_per_epoch: Steps between two evaluations on the validation runs.
+        epochs: At most so many.
+        stop_after: Epochs without a better validation result after which training stops.
+        precision: That the threshold is calibrated for on the validation runs.
+        seed: Of initial weights and sampling; the same seed trains the same predictor.
+    """
+
+    representation: str = "motion"
+    window: int = 30
+    tailored_size: int = 1024
+    min_records: int = 4
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.05
+    dropout: float = 0.2
+    batch_size: int = 64
+    steps_per_epoch: int = 50
+    epochs: int = 12
+    stop_after: int = 4
+    precision: float = 0.9
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well scores separate labels.
+
+    Attributes:
+        auc: Area under the ROC curve; NaN if there is only one class.
+        accuracy: At the threshold.
+        precision: Share of right ones among the positive answers at the threshold; NaN without any.
+        recall: Share of the ready layers that are found at the threshold.
+        positive: Share of positive labels.
+        freeze_precision: Share of right ones among first freezes: one per layer, at the first
+            freezing stage at which its score reaches the threshold.
+        frozen_share: How much of all layers' training time lies behind those freezes.
+    """
+
+    auc: float
+    accuracy: float
+    precision: float
+    recall: float
+    positive: float
+    freeze_precision: float
+    frozen_share: float
+
+    def to_dict(self) -> dict[str, float]:
+        """Rounded to four digits."""
+        return {key: round(value, 4) for key, value in asdict(self).items()}
+
+
+class _Windows:
+    """Draws training windows: runs alike, labels alike within a run, positions anew each time."""
+
+    def __init__(self, runs: Sequence[LabelledRun], options: TrainingOptions, rng: np.random.Generator):
+        self._runs, self._options, self._rng = runs, options, rng
+        self._places = [
+            [np.argwhere((run.labels == label) & _decidable(run, options)) for label in (0, 1)] for run in runs
+        ]
+
+    def batch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        options, rng = self._options, self._rng
+        history = np.zeros((options.batch_size, options.window, options.tailored_size), np.float32)
+        lengths = np.empty(options.batch_size, np.int64)
+        labels = np.empty(options.batch_size, np.int64)
+        for row in range(options.batch_size):
+            index = int(rng.integers(len(self._runs)))
+            wanted = row % 2 if len(self._places[index][row % 2]) else 1 - row % 2
+            layer, timestamp = self._places[index][wanted][rng.integers(len(self._places[index][wanted]))]
+            weights = self._runs[index].weights
+            positions = rng.choice(weights.shape[2], options.tailored_size, replace=False)
+            lengths[row] = min(timestamp + 1, options.window)
+            rows = weights[layer, timestamp + 1 - lengths[row] : timestamp + 1]
+            history[row, options.window - lengths[row] :] = rows[:, positions]
+            labels[row] = wanted
+        return torch.from_numpy(history), torch.from_numpy(lengths), torch.from_numpy(labels)
+
+
+def _decidable(run: LabelledRun, options: TrainingOptions) -> NDArray[np.bool_]:
+    """Where a history is long enough, the label known and the weights finite; bool `[num_layers, timestamps]`."""
+    old_enough = np.arange(run.labels.shape[1]) >= options.min_records - 1
+    return (run.labels >= 0) & old_enough[None, :] & np.isfinite(run.weights).all(axis=2)
+
+
+def fit(
+    runs: Sequence[LabelledRun],
+    validation: Sequence[LabelledRun],
+    options: TrainingOptions,
+    progress: Callable[[float, str], None] = lambda fraction, text: None,
+) -> FreezePredictor:
+    """Train a predictor; keep its best state by AUC on the validation runs.
+
+    Args:
+        runs: To train on.
+        validation: Whole runs that are not among `runs`: windows of one run resemble each other.
+        options: How.
+        progress: Called with the fraction done and the latest result.
+
+    Returns:
+        The network, in eval mode.
+
+    Raises:
+        ValueError: If there are no runs, or a pool is smaller than the tailored size.
+    """
+    _check_runs(runs, validation, options)
+    torch.manual_seed(options.seed)
+    rng = np.random.default_rng(options.seed)
+    model = FreezePredictor(options.tailored_size, options.representation, options.dropout)
+    windows = _Windows(runs, options, rng)
+    parameters = model.parameters()
+    optimizer: torch.optim.Optimizer
+    if options.optimizer == "sgd":
+        optimizer = torch.optim.SGD(parameters, options.learning_rate, 0.9, weight_decay=options.weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(parameters, options.learning_rate, weight_decay=options.weight_decay)
+    total = options.epochs * options.steps_per_epoch
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, options.learning_rate, total_steps=total, pct_start=0.1, cycle_momentum=False
+    )
+    best, best_state, since = -1.0, copy.deepcopy(model.state_dict()), 0
+    for epoch in range(options.epochs):
+        model.train()
+        for step in range(options.steps_per_epoch):
+            history, lengths, labels = windows.batch()
+            loss = nn.functional.cross_entropy(model.logits(history, lengths)[0], labels)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            progress(
+                (epoch * options.steps_per_epoch + step + 1) / total, f"loss {loss.item():.3f}, best AUC {best:.3f}"
+            )
+        auc = mean_auc(score(model, validation, options, every=3), validation, options)
+        logger.debug("epoch %d: validation AUC %.4f", epoch, auc)
+        since += 1
+        if auc > best:
+            best, best_state, since = auc, copy.deepcopy(model.state_dict()), 0
+        if since >= options.stop_after:
+            break
+    model.load_state_dict(best_state)
+    return model.eval()
+
+
+def _check_runs(runs: Sequence[LabelledRun], validation: Sequence[LabelledRun], options: TrainingOptions) -> None:
+    if not runs or not validation:
+        raise ValueError(
+            f"Training needs runs to train on and others to validate on: received {len(runs)} and {len(validation)}. "
+            "Record more runs."
+        )
+    for run in (*runs, *validation):
+        if run.weights.shape[2] < options.tailored_size:
+            raise ValueError(
+                f"run {run.name!r} was recorded with pool_size={run.weights.shape[2]}, which is less than "
+                f"tailored_size={options.tailored_size}. Record it again with a larger recording.pool_size."
+            )
+
+
+def score(
+    model: FreezePredictor | Predictor, runs: Sequence[LabelledRun], options: TrainingOptions, every: int = 1
+) -> Scores:
+    """Confidence that freezing is right, for every layer and timestamp of every run.
+
+    Args:
+        model: The network, or a loaded predictor file.
+        runs: The runs.
+        options: Window, tailored size and shortest history.
+        every: Score only every so many timestamps, as freezing stages do.
+
+    Returns:
+        One float32 `[num_layers, timestamps]` a run, NaN where nothing is decided.
+    """
+    scores = []
+    for run in runs:
+        decidable = _decidable(run, options)
+        confidence = np.full(run.labels.shape, np.nan, np.float32)
+        # Any fixed positions do; a stride keeps them spread over the layer.
+        pool = run.weights.shape[2]
+        positions = np.arange(options.tailored_size) * pool // options.tailored_size
+        for timestamp in range(options.min_records - 1, run.labels.shape[1]):
+            layers = np.flatnonzero(decidable[:, timestamp])
+            if (timestamp + 1) % every or not len(layers):
+                continue
+            length = min(timestamp + 1, options.window)
+            rows = run.weights[layers, timestamp + 1 - length : timestamp + 1][:, :, positions]
+            answer = _ask(model, np.ascontiguousarray(rows), np.full(len(layers), length, np.int64))
+            confidence[layers, timestamp] = answer[:, 1]
+        scores.append(confidence)
+    return scores
+
+
+def _ask(
+    model: FreezePredictor | Predictor, history: NDArray[np.float32], lengths: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    if isinstance(model, Predictor):
+        return model.predict(history, lengths).confidence
+    model.eval()
+    with torch.no_grad():
+        answer: NDArray[np.float32] = model(torch.from_numpy(history), torch.from_numpy(lengths))[0].numpy()
+    return answer
+
+
+def weight_change(runs: Sequence[LabelledRun], options: TrainingOptions, records: int = 5) -> Scores:
+    """The baseline: minus the relative change of the weights over the last records.
+
+    Returns:
+        log10 of |W_t - W_{t-records}| / |W_t|, negated so that more means readier; NaN where
+        the predictor decides nothing either. Shapes as in `score`.
+    """
+    scores = []
+    for run in runs:
+        weights = run.weights
+        before = np.maximum(np.arange(weights.shape[1]) - records, 0)
+        change = np.linalg.norm(weights - weights[:, before], axis=2) / (np.linalg.norm(weights, axis=2) + 1e-12)
+        scores.append(np.where(_decidable(run, options), -np.log10(change + 1e-12), np.nan).astype(np.float32))
+    return scores
+
+
+def _pairs(scores: Scores, runs: Sequence[LabelledRun], options: TrainingOptions) -> Iterator[tuple[Any, Any]]:
+    for confidence, run in zip(scores, runs, strict=True):
+        chosen = _decidable(run, options) & ~np.isnan(confidence)
+        yield confidence[chosen], run.labels[chosen]
+
+
+def mean_auc(scores: Scores, runs: Sequence[LabelledRun], options: TrainingOptions) -> float:
+    """Mean over the runs of each run's AUC; runs with one class are left out."""
+    aucs = [_auc(s, y) for s, y in _pairs(scores, runs, options)]
+    return float(np.nanmean(aucs)) if np.isfinite(aucs).any() else float("nan")
+
+
+def _auc(scores: NDArray[np.float32], labels: NDArray[np.int8]) -> float:
+    return float(roc_auc_score(labels, scores)) if len(np.unique(labels)) == 2 else float("nan")
+
+
+def quality(
+    scores: Scores, runs: Sequence[LabelledRun], threshold: float, options: TrainingOptions, stage: int = 3
+) -> Quality:
+    """Judge scores; every run counts alike.
+
+    Args:
+        scores: From `score` or `weight_change`.
+        runs: The runs they belong to.
+        threshold: From which a score counts as positive.
+        options: As for `score`.
+        stage: Records between two freezing stages, for `freeze_precision` and `frozen_share`.
+    """
+    rows = []
+    for confidence, run in zip(scores, runs, strict=True):
+        ((s, y),) = _pairs([confidence], [run], options)
+        positive = s >= threshold
+        stages = np.arange(stage - 1, run.labels.shape[1], stage)
+        with np.errstate(invalid="ignore"):
+            ready = confidence[:, stages] >= threshold
+        first = np.where(ready.any(1), ready.argmax(1), -1)
+        frozen = [(layer, stages[i]) for layer, i in enumerate(first) if i >= 0]
+        rows.append(
+            (
+                _auc(s, y),
+                (positive == y).mean(),
+                y[positive].mean() if positive.any() else np.nan,
+                positive[y == 1].mean() if (y == 1).any() else np.nan,
+                y.mean(),
+                np.mean([run.labels[place] == 1 for place in frozen]) if frozen else np.nan,
+                sum(run.labels.shape[1] - t - 1 for _, t in frozen) / run.labels.size,
+            )
+        )
+    table = np.array(rows, dtype=float)
+    means = [float(np.nanmean(c)) if np.isfinite(c).any() else float("nan") for c in table.T]
+    return Quality(*means)
+
+
+def calibrate(scores: Scores, runs: Sequence[LabelledRun], options: TrainingOptions, precision: float) -> float:
+    """The lowest threshold at which the pooled runs reach a precision; every run counts alike.
+
+    Returns:
+        The threshold. Where no threshold reaches the precision: the one with the highest.
+    """
+    pairs = list(_pairs(scores, runs, options))
+    values = np.concatenate([s for s, _ in pairs])
+    labels = np.concatenate([y for _, y in pairs])
+    weights = np.concatenate([np.full(len(y), 1.0 / max(1, len(y))) for _, y in pairs])
+    order = np.argsort(-values, kind="stable")
+    right = np.cumsum(weights[order] * labels[order])
+    reached = right / np.cumsum(weights[order])
+    # A threshold has to hold for all equal scores, and for enough of them to mean something.
+    last = np.append(np.diff(values[order]) != 0, True) & (np.arange(len(order)) >= min(20, len(order) - 1))
+    good = np.flatnonzero(last & (reached >= precision))
+    chosen = good[-1] if len(good) else np.flatnonzero(last)[np.argmax(reached[last])]
+    return float(values[order][chosen])
+
+
+def best_accuracy_threshold(scores: Scores, runs: Sequence[LabelledRun], options: TrainingOptions) -> float:
+    """The threshold with the highest accuracy on the given runs."""
+    pairs = list(_pairs(scores, runs, options))
+    values, labels = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+    order = np.argsort(-values, kind="stable")
+    gain = np.cumsum(np.where(labels[order] == 1, 1, -1))
+    return float(values[order][int(np.argmax(gain))])
+
+
+def split(runs: Sequence[LabelledRun], seed: int = 0) -> tuple[list[LabelledRun], list[LabelledRun]]:
+    """Runs to train on and runs to validate on: one of each architecture that has several.
+
+    With one run of each architecture, the last run validates.
+    """
+    rng = np.random.default_rng(seed)
+    held: list[str] = []
+    for architecture in sorted({run.architecture for run in runs}):
+        names = sorted(run.name for run in runs if run.architecture == architecture)
+        if len(names) > 1:
+            held.append(names[int(rng.integers(len(names)))])
+    if not held:
+        held = [sorted(run.name for run in runs)[-1]]
+    return [r for r in runs if r.name not in held], [r for r in runs if r.name in held]
+
+
+def leave_one_architecture_out(
+    runs: Sequence[LabelledRun],
+    options: TrainingOptions,
+    progress: Callable[[float, str], None] = lambda fraction, text: None,
+) -> dict[str, dict[str, Quality]]:
+    """Train without one architecture and judge on it; the same for each.
+
+    Returns:
+        Architecture to `{"predictor": ..., "weight_change": ...}`. The predictor's threshold is
+        calibrated on validation runs, the baseline's is the most accurate one on the training runs.
+
+    Raises:
+        ValueError: If there are fewer than two architectures.
+    """
+    architectures = sorted({run.architecture for run in runs})
+    if len(architectures) < 2:
+        raise ValueError(
+            f"Holding out an architecture needs at least two: received runs of {architectures}. Record another one."
+        )
+    results = {}
+    for index, held_out in enumerate(architectures):
+        rest = [run for run in runs if run.architecture != held_out]
+        test = [run for run in runs if run.architecture == held_out]
+        train, validation = split(rest, options.seed)
+
+        def report(done: float, text: str, index: int = index, held_out: str = held_out) -> None:
+            progress((index + done) / len(architectures), f"without {held_out}: {text}")
+
+        model = fit(train, validation, options, report)
+        threshold = calibrate(score(model, validation, options), validation, options, options.precision)
+        baseline = best_accuracy_threshold(weight_change(rest, options), rest, options)
+        results[held_out] = {
+            "predictor": quality(score(model, test, options), test, threshold, options),
+            "weight_change": quality(weight_change(test, options), test, baseline, options),
+        }
+        logger.info("without %s: %s", held_out, results[held_out])
+    return results
