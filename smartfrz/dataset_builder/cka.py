@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 _MIN_EXAMPLES = 4
+_ROUNDING = 1e-12  # relative; well above float64's and below float32's, in which features come
 
 
 def centered_gram(features: ArrayLike) -> NDArray[np.float64]:
@@ -25,8 +26,13 @@ def centered_gram(features: ArrayLike) -> NDArray[np.float64]:
             "Use a larger probe batch."
         )
     matrix = matrix.reshape(len(matrix), -1)
-    matrix = matrix - matrix.mean(axis=0, keepdims=True)
-    return matrix @ matrix.T
+    # Features that are not finite, or overflow when squared, shall give NaN and no warning.
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = matrix.mean(axis=0, keepdims=True)
+        centered = matrix - mean
+        # The mean of equal numbers is off by a rounding error, which would pass for a signal.
+        centered[np.abs(centered) <= _ROUNDING * np.abs(mean)] = 0.0
+        return centered @ centered.T
 
 
 def cka_of_grams(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
@@ -48,7 +54,8 @@ def cka_of_grams(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
             f"CKA compares the same examples in both layers: received {len(x)} and {len(y)} examples. "
             "Pass features taken from one shared probe batch."
         )
-    norms = np.linalg.norm(x) * np.linalg.norm(y)
+    with np.errstate(over="ignore", invalid="ignore"):
+        norms = np.linalg.norm(x) * np.linalg.norm(y)
     if not np.isfinite(norms) or norms <= 0:
         return float("nan")
     return float(np.clip(np.vdot(x, y) / norms, 0.0, 1.0))
