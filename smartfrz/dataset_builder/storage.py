@@ -90,6 +90,7 @@ def write_run(path: str | os.PathLike[str], run: RecordedRun) -> None:
             compression="zstd",
             use_dictionary=["layer"],
             column_encoding={"weights.list.element": "BYTE_STREAM_SPLIT"},
+            write_page_checksum=True,
         )
 
 
@@ -108,7 +109,7 @@ def read_run(path: str | os.PathLike[str]) -> RecordedRun:
     path = Path(path)
     again = f"Record the run again with: smartfrz-build record RECIPE (after deleting {path.name})."
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path, page_checksum_verification=True)
     except FileNotFoundError as error:
         raise DatasetFormatError(f"No recorded run at {str(path)!r}. Make one with: smartfrz-build record.") from error
     except (pa.ArrowException, OSError) as error:
