@@ -1,0 +1,46 @@
+import importlib.util
+
+import pytest
+from hypothesis import settings
+
+pytest.register_assert_rewrite("adapter_contract")
+
+# The same examples at every run, and no limit on time: a busy machine is no failure.
+settings.register_profile("smartfrz", derandomize=True, deadline=None, database=None, max_examples=50)
+settings.load_profile("smartfrz")
+
+if importlib.util.find_spec("torch"):
+    import torch
+
+    torch.set_num_threads(1)
+
+TINY = {"name": "tiny", "tailored_size": 64, "window": 10, "representation": "motion"}
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """An untrained predictor network, seed 0."""
+    pytest.importorskip("torch")
+    from smartfrz.predictor.model import FreezePredictor
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return FreezePredictor(TINY["tailored_size"], TINY["representation"]).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_info():
+    from numpy_adapter import make_info
+
+    return make_info(**TINY, dataset_sha256="d" * 64, metrics={"auc": 0.9, "rule": {"tolerance": 0.01}})
+
+
+@pytest.fixture(scope="session")
+def predictor_file(tiny_model, tiny_info, tmp_path_factory):
+    """The file of `tiny_model`. Read only: copy it to alter it."""
+    pytest.importorskip("onnxscript")
+    from smartfrz.predictor.export import export
+
+    path = tmp_path_factory.mktemp("predictor") / "tiny.onnx"
+    export(tiny_model, tiny_info, path)
+    return path

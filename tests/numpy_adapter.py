@@ -1,0 +1,111 @@
+"""The reference adapter, on NumPy, and predictors whose answers tests choose.
+
+The adapters of real frameworks are compared with `NumpyAdapter`.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from smartfrz.predictor.contract import PredictorInfo
+
+
+def make_info(**changes):
+    """Facts of a small predictor."""
+    facts = {
+        "name": "scripted",
+        "tailored_size": 8,
+        "window": 10,
+        "representation": "raw",
+        "threshold": 0.5,
+        "record_fraction": 0.02,
+        "min_records": 2,
+    }
+    return PredictorInfo(**facts | changes)
+
+
+class NumpyAdapter:
+    """Layers that are pulled towards zero by SGD with momentum 0.9 and weight decay 0.1.
+
+    Args:
+        arrays: Layer name to weights, in execution order. Copied.
+    """
+
+    def __init__(self, arrays):
+        self.arrays = {name: np.array(array) for name, array in arrays.items()}
+        self.velocity = {name: np.zeros_like(array) for name, array in self.arrays.items()}
+        self.frozen = set()
+
+    @classmethod
+    def random(cls, sizes, seed=0):
+        """Layers of the given numbers of weights."""
+        rng = np.random.default_rng(seed)
+        return cls({name: rng.normal(size=size).astype(np.float32) for name, size in sizes.items()})
+
+    def layers(self):
+        return list(self.arrays)
+
+    def num_weights(self, layer):
+        return self.arrays[layer].size
+
+    def weights(self, layer, indices):
+        return self.arrays[layer].reshape(-1)[indices].astype(np.float32)
+
+    def freeze(self, layers):
+        for layer in layers:
+            self.frozen.add(layer)
+            self.velocity[layer][...] = 0
+
+    def unfreeze(self, layers):
+        self.frozen -= set(layers)
+
+    def train_step(self, learning_rate=0.05):
+        """One real step; layers further behind converge more slowly."""
+        for index, (name, array) in enumerate(self.arrays.items()):
+            if name not in self.frozen:
+                gradient = array / (index + 1) + 0.1 * array
+                self.velocity[name] = 0.9 * self.velocity[name] + gradient
+                array -= learning_rate * self.velocity[name]
+
+
+@dataclass
+class ScriptedPredictor:
+    """Answers with listed confidences, so that a test knows what will be frozen.
+
+    Attributes:
+        script: One mapping per freezing stage: the layers that will be asked about, in execution
+            order, and the confidence of each. It answers 0 to everything after the last one.
+        info: The facts it gives.
+        sha256: Which predictor it says it is.
+        calls: The `history` and `lengths` it was asked with.
+    """
+
+    script: list = field(default_factory=list)
+    info: PredictorInfo = field(default_factory=make_info)
+    sha256: str = "5c" * 32
+    calls: list = field(default_factory=list)
+
+    def predict(self, history, lengths):
+        stage = self.script[len(self.calls)] if len(self.calls) < len(self.script) else {}
+        self.calls.append((history.copy(), lengths.copy()))
+        freeze = np.array(list(stage.values()) if stage else [0.0] * len(history), np.float32)
+        if len(freeze) != len(history):
+            raise LookupError(f"asked about {len(history)} layers; the script has {list(stage)}")
+        return np.stack([1 - freeze, freeze], axis=1), np.zeros(history.shape[:2], np.float32)
+
+
+@dataclass
+class ChangePredictor:
+    """The less a layer's weights changed over the history, the surer: its answers depend on all of it."""
+
+    info: PredictorInfo = field(default_factory=make_info)
+    sha256: str = "c4" * 32
+    scale: float = 10.0
+
+    def predict(self, history, lengths):
+        freeze = np.zeros(len(history), np.float32)
+        for index, (rows, length) in enumerate(zip(history, lengths, strict=True)):
+            real = rows[-int(length) :].astype(np.float64)
+            change = np.abs(np.diff(real, axis=0)).mean() / np.abs(real[-1]).mean()
+            freeze[index] = np.exp(-self.scale * change)
+        return np.stack([1 - freeze, freeze], axis=1), np.zeros(history.shape[:2], np.float32)

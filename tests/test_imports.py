@@ -1,0 +1,102 @@
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import smartfrz
+
+FRAMEWORKS = {"torch", "keras", "tensorflow", "jax"}
+FRAMEWORK_FREE = [
+    "smartfrz",
+    "smartfrz.errors",
+    "smartfrz.files",
+    "smartfrz.cli",
+    "smartfrz.zoo",
+    "smartfrz.adapters",
+    "smartfrz.dataset_builder",
+    "smartfrz.predictor",
+    "smartfrz.predictor.contract",
+    "smartfrz.predictor.tailoring",
+    "smartfrz.predictor.history",
+    "smartfrz.predictor.decision",
+    "smartfrz.predictor.controller",
+    "smartfrz.predictor.runtime",
+]
+# Who may import whom (design, section 2). What imports nothing of ours is not listed on the right.
+MAY_IMPORT = {
+    "errors.py": [],
+    "files.py": [],
+    "predictor": ["errors", "files", "predictor"],
+    "zoo": ["predictor", "errors"],
+    "adapters/torch": ["adapters.torch", "predictor", "zoo", "errors"],
+    "dataset_builder": [
+        "dataset_builder",
+        "predictor",
+        "adapters.torch",
+        "errors",
+        "files",
+        "plots",
+        "cli",
+        "__version__",
+    ],
+}
+TRAINING_ONLY = {"model.py", "training.py", "export.py"}
+
+
+def loaded_after(statement):
+    code = f"{statement}\nimport sys; print('\\n'.join(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(result.stdout.split())
+
+
+def imports_of(path):
+    """Every module that a source file names in an import, at any depth."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            # `from smartfrz import zoo` imports a package, not only smartfrz
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("module", FRAMEWORK_FREE)
+def test_importing_loads_no_framework_and_no_onnxruntime(module):
+    assert loaded_after(f"import {module}") & (FRAMEWORKS | {"onnxruntime", "onnx"}) == set()
+
+
+def test_the_check_itself_sees_an_import():
+    assert "json.tool" in loaded_after("import json.tool")
+    assert "json.tool" not in loaded_after("import json")
+
+
+def test_onnxruntime_is_loaded_when_a_predictor_is_made(predictor_file):
+    loaded = loaded_after(f"from smartfrz.predictor.runtime import Predictor\nPredictor({str(predictor_file)!r})")
+    assert "onnxruntime" in loaded
+    assert loaded & FRAMEWORKS == set()
+
+
+@pytest.mark.parametrize("part", MAY_IMPORT)
+def test_parts_import_only_what_the_design_allows(part):
+    root = Path(smartfrz.__file__).parent
+    files = sorted((root / part).rglob("*.py")) if (root / part).is_dir() else [root / part]
+    assert files
+    allowed = tuple(f"smartfrz.{name}." for name in MAY_IMPORT[part])
+    wrong = [
+        f"{file.name}: {name}"
+        for file in files
+        for name in imports_of(file)
+        if name.partition(".")[0] == "smartfrz" and not f"{name}.".startswith(allowed)
+    ]
+    assert wrong == []
+
+
+def test_onnxruntime_and_torch_are_imported_where_the_design_says():
+    folder = Path(smartfrz.__file__).parent / "predictor"
+    found = {}
+    for file in sorted(folder.glob("*.py")):
+        for name in imports_of(file):
+            found.setdefault(name.partition(".")[0], set()).add(file.name)
+    assert found["onnxruntime"] == {"runtime.py"}
+    assert found["torch"] == TRAINING_ONLY

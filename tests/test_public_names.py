@@ -1,0 +1,42 @@
+"""What is public, written down twice, so that a change of the API shows in a diff."""
+
+import inspect
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+
+import smartfrz
+from smartfrz import errors
+
+ADAPTER_NAMES = ["Layer", "Report", "SmartFRZ", "TorchAdapter", "trace_layers"]
+
+
+def test_package():
+    # In a process of its own: submodules that others import become attributes of the package.
+    code = "import smartfrz; print(*sorted(n for n in vars(smartfrz) if n == '__version__' or n[0] != '_'))"
+    names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert names == sorted(smartfrz.__all__) == ["__version__"]
+
+
+def test_torch_adapter():
+    pytest.importorskip("torch")
+    from smartfrz.adapters import torch as adapter
+
+    public = [n for n, v in vars(adapter).items() if n[0] != "_" and not isinstance(v, ModuleType)]
+    assert sorted(public) == sorted(adapter.__all__) == ADAPTER_NAMES
+
+
+def test_the_drawn_tree_of_errors_is_the_real_one():
+    drawn = {}
+    for line in errors.__doc__.splitlines():
+        name, _, meaning = line.strip().partition(" ")
+        if name.endswith("Error") and line.startswith("    "):
+            drawn[name] = meaning
+    classes = {n: c for n, c in inspect.getmembers(errors, inspect.isclass)}
+    assert sorted(drawn) == sorted(classes)
+    assert all(issubclass(c, errors.SmartFRZError) for c in classes.values())
+    for builtin in (RuntimeError, ImportError):
+        also = {name for name, meaning in drawn.items() if builtin.__name__ in meaning}
+        assert also == {name for name, c in classes.items() if issubclass(c, builtin)}
