@@ -21,6 +21,7 @@ from smartfrz.errors import MissingDependencyError, RecipeError
 
 OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad")
 SCHEDULES = ("cosine", "linear", "constant", "step")
+_KINDS: dict[Any, Any] = {str: str, int: int, float: (int, float), bool: bool, dict[str, Any]: dict}
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,12 @@ def _section(path: Path, key: str, spec: Any, values: Any) -> Any:
     unknown = [name for name in values if name not in known]
     if unknown:
         raise RecipeError(f"Recipe {str(path)!r}, {where}: unknown entry {unknown[0]!r}. Known: {', '.join(known)}.")
+    for f in dataclasses.fields(spec):
+        if f.name in values and not isinstance(values[f.name], _KINDS.get(f.type, object)):
+            raise RecipeError(
+                f"Recipe {str(path)!r}, {where}: {f.name} is {values[f.name]!r}; expected a value of type {f.type}. "
+                "Change that entry."
+            )
     return spec(**values)
 
 
@@ -142,6 +149,8 @@ def _check(path: Path, recipe: Recipe) -> None:
         (training.schedule in SCHEDULES, "training.schedule", training.schedule, f"one of {SCHEDULES}"),
         (training.epochs > 0, "training.epochs", training.epochs, "a positive number"),
         (training.batch_size > 0, "training.batch_size", training.batch_size, "a positive integer"),
+        (0 <= training.warmup < 1, "training.warmup", training.warmup, "a fraction of the run, in [0, 1)"),
+        (recording.pool_size > 0, "recording.pool_size", recording.pool_size, "a positive integer"),
         (recording.records >= 4, "recording.records", recording.records, "at least 4"),
         (recording.probe_size >= 4, "recording.probe_size", recording.probe_size, "at least 4"),
         (bool(data.source) != bool(data.folder), "data", data, "either `source` or `folder`"),
@@ -153,6 +162,13 @@ def _check(path: Path, recipe: Recipe) -> None:
 
 @contextmanager
 def _importable(folder: Path) -> Iterator[None]:
+    # Recipes of two folders may name their modules alike, and be recorded by one process: forget
+    # a module of that name that came from another recipe's folder, which is on no path any more.
+    for name in {path.stem for path in folder.glob("*.py")} & set(sys.modules):
+        loaded = Path(getattr(sys.modules[name], "__file__", None) or "")
+        if loaded.name == f"{name}.py" and loaded.parent != folder and str(loaded.parent) not in sys.path:
+            del sys.modules[name]
+    importlib.invalidate_caches()
     sys.path.insert(0, str(folder))
     try:
         yield
@@ -170,17 +186,19 @@ def _resolve(recipe: Recipe, key: str, source: str) -> Callable[..., Any]:
         )
     try:
         with _importable(recipe.folder):
-            return getattr(importlib.import_module(module_name), attribute)
+            module = importlib.import_module(module_name)
     except ImportError as error:
         raise RecipeError(
             f"Recipe {recipe.name!r}: {key}.source names module {module_name!r}, which cannot be imported ({error}). "
             f"Put {module_name}.py beside the recipe or install the package that has it."
         ) from error
-    except AttributeError as error:
+    found = getattr(module, attribute, None)
+    if not callable(found):
         raise RecipeError(
-            f"Recipe {recipe.name!r}: {key}.source names {attribute!r}, which module {module_name!r} does not have. "
-            "Name a callable of that module."
-        ) from error
+            f"Recipe {recipe.name!r}: {key}.source names {attribute!r}, which module {module_name!r} does not have as "
+            "a callable. Name a function or class of that module."
+        )
+    return found
 
 
 def build_model(recipe: Recipe, seed: int, runs: Path | None = None) -> nn.Module:
@@ -273,7 +291,17 @@ def build_data(recipe: Recipe) -> tuple[Dataset[Any], Dataset[Any]]:
     if recipe.data.source:
         return _resolve(recipe, "data", recipe.data.source)(**recipe.data.arguments)
     folder = recipe.folder / recipe.data.folder
-    return image_folder(folder / "train", recipe.data.image_size), image_folder(folder / "test", recipe.data.image_size)
+    train, test = (image_folder(folder / split, recipe.data.image_size) for split in ("train", "test"))
+    if _classes(folder / "train") != _classes(folder / "test"):
+        raise RecipeError(
+            f"{str(folder)!r} has the classes {_classes(folder / 'train')} in train, but {_classes(folder / 'test')} in "
+            "test; expected the same. Classes are numbered by name, so labels would not agree."
+        )
+    return train, test
+
+
+def _classes(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
 
 
 def image_folder(folder: Path, image_size: int) -> TensorDataset:
@@ -283,23 +311,28 @@ def image_folder(folder: Path, image_size: int) -> TensorDataset:
         Items `(float32 [3, image_size, image_size], int64)`; classes are numbered by name.
 
     Raises:
-        RecipeError: If there are fewer than two classes with pictures.
+        RecipeError: If there are fewer than two classes with pictures, or a picture is damaged.
     """
     import numpy as np
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     endings = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-    files = [(f, i) for i, name in enumerate(classes) for f in sorted((folder / name).iterdir())]
+    files = [(f, i) for i, name in enumerate(_classes(folder)) for f in sorted((folder / name).iterdir())]
     files = [(f, i) for f, i in files if f.suffix.lower() in endings]
     if len({i for _, i in files}) < 2:
         raise RecipeError(
             f"{str(folder)!r} holds pictures of {len({i for _, i in files})} classes; expected at least two folders, "
             "one a class, with .png or .jpg files in each."
         )
-    size = (image_size, image_size)
-    pixels = np.stack(
-        [np.asarray(Image.open(f).convert("RGB").resize(size, Image.Resampling.BILINEAR)) for f, _ in files]
-    )
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    pictures = []
+    for file, _ in files:
+        try:
+            with Image.open(file) as picture:
+                small = picture.convert("RGB").resize((image_size, image_size), Image.Resampling.BILINEAR)
+        except (UnidentifiedImageError, OSError) as error:
+            raise RecipeError(
+                f"{str(file)!r} is no picture that can be read ({error}). Remove it, or save it again as .png or .jpg."
+            ) from error
+        pictures.append(np.asarray(small))
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
     return TensorDataset(images, torch.tensor([i for _, i in files]))
