@@ -95,17 +95,20 @@ def _reference(
     recipe: Recipe, output: Path, train_data: Dataset[Any], test_data: Dataset[Any], progress: Progress
 ) -> tuple[nn.Module, float]:
     """The finished reference model: read if an interrupted recording left it, else trained and kept."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_model
 
     path = reference_file(output, recipe.name)
     model = build_model(recipe, recipe.seed, output)
     if path.exists():
-        with safe_open(path, framework="pt") as file:
-            facts = file.metadata() or {}
-            if facts.get("recipe_sha256") == recipe.sha256:
-                model.load_state_dict({key: file.get_tensor(key) for key in file.keys()}, strict=False)  # noqa: SIM118
-                return model, float(facts["accuracy"])
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = file.metadata() or {}
+                if facts.get("recipe_sha256") == recipe.sha256:
+                    model.load_state_dict({key: file.get_tensor(key) for key in file.keys()}, strict=False)  # noqa: SIM118
+                    return model, float(facts["accuracy"])
+        except SafetensorError as error:
+            logger.warning("Training the reference of %s again: %s cannot be read (%s)", recipe.name, path.name, error)
     train(
         model,
         train_data,
