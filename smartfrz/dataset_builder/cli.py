@@ -16,6 +16,7 @@ from smartfrz.cli import Group
 from smartfrz.dataset_builder.labels import LabelRule, label_layers
 from smartfrz.dataset_builder.recipes import Recipe, load_recipe
 from smartfrz.dataset_builder.storage import RecordedRun, read_run, run_files
+from smartfrz.errors import RecipeError
 from smartfrz.files import replacing
 from smartfrz.predictor.contract import REPRESENTATIONS
 
@@ -32,16 +33,22 @@ def main() -> None:
 @main.command()
 @click.argument("recipes", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--output", "-o", default="runs", show_default=True, type=click.Path(path_type=Path, file_okay=False))
-@click.option("--workers", default=1, show_default=True, help="Recipes recorded at once.")
-@click.option("--threads", default=None, type=int, help="PyTorch threads a worker. Default: PyTorch's own choice.")
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1), help="Recipes recorded at once.")
+@click.option(
+    "--threads",
+    default=None,
+    type=click.IntRange(min=1),
+    help="PyTorch threads a worker. Default: PyTorch's own choice.",
+)
 def record(recipes: tuple[Path, ...], output: Path, workers: int, threads: int | None) -> None:
     """Train a reference model, train again, and record weights and CKA.
 
     Finished recordings are kept: after an interruption, run the same command again.
     """
     loaded = [load_recipe(path) for path in recipes]
-    output.mkdir(parents=True, exist_ok=True)
     waiting = {recipe.name: recipe for recipe in loaded}
+    _check_names(loaded)
+    output.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[what]}"))
     bars = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=rich.console.Console(stderr=True))
     context = get_context("spawn")  # forked workers deadlock in PyTorch's threads
@@ -66,6 +73,27 @@ def record(recipes: tuple[Path, ...], output: Path, workers: int, threads: int |
                     click.echo(future.result())
     if failures:
         raise click.ClickException("Not recorded:\n" + "\n".join(failures))
+
+
+def _check_names(recipes: list[Recipe]) -> None:
+    """Each recipe needs a file of its own, and initial weights that can be there before it."""
+    names = [recipe.name for recipe in recipes]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise RecipeError(
+            f"Several recipes are named {twice[0]!r}, and would overwrite each other's recording. Give each one another "
+            "`name`."
+        )
+    after = {recipe.name: recipe.model.init for recipe in recipes}
+    for name in names:
+        chain = [name]
+        while (init := after.get(chain[-1])) in after and init not in chain:
+            chain.append(str(init))
+        if init in chain:
+            raise RecipeError(
+                f"Recipe {chain[-1]!r} starts from the reference model of {init!r}, which itself waits for "
+                f"{chain[-1]!r}. Change model.init of one of them."
+            )
 
 
 def _ready(waiting: dict[str, Recipe], running: set[str]) -> list[str]:
