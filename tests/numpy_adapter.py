@@ -25,7 +25,7 @@ def make_info(**changes):
 
 
 class NumpyAdapter:
-    """Layers that are pulled towards zero by SGD with momentum 0.9 and weight decay 0.1.
+    """Layers whose weights are pulled towards 1 by SGD with momentum 0.9 and weight decay 0.1.
 
     Args:
         arrays: Layer name to weights, in execution order. Copied.
@@ -63,7 +63,7 @@ class NumpyAdapter:
         """One real step; layers further behind converge more slowly."""
         for index, (name, array) in enumerate(self.arrays.items()):
             if name not in self.frozen:
-                gradient = array / (index + 1) + 0.1 * array
+                gradient = (array - 1) / (index + 1) + 0.1 * array
                 self.velocity[name] = 0.9 * self.velocity[name] + gradient
                 array -= learning_rate * self.velocity[name]
 

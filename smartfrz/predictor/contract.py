@@ -107,11 +107,13 @@ class PredictorInfo:
             and 0 < info.threshold < 1
             and 0 < info.record_fraction <= 1
             and math.isfinite(info.threshold)
+            and 1 <= info.min_records <= info.window
         )
         if not in_range:
             raise PredictorFileError(
                 f"{file!r} has metadata out of range: tailored_size={info.tailored_size}, window={info.window}, "
-                f"threshold={info.threshold}, record_fraction={info.record_fraction}. Export it again."
+                f"threshold={info.threshold}, record_fraction={info.record_fraction}, min_records={info.min_records}. "
+                "Export it again."
             )
         return info
 

@@ -224,7 +224,7 @@ class FreezeController:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken; what it had frozen is frozen again.
+        """Continue where `state_dict` was taken: what it had frozen is frozen, nothing else.
 
         The schedule, threshold and patience of the saved run replace those given to this one.
 
@@ -256,12 +256,14 @@ class FreezeController:
         }
         self.num_steps = state["num_steps"]
         self.num_records = state["num_records"]
+        thawed = [layer for layer in self.frozen if layer not in state["frozen"]]
         self.frozen = dict(state["frozen"])
         self._streaks = dict(state["streaks"])
         self._warned = set(state["warned"])
         self.decision_seconds = state["decision_seconds"]
         self.events = [FreezeDecision(**event) for event in state["events"]]
         self._history.load_state_dict(state["history"])
+        self._adapter.unfreeze(thawed)  # what froze after the state was taken
         if not self.dry_run:
             self._adapter.freeze(list(self.frozen))
 

@@ -1,0 +1,123 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy_adapter import make_info
+
+from smartfrz.errors import PredictorFileError
+from smartfrz.predictor.contract import FORMAT_VERSION, REPRESENTATIONS, PredictorInfo, check_seal, seal
+
+PROPERTY = b"smartfrz.sha256\x12\x40"
+OUT_OF_RANGE = [
+    {"tailored_size": "0"},
+    {"window": "1"},
+    {"threshold": "0.0"},
+    {"threshold": "1.0"},
+    {"threshold": "nan"},
+    {"record_fraction": "0.0"},
+    {"record_fraction": "1.5"},
+    {"min_records": "0"},
+    {"min_records": "11"},  # of a window of 10: it would never decide
+]
+UNREADABLE = [{"window": "ten"}, {"threshold": ""}, {"metrics": "{"}]
+NEEDED = [
+    "name",
+    "tailored_size",
+    "window",
+    "representation",
+    "threshold",
+    "record_fraction",
+    "dataset_sha256",
+    "metrics",
+    "license",
+]
+
+
+def metadata(**changes):
+    return make_info().to_metadata() | {f"smartfrz.{key}": value for key, value in changes.items()}
+
+
+infos = st.builds(
+    PredictorInfo,
+    name=st.text(),
+    tailored_size=st.integers(1, 10**6),
+    window=st.integers(4, 1000),
+    representation=st.sampled_from(REPRESENTATIONS),
+    threshold=st.floats(0, 1, exclude_min=True, exclude_max=True),
+    record_fraction=st.floats(0, 1, exclude_min=True),
+    dataset_sha256=st.text("0123456789abcdef", min_size=64, max_size=64),
+    license=st.sampled_from(["Apache-2.0", "MIT"]),
+    metrics=st.dictionaries(st.text(), st.one_of(st.floats(allow_nan=False), st.text(), st.booleans())),
+    min_records=st.integers(1, 4),
+)
+
+
+@given(infos)
+def test_metadata_round_trip(info):
+    properties = info.to_metadata()
+    assert all(isinstance(value, str) and key.startswith("smartfrz.") for key, value in properties.items())
+    assert PredictorInfo.from_metadata(properties, "f.onnx") == info
+
+
+def test_the_properties_that_the_design_lists_are_there():
+    assert {f"smartfrz.{key}" for key in [*NEEDED, "format_version"]} <= set(metadata())
+    assert metadata()["smartfrz.format_version"] == "1" == str(FORMAT_VERSION)
+    assert json.loads(metadata()["smartfrz.metrics"]) == {}
+
+
+@pytest.mark.parametrize("key", NEEDED)
+def test_a_missing_property(key):
+    properties = metadata()
+    del properties[f"smartfrz.{key}"]
+    with pytest.raises(PredictorFileError, match=rf"'f.onnx' .*smartfrz\.{key}.*Export it again"):
+        PredictorInfo.from_metadata(properties, "f.onnx")
+
+
+@pytest.mark.parametrize("change", UNREADABLE)
+def test_an_unreadable_property(change):
+    with pytest.raises(PredictorFileError, match=r"'f.onnx' has a missing or unreadable metadata property .*Export"):
+        PredictorInfo.from_metadata(metadata(**change), "f.onnx")
+
+
+@pytest.mark.parametrize("change", OUT_OF_RANGE)
+def test_a_property_out_of_range(change):
+    ((key, value),) = change.items()
+    with pytest.raises(PredictorFileError, match=rf"out of range: .*{key}={value}.*Export it again"):
+        PredictorInfo.from_metadata(metadata(**change), "f.onnx")
+
+
+@pytest.mark.parametrize("version", ["0", "2", "1.0", ""])
+def test_another_format_version(version):
+    with pytest.raises(PredictorFileError, match=f"has format_version {version}; .* reads 1.*pip install --upgrade"):
+        PredictorInfo.from_metadata(metadata(format_version=version), "f.onnx")
+
+
+def test_an_onnx_file_of_somebody_else():
+    with pytest.raises(PredictorFileError, match=r"no SmartFRZ predictor.*smartfrz-build train"):
+        PredictorInfo.from_metadata({"author": "me"}, "f.onnx")
+
+
+def test_a_seal_is_found_again_and_sealing_twice_changes_nothing():
+    sealed = seal(b"before" + PROPERTY + b"0" * 64 + b"after")
+    assert sealed.startswith(b"before" + PROPERTY)
+    assert sealed.endswith(b"after")
+    assert check_seal(sealed, "f.onnx").encode() in sealed
+    assert seal(sealed) == sealed
+
+
+@given(st.data())
+def test_any_altered_byte_breaks_the_seal(data):
+    sealed = seal(b"before" + PROPERTY + b"0" * 64 + b"after")
+    position = data.draw(st.integers(0, len(sealed) - 1))
+    value = data.draw(st.integers(0, 255).filter(lambda v: v != sealed[position]))
+    with pytest.raises(PredictorFileError, match=r"damaged or was altered|is not a SmartFRZ predictor, or is cut"):
+        check_seal(sealed[:position] + bytes([value]) + sealed[position + 1 :], "f.onnx")
+
+
+@pytest.mark.parametrize("content", [b"", b"nothing", (PROPERTY + b"0" * 64) * 2])
+def test_no_seal_or_two(content):
+    with pytest.raises(ValueError, match="expected one property 'smartfrz.sha256'"):
+        seal(content)
+    with pytest.raises(PredictorFileError, match=rf"\({len(content)} bytes\) is not a SmartFRZ predictor, or is cut"):
+        check_seal(content, "f.onnx")
