@@ -1,0 +1,271 @@
+import importlib.metadata
+import logging
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+
+from smartfrz import zoo  # noqa: E402
+from smartfrz.errors import MissingDependencyError, PredictorFileError  # noqa: E402
+from smartfrz.predictor.contract import PREFIX, seal  # noqa: E402
+from smartfrz.predictor.runtime import Predictor  # noqa: E402
+
+HISTORY = np.zeros((3, 5, 64), np.float32)
+LENGTHS = np.array([5, 1, 3])
+
+# history, lengths, message
+BAD_INPUTS = {
+    "tailored size": (HISTORY[..., :63], LENGTHS, r"shape \(3, 5, 63\), but .*'tiny' reads \[layers, 1 to 10, 64\]"),
+    "window": (np.zeros((3, 11, 64), np.float32), LENGTHS, r"shape \(3, 11, 64\).*1 to 10, 64\]. Make the Weight"),
+    "no window": (HISTORY[:, :0], LENGTHS, r"shape \(3, 0, 64\)"),
+    "one layer's history": (HISTORY[0], LENGTHS, r"shape \(5, 64\)"),
+    "number of lengths": (HISTORY, LENGTHS[:2], r"lengths is \[5, 1\] .* one value in 1 to 5 for each layer"),
+    "length 0": (HISTORY, np.array([5, 0, 3]), r"lengths is \[5, 0, 3\]"),
+    "length over the window": (HISTORY, np.array([5, 6, 3]), r"lengths is \[5, 6, 3\]"),
+    "history dtype": (HISTORY.astype(np.float64), LENGTHS, "are float64 and int64; expected float32 and int64. Use"),
+    "lengths dtype": (HISTORY, LENGTHS.astype(np.int32), "are float32 and int32; expected float32 and int64. Use"),
+}
+
+
+@pytest.fixture(scope="module")
+def predictor(predictor_file):
+    return Predictor(predictor_file, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def content(predictor_file):
+    return predictor_file.read_bytes()
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes bytes, or a model whose checksum is then made right, and returns the path."""
+
+    def write(what):
+        path = tmp_path / "altered.onnx"
+        if not isinstance(what, bytes):
+            for entry in what.metadata_props:
+                if entry.key == PREFIX + "sha256":
+                    entry.value = "0" * 64
+            what = seal(what.SerializeToString(deterministic=True))
+        path.write_bytes(what)
+        return path
+
+    return write
+
+
+def with_metadata(content, **changes):
+    model = onnx.load_from_string(content)
+    values = {p.key: p.value for p in model.metadata_props} | {PREFIX + k: v for k, v in changes.items()}
+    onnx.helper.set_model_props(model, {k: v for k, v in values.items() if v is not None})
+    return model
+
+
+def identity_model(shape=("n", 4)):
+    value = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, shape) for n in ("x", "y")]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "g", value[:1], value[1:])
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+
+
+def test_what_a_file_says_of_itself(predictor, tiny_info, predictor_file):
+    assert predictor.info == tiny_info
+    assert predictor.path == predictor_file
+    assert predictor.device == "cpu"
+    assert predictor.sha256.encode() in predictor_file.read_bytes()
+    assert repr(predictor) == "Predictor('tiny', window=10, tailored_size=64, threshold=0.5, device='cpu')"
+
+
+def test_answers_have_the_shapes_of_the_contract(predictor):
+    rng = np.random.default_rng(0)
+    history = rng.normal(size=HISTORY.shape).astype(np.float32)
+    confidence, attention = predictor.predict(history, LENGTHS)
+    assert confidence.dtype == attention.dtype == np.float32
+    assert confidence.shape == (3, 2)
+    assert attention.shape == (3, 5)
+    np.testing.assert_allclose(confidence.sum(1), 1, atol=1e-6)
+    np.testing.assert_allclose(attention.sum(1), 1, atol=1e-6)
+    for row, length in zip(attention, LENGTHS, strict=True):
+        assert (row[: 5 - length] == 0).all()
+        assert (row[5 - length :] > 0).all()
+
+
+def test_asking_does_not_change_the_input(predictor):
+    history, lengths = HISTORY + 1, LENGTHS.copy()
+    predictor.predict(history, lengths)
+    assert (history == 1).all()
+    np.testing.assert_array_equal(lengths, LENGTHS)
+
+
+@pytest.mark.parametrize("filling", [0.0, 1.0, -1e6, 1e6])
+def test_what_stands_in_the_padding_does_not_matter(predictor, filling):
+    rng = np.random.default_rng(1)
+    rows = rng.normal(size=(4, 3, 64)).cumsum(axis=1).astype(np.float32)
+    alone = predictor.predict(rows, np.full(4, 3))
+    padded = np.concatenate([np.full((4, 5, 64), filling, np.float32), rows], axis=1)
+    answers = predictor.predict(padded, np.full(4, 3))
+    # Other shapes are summed in another order: float32 rounding.
+    np.testing.assert_allclose(answers.confidence, alone.confidence, atol=1e-6)
+    np.testing.assert_allclose(answers.attention[:, 5:], alone.attention, atol=1e-6)
+    assert (answers.attention[:, :5] == 0).all()
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_inputs(predictor, case):
+    history, lengths, message = BAD_INPUTS[case]
+    with pytest.raises(ValueError, match=message):
+        predictor.predict(history, lengths)
+
+
+def test_one_thread_that_does_not_spin(predictor_file):
+    options = Predictor(predictor_file, device="cpu")._session.get_session_options()
+    assert options.intra_op_num_threads == 1
+    assert options.inter_op_num_threads == 1
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    assert Predictor(predictor_file, num_threads=2)._session.get_session_options().intra_op_num_threads == 2
+
+
+def test_providers(predictor_file):
+    assert Predictor(predictor_file, device="cpu")._session.get_providers() == ["CPUExecutionProvider"]
+    auto = Predictor(predictor_file, device="auto")
+    cuda = "CUDAExecutionProvider" in auto._session.get_providers()
+    assert auto.device == ("cuda" if cuda else "cpu")
+
+
+def test_cuda_where_there_is_none(predictor_file):
+    if Predictor(predictor_file, device="auto").device == "cuda":
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(MissingDependencyError, match=r"device='cuda' was asked for.*smartfrz\[gpu\].*device=\"auto\""):
+        Predictor(predictor_file, device="cuda")
+
+
+def test_an_unknown_device(predictor_file):
+    with pytest.raises(ValueError, match="`device` is 'gpu'; expected 'auto', 'cpu' or 'cuda'"):
+        Predictor(predictor_file, device="gpu")
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(PredictorFileError, match=r"none.onnx': No such file or directory. Pass the path of an ONNX"):
+        Predictor(tmp_path / "none.onnx")
+
+
+def test_a_folder(tmp_path):
+    with pytest.raises(PredictorFileError, match=r"Is a directory\. Pass the path"):
+        Predictor(tmp_path)
+
+
+@settings(max_examples=25)
+@given(st.floats(0, 1, exclude_max=True))
+def test_a_truncated_file(tmp_path_factory, content, share):
+    path = tmp_path_factory.getbasetemp() / "truncated.onnx"
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(PredictorFileError, match=r"truncated.onnx' .*(or is cut|is damaged).*[Cc]opy"):
+        Predictor(path)
+
+
+@settings(max_examples=25)
+@given(st.floats(0, 1, exclude_max=True), st.integers(1, 255))
+def test_one_altered_byte(tmp_path_factory, content, share, change):
+    position = int(share * len(content))
+    path = tmp_path_factory.getbasetemp() / "tampered.onnx"
+    path.write_bytes(content[:position] + bytes([content[position] ^ change]) + content[position + 1 :])
+    with pytest.raises(PredictorFileError, match=r"tampered.onnx' .*(or is cut|is damaged or was altered)"):
+        Predictor(path)
+
+
+def test_a_higher_threshold_written_into_the_metadata_is_noticed(content, write):
+    model = with_metadata(content, threshold="0.01")
+    with pytest.raises(PredictorFileError, match="is damaged or was altered"):
+        Predictor(write(model.SerializeToString()))
+
+
+def test_a_foreign_onnx_file(write):
+    with pytest.raises(PredictorFileError, match=r"is not a SmartFRZ predictor.*smartfrz-build train made"):
+        Predictor(write(identity_model().SerializeToString()))
+
+
+def test_a_foreign_graph_with_our_metadata(content, write):
+    model = identity_model()
+    model.metadata_props.extend(onnx.load_from_string(content).metadata_props)
+    with pytest.raises(PredictorFileError, match=r"contract at 'history': received None, expected tensor\(float\)"):
+        Predictor(write(model))
+
+
+def test_a_graph_that_onnxruntime_cannot_load(content, write):
+    model = onnx.load_from_string(content)
+    model.graph.node[0].op_type = "NoSuchOperator"
+    with pytest.raises(PredictorFileError, match=r"ONNX Runtime cannot load .*NoSuchOperator.*update onnxruntime"):
+        Predictor(write(model))
+
+
+def test_another_format_version(content, write):
+    with pytest.raises(PredictorFileError, match="has format_version 2; this version of smartfrz reads 1"):
+        Predictor(write(with_metadata(content, format_version="2")))
+
+
+def test_another_tailored_size_than_the_graph(content, write):
+    message = r"contract at 'history': received .*64\]\), expected tensor\(float\) \[None, None, 128\].*Export it"
+    with pytest.raises(PredictorFileError, match=message):
+        Predictor(write(with_metadata(content, tailored_size="128")))
+
+
+def test_a_missing_property(content, write):
+    with pytest.raises(PredictorFileError, match=r"missing or unreadable metadata property \('smartfrz.window'\)"):
+        Predictor(write(with_metadata(content, window=None)))
+
+
+def test_dimensions_have_to_be_dynamic(content, write):
+    model = onnx.load_from_string(content)
+    next(v for v in model.graph.input if v.name == "lengths").type.tensor_type.shape.dim[0].dim_value = 3
+    with pytest.raises(PredictorFileError, match=r"contract at 'lengths': .*\[3\].*None is dynamic"):
+        Predictor(write(model))
+
+
+def test_mock_both_builds_of_onnxruntime(predictor_file, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0")
+    message = (
+        r"both installed and overwrite each other.*pip uninstall -y onnxruntime onnxruntime-gpu, and then pip install"
+    )
+    with pytest.raises(MissingDependencyError, match=message):
+        Predictor(predictor_file)
+
+
+def test_mock_no_build_of_onnxruntime(predictor_file, monkeypatch):
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(
+        MissingDependencyError, match=r"pip install \"smartfrz\[cpu\]\".*\"smartfrz\[gpu\]\"$"
+    ) as caught:
+        Predictor(predictor_file)
+    assert isinstance(caught.value, ImportError)
+
+
+def test_mock_a_build_that_lost_its_files(predictor_file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingDependencyError, match=r"--force-reinstall: onnxruntime\S* is listed"):
+        Predictor(predictor_file)
+
+
+def test_loading_says_nothing(predictor_file, caplog, capfd):
+    with caplog.at_level(logging.DEBUG, "smartfrz"):
+        Predictor(predictor_file).predict(HISTORY, LENGTHS)
+    assert caplog.records == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_zoo_loads_paths_and_passes_predictors_on(predictor, predictor_file, tmp_path, monkeypatch):
+    assert zoo.load(predictor) is predictor
+    assert zoo.load(str(predictor_file)).sha256 == predictor.sha256
+    shutil.copy(predictor_file, tmp_path / "no_suffix")
+    assert zoo.load(tmp_path / "no_suffix", device="cpu").sha256 == predictor.sha256
+    shutil.copy(predictor_file, tmp_path / "here.onnx")
+    monkeypatch.chdir(tmp_path)
+    assert zoo.load("here.onnx").sha256 == predictor.sha256
