@@ -52,6 +52,10 @@ def labelled(runs):
     return [LabelledRun(run.name, run.architecture, run.weights, label_layers(run.cka, RULE)) for run in runs]
 
 
+def labelled_run(*arguments, **options):
+    return labelled([recorded_run(*arguments, **options)])[0]
+
+
 def labelled_runs(plan=PLAN, **options):
     return labelled(recorded_runs(plan, **options))
 

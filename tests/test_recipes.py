@@ -160,7 +160,7 @@ def test_sources_that_cannot_be_found_are_named(tmp_path, case):
 def test_a_module_whose_own_import_fails_is_named(tmp_path):
     (tmp_path / "needs_more.py").write_text("import a_package_that_is_missing\n")
     recipe = load_recipe(edited(tmp_path, "tiny_parts:network", "needs_more:network"))
-    with pytest.raises(RecipeError, match="cannot be imported .*No module named 'a_package_that_is_missing'"):
+    with pytest.raises(RecipeError, match=r"cannot be imported .*No module named 'a_package_that_is_missing'"):
         build_model(recipe, 0)
 
 

@@ -123,8 +123,8 @@ def _table(results: dict[str, dict[str, Quality]], first: str) -> list[str]:
 
 def mean_quality(results: dict[str, dict[str, Quality]], method: str) -> Quality:
     """Mean over the held-out architectures."""
-    rows = [list(q[method].to_dict().values()) for q in results.values()]
-    return Quality(*(float(v) for v in np.nanmean(np.array(rows, dtype=float), axis=0)))
+    table = np.array([list(q[method].to_dict().values()) for q in results.values()], dtype=float)
+    return Quality(*(float(np.nanmean(c)) if np.isfinite(c).any() else float("nan") for c in table.T))
 
 
 def write_card(

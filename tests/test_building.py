@@ -1,0 +1,189 @@
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from builder_fixtures import PLAN, RULE, SMALL, labelled, recorded_runs
+
+from smartfrz.dataset_builder.building import build_predictor, evaluate_predictor, mean_quality
+from smartfrz.predictor.runtime import Predictor
+from smartfrz.predictor.training import Quality, score, weight_change
+
+DIGEST = hashlib.sha256(b"the recordings").hexdigest()
+QUICK = dataclasses.replace(SMALL, epochs=1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def build(path, recorded, options=QUICK, **changes):
+    return build_predictor(recorded, labelled(recorded), RULE, options, path, path.stem, DIGEST, **changes)
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return recorded_runs()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, recorded):
+    """A predictor file, its card, and the progress that was reported."""
+    path, seen = tmp_path_factory.mktemp("built") / "mine.onnx", []
+    card = build(path, recorded, SMALL, progress=lambda done, text: seen.append((done, text)))
+    return path, card, seen
+
+
+def rows(table, first):
+    """Rows of the first Markdown table whose header starts with `first`, header included."""
+    lines = table.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first} |"))
+    end = next((i for i in range(start, len(lines)) if not lines[i].startswith("|")), len(lines))
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[start], *lines[start + 2 : end])]
+
+
+def test_the_file_says_how_it_was_made(built):
+    info = Predictor(built[0]).info
+    assert (info.name, info.window, info.tailored_size, info.representation) == ("mine", 8, 32, "motion")
+    assert info.record_fraction == pytest.approx(1 / 30)
+    assert info.dataset_sha256 == DIGEST
+    assert info.min_records == SMALL.min_records
+    assert 0 < info.threshold < 1
+    metrics = info.metrics
+    assert metrics["label_rule"] == {"kind": "forward", "tolerance": 0.02, "records": 10}
+    assert sorted(metrics["trained_on"] + metrics["validated_on"]) == sorted(PLAN)
+    assert not set(metrics["trained_on"]) & set(metrics["validated_on"])
+    assert sorted(metrics["leave_one_architecture_out"]) == ["cnn", "transformer"]
+    json.dumps(metrics, allow_nan=False)
+
+
+def test_the_file_answers_well_on_new_runs(built, recorded):
+    new = labelled(recorded_runs({"new": "mlp"}, layers=9))
+    (confidence,) = score(Predictor(built[0]), new, SMALL)
+    known = np.isfinite(confidence)
+    right = (confidence[known] >= 0.5) == new[0].labels[known]
+    assert right.mean() > 0.85
+
+
+def test_the_card_lies_beside_the_file(built):
+    path, card, _ = built
+    assert path.with_suffix(".md").read_text() == card
+    assert sorted(p.name for p in path.parent.iterdir()) == ["mine.md", "mine.onnx"]
+    assert "nan" not in card
+    assert DIGEST in card
+
+
+def test_the_card_shows_the_baseline_beside_the_predictor(built):
+    header, *body = rows(built[1], "held out")
+    assert header[1:3] == ["judged by", "AUC"]
+    assert [row[:2] for row in body] == [
+        ["cnn", "predictor"],
+        ["cnn", "weight change"],
+        ["transformer", "predictor"],
+        ["transformer", "weight change"],
+        ["mean", "predictor"],
+        ["mean", "weight change"],
+    ]
+    for column in range(2, len(header)):
+        for method in (0, 1):
+            values = [float(row[column]) for row in body[method::2]]
+            assert values[2] == pytest.approx((values[0] + values[1]) / 2, abs=2e-3)
+    _, *validated = rows(built[1], "runs")
+    assert [row[1] for row in validated] == ["predictor", "weight change"]
+
+
+def test_the_card_lists_the_recordings(built):
+    metrics = Predictor(built[0]).info.metrics
+    _, *body = rows(built[1], "run")
+    assert [row[:5] for row in body] == [[name, kind, "6", "30", "0.900, 0.890"] for name, kind in PLAN.items()]
+    assert {row[0] for row in body if row[5] == "training"} == set(metrics["trained_on"])
+    assert {row[0] for row in body if row[5] == "validation"} == set(metrics["validated_on"])
+
+
+def test_the_threshold_keeps_its_promise_on_the_validation_runs(built):
+    assert Predictor(built[0]).info.metrics["validation"]["predictor"]["precision"] >= 0.85
+
+
+def test_progress_rises_to_one(built):
+    done = [fraction for fraction, _ in built[2]]
+    assert done == sorted(done)
+    assert done[-1] == pytest.approx(1.0)
+    phases = [text.split(":")[0] for _, text in built[2]]
+    assert list(Counter(phases)) == ["without cnn", "without transformer", "final"]
+
+
+def test_the_same_seed_gives_the_same_file(tmp_path, recorded):
+    first, second = tmp_path / "a" / "p.onnx", tmp_path / "b" / "p.onnx"
+    card = build(first, recorded, cross_validate=False)
+    torch.manual_seed(99)  # whatever came before
+    build(second, recorded, cross_validate=False)
+    assert first.read_bytes() == second.read_bytes()
+    assert card == first.with_suffix(".md").read_text() == second.with_suffix(".md").read_text()
+    # and without cross-validation neither promises anything about it
+    assert "never saw" not in card
+    assert Predictor(first).info.metrics["leave_one_architecture_out"] == {}
+
+
+def test_runs_of_one_architecture_cannot_be_cross_validated(tmp_path):
+    runs = recorded_runs({"a": "cnn", "b": "cnn"})
+    with pytest.raises(ValueError, match="Holding out an architecture needs at least two"):
+        build(tmp_path / "p.onnx", runs)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_export_keeps_the_file_that_was_there(tmp_path, recorded, monkeypatch):
+    from smartfrz.predictor import export
+
+    path = tmp_path / "p.onnx"
+    path.write_bytes(b"the older predictor")
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "serialise", lambda model, info: b"the newer predictor")
+    monkeypatch.setattr(export, "seal", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        build(path, recorded, dataclasses.replace(QUICK, steps_per_epoch=2), cross_validate=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["p.onnx"]
+    assert path.read_bytes() == b"the older predictor"
+
+
+def test_evaluation_marks_the_runs_that_the_predictor_knows(built, recorded):
+    predictor = Predictor(built[0])
+    metrics = predictor.info.metrics
+    _, *body = rows(evaluate_predictor(predictor, labelled([*recorded, *recorded_runs({"new": "mlp"})])), "run")
+    marks = {row[0].split(" ")[0]: row[0].partition(" ")[2] for row in body}
+    assert marks == (
+        {name: "(trained on)" for name in metrics["trained_on"]}
+        | {name: "(validated on)" for name in metrics["validated_on"]}
+        | {"new": "(held out)"}
+    )
+    assert [row[1] for row in body] == ["predictor", "weight change"] * 5
+
+
+def test_evaluation_uses_the_stored_thresholds(built):
+    predictor, runs = Predictor(built[0]), labelled(recorded_runs({"new": "mlp"}))
+    header, model, baseline = rows(evaluate_predictor(predictor, runs), "run")
+    known = runs[0].labels >= 0
+    for row, values, threshold in (
+        (model, score(predictor, runs, SMALL)[0], predictor.info.threshold),
+        (baseline, weight_change(runs, SMALL)[0], predictor.info.metrics["weight_change_threshold"]),
+    ):
+        decided = known & np.isfinite(values)
+        accuracy = ((values >= threshold) == runs[0].labels)[decided].mean()
+        assert float(row[header.index("accuracy")]) == pytest.approx(accuracy, abs=1e-3)
+
+
+def test_means_leave_out_what_is_undefined():
+    nan = float("nan")
+    one = Quality(0.5, 0.6, nan, 0.4, 0.3, nan, 0.1)
+    other = Quality(0.7, 0.8, 0.9, 0.6, 0.5, nan, 0.3)
+    mean = mean_quality({"a": {"predictor": one}, "b": {"predictor": other}}, "predictor")
+    assert dataclasses.astuple(mean) == pytest.approx((0.6, 0.7, 0.9, 0.5, 0.4, nan, 0.2), nan_ok=True)
