@@ -36,7 +36,7 @@ def main() -> None:
 @click.option("--num-test", default=1000, show_default=True, type=click.IntRange(min=10))
 @click.option("--seed", default=0, show_default=True)
 @click.option("--predictor", default="smartfrz-base", show_default=True, help="A zoo name or an ONNX file.")
-@click.option("--threshold", default=None, type=float, help="Confidence to freeze at. Default: the predictor's own.")
+@click.option("--threshold", type=click.FloatRange(0, 1, min_open=True), help="Default: the predictor's own.")
 def demo(output: Path, **options: Any) -> None:
     """Fine-tune an ImageNet network fully and with SmartFRZ, and compare.
 

@@ -99,9 +99,14 @@ def run_demo(options: DemoOptions, progress: Callable[[float, str], None] = lamb
 
     Raises:
         MissingDependencyError: If a package of the `demo` extra is not installed.
-        RecipeError: If the data cannot be found.
+        RecipeError: If the data cannot be found, or is less than a batch.
     """
     train, test = load_data(options)
+    if len(train) < options.batch_size:
+        raise RecipeError(
+            f"{options.data!r} has {len(train)} training pictures; expected at least {options.batch_size}, one batch. "
+            "Add pictures."
+        )
     torch.manual_seed(options.seed)
     model = pretrained_network(int(train.tensors[1].max()) + 1)
     trainers = [_Trainer(method, copy.deepcopy(model), train, test, options) for method in (FULL, FREEZING)]
@@ -317,11 +322,11 @@ def _folder(options: DemoOptions) -> tuple[TensorDataset, TensorDataset]:
             f"--data is {options.data!r}, which is no folder and none of {', '.join(_DATA)}. Give a folder that holds "
             "train/<class>/ and test/<class>/ with pictures."
         )
-    from smartfrz.dataset_builder.recipes import image_folder
+    from smartfrz.dataset_builder.recipes import image_folders
 
     made = []
-    for split, most in (("train", options.num_train), ("test", options.num_test)):
-        data = image_folder(folder / split, options.image_size)
+    splits = image_folders(folder, options.image_size)
+    for data, most in zip(splits, (options.num_train, options.num_test), strict=True):
         chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:most]
         made.append(TensorDataset(*(tensor[chosen] for tensor in data.tensors)))
     return made[0], made[1]

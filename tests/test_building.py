@@ -16,14 +16,6 @@ DIGEST = hashlib.sha256(b"the recordings").hexdigest()
 QUICK = dataclasses.replace(SMALL, epochs=1)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def build(path, recorded, options=QUICK, **changes):
     return build_predictor(recorded, labelled(recorded), RULE, options, path, path.stem, DIGEST, **changes)
 

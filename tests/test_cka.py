@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from smartfrz.dataset_builder.cka import centered_gram, cka_of_grams, linear_cka
@@ -41,14 +41,12 @@ close = dict(rel=0, abs=1e-9)
 
 
 @given(seeds, st.integers(4, 20), st.integers(1, 30))
-@settings(deadline=None)
 def test_equal_features_have_cka_one(seed, examples, size):
     x = features(seed, examples, size)
     assert linear_cka(x, x) == pytest.approx(1.0, **close)
 
 
 @given(seeds, st.floats(1e-3, 1e3), st.floats(-50, 50))
-@settings(deadline=None)
 def test_rotation_scale_and_shift_change_nothing(seed, scale, shift):
     x, y = features(seed), features(seed + 1, size=7)
     moved = scale * (x @ rotation(seed, 5)) + shift
@@ -57,7 +55,6 @@ def test_rotation_scale_and_shift_change_nothing(seed, scale, shift):
 
 
 @given(seeds, st.integers(1, 30))
-@settings(deadline=None)
 def test_gram_form_equals_feature_form(seed, size):
     x, y = features(seed) + 3.0, features(seed + 1, size=size) - 5.0
     assert linear_cka(x, y) == pytest.approx(feature_form(x, y), **close)

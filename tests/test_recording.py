@@ -44,14 +44,6 @@ FACTORS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def assert_same_run(one, other):
     assert one.layers == other.layers
     assert one.facts["accuracies"] == other.facts["accuracies"]

@@ -23,14 +23,6 @@ NAN = float("nan")
 ANY = TrainingOptions(min_records=1)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def trained():
     return fit(labelled_runs(), [labelled_run("unseen", "cnn", seed=50)], SMALL)

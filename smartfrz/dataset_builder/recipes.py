@@ -290,8 +290,16 @@ def build_data(recipe: Recipe) -> tuple[Dataset[Any], Dataset[Any]]:
     """
     if recipe.data.source:
         return _resolve(recipe, "data", recipe.data.source)(**recipe.data.arguments)
-    folder = recipe.folder / recipe.data.folder
-    train, test = (image_folder(folder / split, recipe.data.image_size) for split in ("train", "test"))
+    return image_folders(recipe.folder / recipe.data.folder, recipe.data.image_size)
+
+
+def image_folders(folder: Path, image_size: int) -> tuple[TensorDataset, TensorDataset]:
+    """`image_folder` of `folder/train` and of `folder/test`.
+
+    Raises:
+        RecipeError: As `image_folder`, or if the two have different classes.
+    """
+    train, test = (image_folder(folder / split, image_size) for split in ("train", "test"))
     if _classes(folder / "train") != _classes(folder / "test"):
         raise RecipeError(
             f"{str(folder)!r} has the classes {_classes(folder / 'train')} in train, but {_classes(folder / 'test')} in "
