@@ -221,6 +221,8 @@ class SmartFRZ:
             return
         controller_state = dict(state["controller"])
         controller_state["history"] = {k: np.asarray(v) for k, v in controller_state["history"].items()}
+        if self._controller is not None and self._adapter is not None:
+            self._adapter.unfreeze(list(self._controller.frozen))  # or they would pass for the user's own
         controller, adapter = self._control([Layer.from_dict(layer) for layer in state["layers"]])
         controller.load_state_dict(controller_state)
         adapter.load_norm_state(state["norms"])

@@ -283,7 +283,7 @@ class LayerReader:
                 "Use the state of a run of this same model."
             )
         self._tensors = {layer.name: [known[n] for n in layer.weights] for layer in layers}
-        self._parts: dict[str, list[Any]] = {}
+        self._parts: dict[str, tuple[NDArray[np.int64], list[Any]]] = {}
 
     def layers(self) -> list[str]:
         """Names of the layers, in execution order."""
@@ -298,16 +298,18 @@ class LayerReader:
 
         Args:
             layer: Name of the layer.
-            indices: Positions in the layer's flattened weights, int64 `[n]`, ascending. The same
-                ones are expected at every call, so that they stay on the weights' device.
+            indices: Positions in the layer's flattened weights, int64 `[n]`, ascending. Pass the
+                same array at every call: it is then kept on the weights' device.
 
         Returns:
             float32 `[n]`, whatever the dtype of the weights.
         """
-        if layer not in self._parts:
-            self._parts[layer] = list(self._split(layer, indices))
+        known, parts = self._parts.get(layer, (None, []))
+        if known is not indices:
+            parts = list(self._split(layer, indices))
+            self._parts[layer] = indices, parts
         picked = []
-        for tensor, where in self._parts[layer]:
+        for tensor, where in parts:
             data = tensor.detach()
             # .view needs no copy of the whole weight; channels_last kernels are not viewable flat
             picked.append(data.view(-1)[where[0]] if len(where) == 1 else data[where])
