@@ -171,8 +171,16 @@ def layer_grams(model: nn.Module, layers: list[Layer], probe: Any) -> Grams:
     that lag. The model's mode and statistics are as before afterwards.
     """
     with _probing(model), layer_outputs(model, layers) as outputs, torch.no_grad():
-        forward(model, probe)
-    return {name: centered_gram(output.float().numpy()) for name, output in outputs.items()}
+        num_examples = len(forward(model, probe))
+    return {name: _gram(output.float().numpy(), num_examples) for name, output in outputs.items()}
+
+
+def _gram(output: NDArray[np.float32], num_examples: int) -> NDArray[np.float64]:
+    # Windows or heads may be folded into the first dimension. An output without examples, such as
+    # that of position embeddings, has no CKA.
+    if len(output) % num_examples:
+        return np.full((num_examples, num_examples), np.nan)
+    return centered_gram(output.reshape(num_examples, -1))
 
 
 @contextmanager

@@ -1,0 +1,51 @@
+# `make demo` and `make test` need Python 3.11 or newer and nothing else: they set up $(VENV) themselves.
+PYTHON ?= python3
+VENV ?= .venv
+# The plain requirement would bring gigabytes of CUDA; a CPU build is enough for demo and tests.
+TORCH ?= torch==2.13.0
+RUN := $(VENV)/bin/python -m
+DATA ?= $(SMARTFRZ_DATA)
+RUNS ?= runs
+
+.PHONY: help demo test lint format bench predictor clean
+
+help:
+	@echo "make demo       fine-tune a pretrained network fully and with SmartFRZ, and compare (about 6 minutes)"
+	@echo "make test       run all tests"
+	@echo "make lint       ruff and mypy"
+	@echo "make bench      measure overhead and batch norm handling"
+	@echo "make predictor  record all recipes and train smartfrz-base anew (SMARTFRZ_DATA names the data folder)"
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) pip install -q --disable-pip-version-check "$(TORCH)" -e ".[build,demo,cpu]" transformers \
+		pytest hypothesis ruff mypy
+	touch $@
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/smartfrz demo
+
+test: $(VENV)/.installed
+	$(RUN) pytest
+
+lint: $(VENV)/.installed
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+
+format: $(VENV)/.installed
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
+
+bench: $(VENV)/.installed
+	$(RUN) benchmarks.overhead
+	$(RUN) benchmarks.batch_norm
+
+predictor: $(VENV)/.installed
+	$(VENV)/bin/python recipes/fetch.py
+	SMARTFRZ_DATA="$(DATA)" $(VENV)/bin/smartfrz-build record recipes/*.toml --output $(RUNS) --workers 2 --threads 1
+	$(VENV)/bin/smartfrz-build train $(RUNS) --output $(RUNS)/smartfrz-base.onnx
+	@echo "Compare $(RUNS)/smartfrz-base.md with smartfrz/zoo/smartfrz-base.md"
+
+clean:
+	rm -rf $(VENV) demo-output
