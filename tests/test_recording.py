@@ -1,3 +1,4 @@
+import copy
 import logging
 import os
 import signal
@@ -318,6 +319,23 @@ def test_grams_are_those_of_the_layers_outputs(network, probe):
     np.testing.assert_allclose(grams["conv"], centered_gram(x.numpy()), rtol=1e-4, atol=1e-3)
 
 
+def test_outputs_without_examples_have_no_cka_and_folded_ones_are_unfolded():
+    class Windows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.position, self.inside = nn.Embedding(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):  # [examples, 6, 4] as windows of three
+            return self.inside(x.reshape(-1, 3, 4) + self.position(torch.arange(3))).reshape(len(x), -1)
+
+    torch.manual_seed(0)
+    model, x = Windows(), torch.randn(8, 6, 4)
+    grams = layer_grams(model, trace_layers(model, x), x)
+    assert np.isnan(grams["position"]).all()
+    with torch.no_grad():
+        np.testing.assert_allclose(grams["inside"], centered_gram(model(x).numpy()), rtol=1e-5, atol=1e-5)
+
+
 # Parts
 
 
@@ -353,6 +371,21 @@ def test_every_optimizer_trains(optimizer):
     assert len(losses) == 40
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
     assert evaluate(model, data) > 0.8
+
+
+def test_the_seed_decides_the_data_order_and_dropout():
+    inputs = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    data = list(zip(inputs, (inputs[:, 0] > 0).long(), strict=True))
+    torch.manual_seed(0)
+    initial = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2))
+    losses = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(len(losses))  # whatever came before
+        losses.append([])
+        spec = TrainingSpec(epochs=2, batch_size=8)
+        train(copy.deepcopy(initial), data, spec, seed=seed, on_step=lambda *step: losses[-1].append(step))
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
 
 
 def test_parameters_without_gradient_stay_as_they_are():
