@@ -98,6 +98,12 @@ def test_a_restored_history_goes_on_as_the_saved_one(count):
         restored.append("a", vector(value))
 
 
+def test_of_a_longer_saved_history_the_newest_is_kept():
+    history = WeightHistory(WINDOW, SIZE)
+    history.load_state_dict({"a": np.arange(7 * SIZE, dtype=np.float32).reshape(7, SIZE)})
+    assert history.rows("a")[:, 0].tolist() == [9, 12, 15, 18]
+
+
 @pytest.mark.parametrize("shape", [(SIZE + 1,), (1, SIZE), ()])
 def test_a_vector_of_another_shape(shape):
     history = WeightHistory(WINDOW, SIZE)

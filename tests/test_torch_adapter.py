@@ -250,6 +250,23 @@ def test_statistics_of_a_frozen_batch_norm_are_those_of_the_last_batches(momentu
     torch.testing.assert_close(loop.model.norm1.running_var.double(), variance, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("stop", [1, 7, 8, 9, 11])
+def test_a_run_resumed_between_snapshot_and_stage_freezes_the_same_statistics(stop):
+    script = [dict.fromkeys(LAYERS, 0.1), *FREEZE_FIRST]
+    whole, first, second = Loop(), Loop(), Loop(Net(seed=1), step=stop)
+    whole.run(whole.freezer(script, norm_batches=4), 15)
+    freezer = first.freezer(script, norm_batches=4)
+    first.run(freezer, stop)
+    resumed = second.freezer(script[stop // 6 :], norm_batches=4)
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+    resumed.load_state_dict(freezer.state_dict())
+    second.run(resumed, 15 - stop)
+    assert resumed.frozen_layers == ["conv1"]
+    for layer in LAYERS:
+        assert same(everything(whole.model, layer), everything(second.model, layer))
+
+
 def test_without_norm_batches_the_running_statistics_stay_as_they_are():
     frozen, plain = Loop(), Loop()
     frozen.run(frozen.freezer(FREEZE_FIRST, norm_batches=0), 6)
