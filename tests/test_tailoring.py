@@ -59,13 +59,21 @@ def test_a_layer_of_exactly_the_tailored_size_is_read_whole():
     np.testing.assert_array_equal(tailoring_positions("layer", 50, 50), np.arange(50))
 
 
-def test_every_weight_is_sampled_equally_often():
-    hits = np.zeros(100)
+def test_every_weight_is_sampled_equally_often_where_the_strata_are_equal():
+    hits = np.zeros(90)
     for seed in range(2000):
-        hits[tailoring_positions("layer", 100, 30, seed=seed)] += 1
-    # 30 of 100 in each draw: mean 600, standard deviation about 20.
-    assert hits.min() > 500
-    assert hits.max() < 700
+        hits[tailoring_positions("layer", 90, 30, seed=seed)] += 1
+    # One of three in each draw: mean 667, standard deviation 21.
+    assert hits.min() > 667 - 5 * 21
+    assert hits.max() < 667 + 5 * 21
+
+
+@given(st.integers(1, 300), st.integers(0, 5000), st.integers(0, 100))
+def test_one_position_in_each_stratum(tailored_size, more, seed):
+    num_weights = tailored_size + more
+    positions = tailoring_positions("layer", num_weights, tailored_size, seed=seed)
+    edges = [index * num_weights // tailored_size for index in range(tailored_size + 1)]
+    assert all(low <= p < high for low, p, high in zip(edges[:-1], positions, edges[1:], strict=True))
 
 
 @pytest.mark.parametrize("other", [("b", 500, 0), ("a", 501, 0), ("a", 500, 1)])
