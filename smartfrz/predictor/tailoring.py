@@ -31,7 +31,8 @@ def tailoring_positions(layer: str, num_weights: int, tailored_size: int, *, see
         Paper, section 3.2, "Layer Tailoring", which samples at random. Departure: large layers are
         sampled in `tailored_size` strata of equal width, but for rounding, one random position in
         each. That is a sample without replacement (uniform where the width is a whole number),
-        needs no permutation of all weights, and covers all output channels. The paper does not say how layers smaller than the tailored size are read.
+        needs no permutation of all weights, and covers all output channels. The paper does not say
+        how layers smaller than the tailored size are read.
 
     Example:
         >>> tailoring_positions("conv1", 100, 5, seed=0).shape
