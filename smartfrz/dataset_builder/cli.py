@@ -13,7 +13,7 @@ import rich
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from smartfrz.cli import Group
-from smartfrz.dataset_builder.labels import LabelRule, label_layers
+from smartfrz.dataset_builder.labels import LabelRule, label_layers, soft_targets
 from smartfrz.dataset_builder.recipes import Recipe, load_recipe
 from smartfrz.dataset_builder.storage import RecordedRun, read_run, run_files
 from smartfrz.errors import RecipeError
@@ -141,7 +141,10 @@ def _rule(rule: Any, tolerance: float, rule_records: int) -> LabelRule:
 def _labelled(runs: list[RecordedRun], rule: LabelRule) -> "list[LabelledRun]":
     from smartfrz.predictor.training import LabelledRun
 
-    return [LabelledRun(run.name, run.architecture, run.weights, label_layers(run.cka, rule)) for run in runs]
+    return [
+        LabelledRun(run.name, run.architecture, run.weights, label_layers(run.cka, rule), soft_targets(run.cka, rule))
+        for run in runs
+    ]
 
 
 @main.command()
@@ -172,12 +175,18 @@ def label(runs: Path, rule: str, tolerance: float, rule_records: int, plots: Pat
 @click.option("--name", default=None, help="Default: the output file's name.")
 @_rule_options
 @click.option("--representation", type=click.Choice(REPRESENTATIONS), default="motion", show_default=True)
-@click.option("--window", default=30, show_default=True)
-@click.option("--tailored-size", default=1024, show_default=True)
+@click.option("--window", default=30, type=click.IntRange(2, 4096), show_default=True)
+@click.option("--tailored-size", default=1024, type=click.IntRange(16), show_default=True)
 @click.option("--optimizer", type=click.Choice(["adamw", "sgd"]), default="adamw", show_default=True)
-@click.option("--learning-rate", default=5e-4, show_default=True)
-@click.option("--epochs", default=12, show_default=True)
-@click.option("--precision", default=0.9, show_default=True, help="For which the threshold is calibrated.")
+@click.option("--learning-rate", default=5e-4, type=click.FloatRange(0, min_open=True), show_default=True)
+@click.option("--epochs", default=10, type=click.IntRange(1), show_default=True)
+@click.option(
+    "--precision",
+    default=0.9,
+    type=click.FloatRange(0, 1, min_open=True),
+    show_default=True,
+    help="For which the threshold is calibrated.",
+)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--cross-validate/--no-cross-validate", default=True, help="Also hold out each architecture in turn.")
 def train(output: Path, runs: Path, name: str | None, rule: str, tolerance: float, rule_records: int, cross_validate: bool,

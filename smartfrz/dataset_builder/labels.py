@@ -56,7 +56,37 @@ def label_layers(cka: NDArray[np.float64], rule: LabelRule) -> NDArray[np.int8]:
         >>> label_layers(np.array([[0.2, 0.6, 0.9, 0.91]]), LabelRule(tolerance=0.05))
         array([[0, 0, 1, 1]], dtype=int8)
     """
-    labels = np.full(cka.shape, UNKNOWN, np.int8)
+    change = _change(cka, rule)
+    # Equal up to rounding counts as within: 0.91 - 0.86 is a little more than 0.05.
+    within = change <= rule.tolerance + 1e-12
+    return np.where(np.isnan(change), UNKNOWN, within).astype(np.int8)
+
+
+def soft_targets(cka: NDArray[np.float64], rule: LabelRule, softness: float = 0.5) -> NDArray[np.float32]:
+    """How clearly each label holds: what the predictor is trained on.
+
+    A layer whose CKA will still change by 0.021 is not as wrong to freeze as one that will change
+    by 0.3. A predictor trained on this margin does better on hard labels, too.
+
+    Args:
+        cka: As for `label_layers`.
+        rule: When CKA counts as stabilised.
+        softness: 0.5 in the label means a change as large as the tolerance; the smaller, the
+            steeper. 0 gives the hard labels.
+
+    Returns:
+        `1 / (1 + (change / tolerance)^(1 / softness))`, float32 of the shape of `cka`, in [0, 1];
+        NaN where the label is unknown.
+    """
+    change = _change(cka, rule)
+    if softness <= 0:
+        return np.where(np.isnan(change), np.nan, change <= rule.tolerance + 1e-12).astype(np.float32)
+    return (1.0 / (1.0 + (change / rule.tolerance) ** (1.0 / softness))).astype(np.float32)
+
+
+def _change(cka: NDArray[np.float64], rule: LabelRule) -> NDArray[np.float64]:
+    """Largest change of CKA over the span that the rule looks at; NaN where unknown."""
+    change = np.full(cka.shape, np.nan)
     for timestamp in range(cka.shape[1]):
         if rule.kind == "forward":
             span = cka[:, timestamp:]
@@ -64,7 +94,5 @@ def label_layers(cka: NDArray[np.float64], rule: LabelRule) -> NDArray[np.int8]:
             continue
         else:
             span = cka[:, timestamp + 1 - rule.records : timestamp + 1]
-        change = np.abs(span - cka[:, timestamp, None]).max(axis=1)  # NaN if any is
-        # Equal up to rounding counts as within: 0.91 - 0.86 is a little more than 0.05.
-        labels[:, timestamp] = np.where(np.isnan(change), UNKNOWN, change <= rule.tolerance + 1e-12)
-    return labels
+        change[:, timestamp] = np.abs(span - cka[:, timestamp, None]).max(axis=1)  # NaN if any is
+    return change

@@ -94,9 +94,7 @@ def represent(history: torch.Tensor, real: torch.Tensor, representation: str) ->
     return magnitude if representation == "log_displacement" else _ascending(magnitude)
 
 
-def _motion(
-    history: torch.Tensor, displacement: torch.Tensor, scale: torch.Tensor, real: torch.Tensor
-) -> torch.Tensor:
+def _motion(history: torch.Tensor, displacement: torch.Tensor, scale: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     window, tailored_size = history.shape[1:]
     num_lags = min(_LAGS, tailored_size // 4)
     share = (tailored_size - num_lags) // 2

@@ -28,12 +28,15 @@ class LabelledRun:
         architecture: Architectures are held out together.
         weights: A pool of sampled weights, float32 `[num_layers, timestamps, pool_size]`.
         labels: 1 freeze, 0 keep training, -1 unknown; int8 `[num_layers, timestamps]`.
+        targets: What is trained on: how clearly to freeze, in [0, 1], float32 of the same shape.
+            Defaults to the labels.
     """
 
     name: str
     architecture: str
     weights: NDArray[np.float32]
     labels: NDArray[np.int8]
+    targets: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,9 @@ class TrainingOptions:
         learning_rate: Peak of a cosine schedule.
         weight_decay: Decoupled for `adamw`.
         dropout: On the context vector.
+        jitter: Displacements of a window are scaled by a common random factor, of this standard
+            deviation in powers of ten. Without it the predictor learns how far the training runs'
+            optimizers move weights, which another optimizer does not. Not for `raw`.
         batch_size: Windows a step.
         steps_per_epoch: Steps between two evaluations on the validation runs.
         epochs: At most so many.
@@ -65,9 +71,10 @@ class TrainingOptions:
     learning_rate: float = 5e-4
     weight_decay: float = 0.05
     dropout: float = 0.2
+    jitter: float = 0.4
     batch_size: int = 64
-    steps_per_epoch: int = 50
-    epochs: int = 12
+    steps_per_epoch: int = 40
+    epochs: int = 10
     stop_after: int = 4
     precision: float = 0.9
     seed: int = 0
@@ -109,12 +116,18 @@ class _Windows:
         self._places = [
             [np.argwhere((run.labels == label) & _decidable(run, options)) for label in (0, 1)] for run in runs
         ]
+        for run, places in zip(runs, self._places, strict=True):
+            if not any(map(len, places)):
+                raise ValueError(
+                    f"run {run.name!r} has no timestamp that can be trained on: expected known labels and finite weights "
+                    "at some. Look at it with smartfrz-build label, or leave it out."
+                )
 
     def batch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         options, rng = self._options, self._rng
         history = np.zeros((options.batch_size, options.window, options.tailored_size), np.float32)
         lengths = np.empty(options.batch_size, np.int64)
-        labels = np.empty(options.batch_size, np.int64)
+        targets = np.empty((options.batch_size, 2), np.float32)
         for row in range(options.batch_size):
             index = int(rng.integers(len(self._runs)))
             wanted = row % 2 if len(self._places[index][row % 2]) else 1 - row % 2
@@ -122,16 +135,22 @@ class _Windows:
             weights = self._runs[index].weights
             positions = rng.choice(weights.shape[2], options.tailored_size, replace=False)
             lengths[row] = min(timestamp + 1, options.window)
-            rows = weights[layer, timestamp + 1 - lengths[row] : timestamp + 1]
-            history[row, options.window - lengths[row] :] = rows[:, positions]
-            labels[row] = wanted
-        return torch.from_numpy(history), torch.from_numpy(lengths), torch.from_numpy(labels)
+            rows = weights[layer, timestamp + 1 - lengths[row] : timestamp + 1][:, positions]
+            if options.representation != "raw":
+                rows = rows[-1] + (rows - rows[-1]) * np.float32(10.0 ** rng.normal(scale=options.jitter))
+            history[row, options.window - lengths[row] :] = rows
+            soft = self._runs[index].targets
+            ready = wanted if soft is None else soft[layer, timestamp]
+            targets[row] = 1.0 - ready, ready
+        return torch.from_numpy(history), torch.from_numpy(lengths), torch.from_numpy(targets)
 
 
 def _decidable(run: LabelledRun, options: TrainingOptions) -> NDArray[np.bool_]:
     """Where a history is long enough, the label known and the weights finite; bool `[num_layers, timestamps]`."""
     old_enough = np.arange(run.labels.shape[1]) >= options.min_records - 1
-    return (run.labels >= 0) & old_enough[None, :] & np.isfinite(run.weights).all(axis=2)
+    bad = np.cumsum(~np.isfinite(run.weights).all(axis=2), axis=1)
+    bad_before = np.pad(bad, ((0, 0), (options.window, 0)))[:, : bad.shape[1]]
+    return (run.labels >= 0) & old_enough[None, :] & (bad == bad_before)
 
 
 def fit(
@@ -173,8 +192,8 @@ def fit(
     for epoch in range(options.epochs):
         model.train()
         for step in range(options.steps_per_epoch):
-            history, lengths, labels = windows.batch()
-            loss = nn.functional.cross_entropy(model.logits(history, lengths)[0], labels)
+            history, lengths, targets = windows.batch()
+            loss = nn.functional.cross_entropy(model.logits(history, lengths)[0], targets)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -185,6 +204,11 @@ def fit(
             )
         auc = mean_auc(score(model, validation, options, every=3), validation, options)
         logger.debug("epoch %d: validation AUC %.4f", epoch, auc)
+        if np.isnan(auc):
+            raise ValueError(
+                f"No validation run has both labels: received {[run.name for run in validation]}; expected layers that "
+                "are ready and layers that are not. Change the tolerance, or record longer runs."
+            )
         since += 1
         if auc > best:
             best, best_state, since = auc, copy.deepcopy(model.state_dict()), 0
@@ -303,15 +327,15 @@ def quality(
         stages = np.arange(stage - 1, run.labels.shape[1], stage)
         with np.errstate(invalid="ignore"):
             ready = confidence[:, stages] >= threshold
-        first = np.where(ready.any(1), ready.argmax(1), -1)
+        first = np.where(ready.any(1), ready.argmax(1), -1) if len(stages) else np.full(len(ready), -1)
         frozen = [(layer, stages[i]) for layer, i in enumerate(first) if i >= 0]
         rows.append(
             (
                 _auc(s, y),
-                (positive == y).mean(),
+                (positive == y).mean() if len(y) else np.nan,
                 y[positive].mean() if positive.any() else np.nan,
                 positive[y == 1].mean() if (y == 1).any() else np.nan,
-                y.mean(),
+                y.mean() if len(y) else np.nan,
                 np.mean([run.labels[place] == 1 for place in frozen]) if frozen else np.nan,
                 sum(run.labels.shape[1] - t - 1 for _, t in frozen) / run.labels.size,
             )
@@ -334,20 +358,26 @@ def calibrate(scores: Scores, runs: Sequence[LabelledRun], options: TrainingOpti
     order = np.argsort(-values, kind="stable")
     right = np.cumsum(weights[order] * labels[order])
     reached = right / np.cumsum(weights[order])
-    # A threshold has to hold for all equal scores, and for enough of them to mean something.
-    last = np.append(np.diff(values[order]) != 0, True) & (np.arange(len(order)) >= min(20, len(order) - 1))
+    # Of enough scores to mean something.
+    last = _ends_of_ties(values[order]) & (np.arange(len(order)) >= min(20, len(order) - 1))
     good = np.flatnonzero(last & (reached >= precision))
     chosen = good[-1] if len(good) else np.flatnonzero(last)[np.argmax(reached[last])]
     return float(values[order][chosen])
 
 
 def best_accuracy_threshold(scores: Scores, runs: Sequence[LabelledRun], options: TrainingOptions) -> float:
-    """The threshold with the highest accuracy on the given runs."""
+    """The threshold with the highest accuracy on the given runs; infinite if that is to freeze nothing."""
     pairs = list(_pairs(scores, runs, options))
     values, labels = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
     order = np.argsort(-values, kind="stable")
-    gain = np.cumsum(np.where(labels[order] == 1, 1, -1))
-    return float(values[order][int(np.argmax(gain))])
+    gain = np.where(_ends_of_ties(values[order]), np.cumsum(np.where(labels[order] == 1, 1, -1)), -len(order))
+    best = int(np.argmax(gain))
+    return float(values[order][best]) if gain[best] > 0 else float("inf")
+
+
+def _ends_of_ties(descending: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Where a threshold can be: it takes all equal scores or none."""
+    return np.append(np.diff(descending) != 0, True)
 
 
 def split(runs: Sequence[LabelledRun], seed: int = 0) -> tuple[list[LabelledRun], list[LabelledRun]]:
