@@ -1,5 +1,8 @@
 """The attention network of the predictor, Eq. 1-4. Used to train it; ONNX Runtime runs it."""
 
+import math
+
+import numpy as np
 import torch
 from torch import nn
 
@@ -116,12 +119,14 @@ def _motion(history: torch.Tensor, displacement: torch.Tensor, scale: torch.Tens
 
 def _log_magnitude(x: torch.Tensor) -> torch.Tensor:
     # Relative changes of 1e-6 to 1 map to about -1 to 1.
-    return (torch.log10(x.abs() + 1e-7) + 3.0) / 3.0
+    return torch.log(x.abs() + 1e-7) / (3.0 * math.log(10.0)) + 1.0
 
 
 def _ascending(x: torch.Tensor) -> torch.Tensor:
-    # topk exports to one ONNX node; sort exports to the same, with a longer detour.
-    return torch.topk(x, x.shape[-1], dim=-1, largest=False, sorted=True).values
+    if torch.compiler.is_compiling() or x.requires_grad or x.is_cuda:
+        # topk exports to one ONNX node; sort exports to the same, with a longer detour.
+        return torch.topk(x, x.shape[-1], dim=-1, largest=False, sorted=True).values
+    return torch.from_numpy(np.sort(x.numpy(), axis=-1))  # ten times as fast on a CPU
 
 
 def _mlp(inside: int, hidden: int, outside: int) -> nn.Sequential:
