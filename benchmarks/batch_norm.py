@@ -1,4 +1,4 @@
-"""How the statistics of a frozen batch norm are best kept: python -m benchmarks.batch_norm
+"""How the statistics of a frozen batch norm are best kept: `python -m benchmarks.batch_norm`.
 
 EfficientNet-Lite0 (batch norm momentum 0.01) is fine-tuned on Fashion-MNIST at 64 px; the first
 half of its layers is frozen at 15 % of training, three ways: `running`: its running statistics as

@@ -1,4 +1,4 @@
-"""What recording and deciding cost beside a training step: python -m benchmarks.overhead
+"""What recording and deciding cost beside a training step: `python -m benchmarks.overhead`.
 
 Prints the time of one training step of EfficientNet-Lite0 (batch 32, 64 px), of one record and of
 one freezing stage with all layers active, medians of one process, and their share of a run of 480
@@ -44,7 +44,9 @@ def main():
     print(f"training step                {1e3 * train:8.2f} ms")
     print(f"one record                   {1e3 * record:8.2f} ms")
     print(f"one freezing stage           {1e3 * decide:8.2f} ms (with its record)")
-    print(f"share of {STEPS} steps, {records} records, {records // RECORDS_PER_STAGE} stages: {total / STEPS / train:.2%}")
+    print(
+        f"share of {STEPS} steps, {records} records, {records // RECORDS_PER_STAGE} stages: {total / STEPS / train:.2%}"
+    )
 
 
 def freezer_interval(freezer: SmartFRZ) -> int:

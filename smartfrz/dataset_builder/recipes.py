@@ -145,6 +145,7 @@ def _section(path: Path, key: str, spec: Any, values: Any) -> Any:
 def _check(path: Path, recipe: Recipe) -> None:
     training, recording, data = recipe.training, recipe.recording, recipe.data
     checks = [
+        (Path(recipe.name).name == recipe.name, "name", recipe.name, "a file name without folders"),
         (training.optimizer in OPTIMIZERS, "training.optimizer", training.optimizer, f"one of {OPTIMIZERS}"),
         (training.schedule in SCHEDULES, "training.schedule", training.schedule, f"one of {SCHEDULES}"),
         (training.epochs > 0, "training.epochs", training.epochs, "a positive number"),

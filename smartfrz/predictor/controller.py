@@ -95,15 +95,12 @@ class FreezeController:
         seed: int = 0,
     ):
         info = predictor.info
-        self.record_every = record_interval(info, total_steps, record_every)
-        self.decide_every = RECORDS_PER_STAGE if decide_every is None else decide_every
-        self.threshold = info.threshold if threshold is None else threshold
+        self.record_every, self.decide_every, self.threshold = schedule(
+            info, total_steps, record_every, decide_every, threshold, patience
+        )
         self.patience = patience
         self.dry_run = dry_run
         self.seed = seed
-        _check_range("decide_every", self.decide_every, self.decide_every >= 1, "an integer of at least 1")
-        _check_range("patience", patience, patience >= 1, "an integer of at least 1")
-        _check_range("threshold", self.threshold, 0 < self.threshold <= 1, "a confidence in (0, 1]")
         self._adapter = adapter
         self._predictor = predictor
         self._history = WeightHistory(info.window, info.tailored_size)
@@ -271,24 +268,42 @@ class FreezeController:
 _SCHEDULE = ("record_every", "decide_every", "threshold", "patience", "dry_run", "seed")
 
 
-def record_interval(info: PredictorInfo, total_steps: int | None, record_every: int | None) -> int:
-    """Steps between two records.
+def schedule(
+    info: PredictorInfo,
+    total_steps: int | None,
+    record_every: int | None,
+    decide_every: int | None,
+    threshold: float | None,
+    patience: int,
+) -> tuple[int, int, float]:
+    """What is given by the user, and else what follows from the predictor and the length of the run.
+
+    Returns:
+        `record_every` in steps, `decide_every` in records, and the threshold.
 
     Raises:
-        ValueError: If neither is given, or one is not positive.
+        ValueError: If a value is out of range, or neither `total_steps` nor `record_every` is given.
     """
-    if record_every is not None:
-        _check_range("record_every", record_every, record_every >= 1, "an integer of at least 1")
-        return record_every
-    if total_steps is None:
+    if record_every is None and total_steps is None:
         raise ValueError(
             "SmartFRZ needs to know how long the run is: received neither `total_steps` nor `record_every`. Pass "
             "total_steps=len(loader) * epochs."
         )
-    _check_range("total_steps", total_steps, total_steps >= 1, "an integer of at least 1")
-    return max(1, round(total_steps * info.record_fraction))
-
-
-def _check_range(name: str, received: Any, fine: bool, expected: str) -> None:
-    if not fine:
-        raise ValueError(f"`{name}` is {received!r}; expected {expected}.")
+    counts = {
+        "total_steps": total_steps,
+        "record_every": record_every,
+        "decide_every": decide_every,
+        "patience": patience,
+    }
+    for name, value in counts.items():
+        if value is not None and (not isinstance(value, (int, np.integer)) or value < 1):
+            raise ValueError(f"`{name}` is {value!r}; expected an integer of at least 1.")
+    if record_every is None:
+        record_every = max(1, round((total_steps or 1) * info.record_fraction))
+    if decide_every is None:
+        decide_every = RECORDS_PER_STAGE
+    if threshold is None:
+        threshold = info.threshold
+    if not 0 < threshold <= 1:
+        raise ValueError(f"`threshold` is {threshold!r}; expected a confidence in (0, 1].")
+    return record_every, decide_every, threshold

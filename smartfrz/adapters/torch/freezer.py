@@ -14,7 +14,7 @@ from smartfrz import zoo
 from smartfrz.adapters.torch.freezing import TorchAdapter
 from smartfrz.adapters.torch.layers import Layer, LayerTracer
 from smartfrz.errors import StateError, UsageError
-from smartfrz.predictor.controller import AsksPredictor, FreezeController, record_interval
+from smartfrz.predictor.controller import AsksPredictor, FreezeController, schedule
 from smartfrz.predictor.decision import FreezeDecision
 from smartfrz.predictor.runtime import Device
 
@@ -69,7 +69,8 @@ class SmartFRZ:
         norm_batches: int = 24,
     ):
         self.predictor = zoo.load(predictor, device=device)
-        record_interval(self.predictor.info, total_steps, record_every)  # complain now, not after the first batch
+        # complain now, not after the first batch
+        schedule(self.predictor.info, total_steps, record_every, decide_every, threshold, patience)
         if norm_batches < 0:
             raise ValueError(f"`norm_batches` is {norm_batches}; expected 0 or more batches.")
         self._model = model
