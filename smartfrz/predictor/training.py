@@ -53,8 +53,10 @@ class TrainingOptions:
         weight_decay: Decoupled for `adamw`.
         dropout: On the context vector.
         jitter: Displacements of a window are scaled by a common random factor, of this standard
-            deviation in powers of ten. Without it the predictor learns how far the training runs'
-            optimizers move weights, which another optimizer does not. Not for `raw`.
+            deviation in powers of ten. Not for `raw`.
+        jitter_slope: How the target follows: its odds change with this power of the factor. The
+            predictor so learns that layers which move more are less ready, in general and not only
+            as far as the training runs show it. 0 would teach it that the size does not matter.
         batch_size: Windows a step.
         steps_per_epoch: Steps between two evaluations on the validation runs.
         epochs: At most so many.
@@ -72,6 +74,7 @@ class TrainingOptions:
     weight_decay: float = 0.05
     dropout: float = 0.2
     jitter: float = 0.4
+    jitter_slope: float = 2.0
     batch_size: int = 64
     steps_per_epoch: int = 40
     epochs: int = 10
@@ -136,11 +139,14 @@ class _Windows:
             positions = rng.choice(weights.shape[2], options.tailored_size, replace=False)
             lengths[row] = min(timestamp + 1, options.window)
             rows = weights[layer, timestamp + 1 - lengths[row] : timestamp + 1][:, positions]
-            if options.representation != "raw":
-                rows = rows[-1] + (rows - rows[-1]) * np.float32(10.0 ** rng.normal(scale=options.jitter))
-            history[row, options.window - lengths[row] :] = rows
             soft = self._runs[index].targets
-            ready = wanted if soft is None else soft[layer, timestamp]
+            ready = float(wanted if soft is None else soft[layer, timestamp])
+            if options.representation != "raw" and options.jitter:
+                decades = rng.normal(scale=options.jitter)
+                rows = rows[-1] + (rows - rows[-1]) * np.float32(10.0**decades)
+                odds = (1 - ready + 1e-6) / (ready + 1e-6) * 10.0 ** (decades * options.jitter_slope)
+                ready = 1.0 / (1.0 + odds)
+            history[row, options.window - lengths[row] :] = rows
             targets[row] = 1.0 - ready, ready
         return torch.from_numpy(history), torch.from_numpy(lengths), torch.from_numpy(targets)
 
