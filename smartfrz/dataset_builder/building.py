@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from smartfrz.dataset_builder.labels import LabelRule
+from smartfrz.dataset_builder.labels import LabelRule, label_layers, soft_targets
 from smartfrz.dataset_builder.storage import RecordedRun
 from smartfrz.files import replacing
 from smartfrz.predictor.contract import PredictorInfo
@@ -29,6 +29,20 @@ from smartfrz.predictor.training import (
 Progress = Callable[[float, str], None]
 
 
+def labelled_runs(recorded: Sequence[RecordedRun], rule: LabelRule, records: int) -> list[LabelledRun]:
+    """Label recorded runs, and thin them to about `records` timestamps each.
+
+    Labels are made first: they look at every recorded timestamp.
+    """
+    runs = []
+    for run in recorded:
+        every = max(1, round(run.facts["recipe"]["recording"]["records"] / records))
+        labels, targets = label_layers(run.cka, rule), soft_targets(run.cka, rule)
+        thin = slice(every - 1, None, every)
+        runs.append(LabelledRun(run.name, run.architecture, run.weights[:, thin], labels[:, thin], targets[:, thin]))
+    return runs
+
+
 def build_predictor(
     recorded: Sequence[RecordedRun],
     runs: Sequence[LabelledRun],
@@ -38,6 +52,7 @@ def build_predictor(
     name: str,
     dataset_sha256: str,
     *,
+    records: int = 30,
     cross_validate: bool = True,
     progress: Progress = lambda fraction, text: None,
 ) -> str:
@@ -51,6 +66,7 @@ def build_predictor(
         output: The ONNX file; the card goes beside it, with the ending `.md`.
         name: The predictor's name.
         dataset_sha256: Of the recordings.
+        records: Records a run, to which `labelled_runs` thinned the recordings.
         cross_validate: Also train without each architecture in turn, for the card.
         progress: Called with the fraction done and what is being done.
 
@@ -76,7 +92,6 @@ def build_predictor(
         "predictor": quality(scores, validation, threshold, options),
         "weight_change": quality(weight_change(validation, options), validation, baseline, options),
     }
-    records = float(np.median([run.facts["recipe"]["recording"]["records"] for run in recorded]))
     metrics = {
         "label_rule": rule.to_dict(),
         "trained_on": sorted(run.name for run in train),
@@ -155,7 +170,7 @@ def write_card(
             "## An architecture that it never saw",
             "",
             "Trained anew without each architecture, judged on that architecture's runs (means over runs). The baseline, "
-            "weight change, is the relative change over the last 5 records, with the threshold of the highest accuracy "
+            "weight change, is the relative change over the last 3 records, with the threshold of the highest accuracy "
             "on the training runs.",
             "",
             *_table(held_out | {"mean": means}, "held out"),

@@ -6,22 +6,19 @@ import queue
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import rich
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from smartfrz.cli import Group
-from smartfrz.dataset_builder.labels import LabelRule, label_layers, soft_targets
+from smartfrz.dataset_builder.labels import LabelRule, label_layers
 from smartfrz.dataset_builder.recipes import Recipe, load_recipe
-from smartfrz.dataset_builder.storage import RecordedRun, read_run, run_files
+from smartfrz.dataset_builder.storage import read_run, run_files
 from smartfrz.errors import RecipeError
 from smartfrz.files import replacing
 from smartfrz.predictor.contract import REPRESENTATIONS
-
-if TYPE_CHECKING:
-    from smartfrz.predictor.training import LabelledRun
 
 
 @click.group(cls=Group)
@@ -138,15 +135,6 @@ def _rule(rule: Any, tolerance: float, rule_records: int) -> LabelRule:
         raise click.UsageError(str(error)) from error
 
 
-def _labelled(runs: list[RecordedRun], rule: LabelRule) -> "list[LabelledRun]":
-    from smartfrz.predictor.training import LabelledRun
-
-    return [
-        LabelledRun(run.name, run.architecture, run.weights, label_layers(run.cka, rule), soft_targets(run.cka, rule))
-        for run in runs
-    ]
-
-
 @main.command()
 @click.argument("runs", type=click.Path(path_type=Path, file_okay=False))
 @_rule_options
@@ -175,6 +163,9 @@ def label(runs: Path, rule: str, tolerance: float, rule_records: int, plots: Pat
 @click.option("--name", default=None, help="Default: the output file's name.")
 @_rule_options
 @click.option("--representation", type=click.Choice(REPRESENTATIONS), default="motion", show_default=True)
+@click.option(
+    "--records", default=30, type=click.IntRange(4), show_default=True, help="Records a run; recordings are thinned."
+)
 @click.option("--window", default=30, type=click.IntRange(2, 4096), show_default=True)
 @click.option("--tailored-size", default=1024, type=click.IntRange(16), show_default=True)
 @click.option("--optimizer", type=click.Choice(["adamw", "sgd"]), default="adamw", show_default=True)
@@ -189,10 +180,19 @@ def label(runs: Path, rule: str, tolerance: float, rule_records: int, plots: Pat
 )
 @click.option("--seed", default=0, show_default=True)
 @click.option("--cross-validate/--no-cross-validate", default=True, help="Also hold out each architecture in turn.")
-def train(output: Path, runs: Path, name: str | None, rule: str, tolerance: float, rule_records: int, cross_validate: bool,
-          **options: Any) -> None:  # fmt: skip
+def train(
+    output: Path,
+    runs: Path,
+    name: str | None,
+    rule: str,
+    tolerance: float,
+    rule_records: int,
+    records: int,
+    cross_validate: bool,
+    **options: Any,
+) -> None:
     """Train a predictor, evaluate it on held-out runs, export it to ONNX, check parity, write its card."""
-    from smartfrz.dataset_builder.building import build_predictor
+    from smartfrz.dataset_builder.building import build_predictor, labelled_runs
     from smartfrz.predictor.training import TrainingOptions
 
     _quiet_exporter()
@@ -206,12 +206,13 @@ def train(output: Path, runs: Path, name: str | None, rule: str, tolerance: floa
         try:
             card = build_predictor(
                 recorded,
-                _labelled(recorded, chosen),
+                labelled_runs(recorded, chosen, records),
                 chosen,
                 TrainingOptions(**options),
                 output,
                 name or output.stem,
                 digest,
+                records=records,
                 cross_validate=cross_validate,
                 progress=lambda fraction, what: bars.update(task, completed=fraction, what=what),
             )
@@ -226,13 +227,14 @@ def train(output: Path, runs: Path, name: str | None, rule: str, tolerance: floa
 @click.argument("runs", type=click.Path(path_type=Path, file_okay=False))
 def evaluate(predictor: Path, runs: Path) -> None:
     """Judge a predictor on recorded runs, beside the weight-change baseline."""
-    from smartfrz.dataset_builder.building import evaluate_predictor
+    from smartfrz.dataset_builder.building import evaluate_predictor, labelled_runs
     from smartfrz.predictor.runtime import Predictor
 
     loaded = Predictor(predictor, device="cpu")
     recorded = [read_run(path) for path in run_files(runs)]
     rule = LabelRule(**loaded.info.metrics.get("label_rule", {}))
-    click.echo(evaluate_predictor(loaded, _labelled(recorded, rule)))
+    records = round(1 / loaded.info.record_fraction)
+    click.echo(evaluate_predictor(loaded, labelled_runs(recorded, rule, records)))
 
 
 def _quiet_exporter() -> None:

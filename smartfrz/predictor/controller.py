@@ -16,7 +16,7 @@ from smartfrz.predictor.tailoring import tailoring_positions
 
 logger = logging.getLogger("smartfrz")
 STATE_VERSION = 1
-RECORDS_PER_STAGE = 3
+RECORDS_PER_STAGE = 2
 
 
 class Adapter(Protocol):
@@ -70,7 +70,7 @@ class FreezeController:
         total_steps: Optimizer steps of the whole run. Gives `record_every`, so that the run has as
             many records as the runs that the predictor was trained on.
         record_every: Steps between two records; overrides what follows from `total_steps`.
-        decide_every: Records between two freezing stages. Defaults to 3.
+        decide_every: Records between two freezing stages. Defaults to 2.
         threshold: Confidence from which a layer is frozen. Defaults to the predictor's own.
         patience: Freezing stages in a row at which a layer must be confident.
         dry_run: Decide and log, but freeze nothing.

@@ -11,6 +11,7 @@ from smartfrz.predictor.contract import REPRESENTATIONS
 _MASKED = -1e9  # finite: a row of -inf would make softmax return NaN
 _FLOOR = 1e-9
 _LAGS = 32
+_STILL = 1e-4  # relative change below which it does not matter how little a layer moved
 
 
 class FreezePredictor(nn.Module):
@@ -32,8 +33,6 @@ class FreezePredictor(nn.Module):
         super().__init__()
         if representation not in REPRESENTATIONS:
             raise ValueError(f"`representation` is {representation!r}; expected one of {', '.join(REPRESENTATIONS)}.")
-        if representation == "motion" and tailored_size % 2:
-            raise ValueError(f"`tailored_size` is {tailored_size}; expected an even number, 'motion' halves it.")
         self.tailored_size = tailored_size
         self.representation = representation
         self.key = _mlp(tailored_size, 256, 64)
@@ -76,9 +75,10 @@ def represent(history: torch.Tensor, real: torch.Tensor, representation: str) ->
         real: Which rows are no padding, bool `[layers, window]`.
         representation: `raw`: the weights, as in the paper. `displacement`: (W_j - W_t) / rms(W_t).
             `log_displacement`: log magnitudes of that. `sorted_displacement`: those in ascending
-            order, which no longer depends on which weights were sampled. `motion`: sorted log
-            magnitudes of the displacement W_j - W_t, of the step W_j - W_{j-1}, each from its own
-            share of the samples, and how many timestamps ago j was, one-hot.
+            order, which no longer depends on which weights were sampled. `motion`: of the
+            displacement W_j - W_t and of the step W_j - W_{j-1}, relative to rms(W_t), the
+            logarithm of their size (repeated, so that it counts), the sorted magnitudes relative
+            to that size; and how many timestamps ago j was, one-hot.
 
     Returns:
         float32 of the shape of `history`.
@@ -100,21 +100,23 @@ def represent(history: torch.Tensor, real: torch.Tensor, representation: str) ->
 def _motion(history: torch.Tensor, displacement: torch.Tensor, scale: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     window, tailored_size = history.shape[1:]
     num_lags = min(_LAGS, tailored_size // 4)
-    share = (tailored_size - num_lags) // 2
-    num_lags = tailored_size - 2 * share
-    # Positions ascend through the layer: every second one, so that both shares see all of it.
+    share = (tailored_size - num_lags) // 4
+    num_lags = tailored_size - 4 * share
     before = torch.cat([history[:, :1], history[:, :-1]], dim=1)
     # The step into the first real row is unknown: the row before it is padding.
     known = torch.cat([torch.zeros_like(real[:, :1]), real[:, :-1]], dim=1).unsqueeze(-1)
     step = torch.where(known, (history - before) / scale, torch.zeros_like(history))
-    sizes = [
-        _ascending(_log_magnitude(part[..., offset : offset + 2 * share : 2]))
-        for offset, part in enumerate((displacement, step))
-    ]
+    seen = []
+    for move in (displacement, step):
+        size = torch.sqrt((move * move).mean(-1, keepdim=True))
+        level = torch.log(size + _STILL) / (1.5 * math.log(10.0)) + 4.0 / 3.0
+        # Positions ascend through the layer: every fourth one, so that the sample sees all of it.
+        shape = _ascending(move[..., : 4 * share : 4].abs() / size.clamp_min(_FLOOR)) - 0.8
+        seen += [shape, level.expand(-1, -1, share)]
     # Attention knows no order by itself; change over 3 timestamps and over 30 are different things.
     ago = torch.arange(window - 1, -1, -1, device=history.device).clamp(max=num_lags - 1)
     one_hot = (ago[:, None] == torch.arange(num_lags, device=history.device)[None, :]).to(history.dtype)
-    return torch.cat([*sizes, one_hot.unsqueeze(0).expand(history.shape[0], -1, -1)], dim=-1)
+    return torch.cat([*seen, one_hot.unsqueeze(0).expand(history.shape[0], -1, -1)], dim=-1)
 
 
 def _log_magnitude(x: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
+from smartfrz.predictor.controller import RECORDS_PER_STAGE
 from smartfrz.predictor.model import FreezePredictor
 from smartfrz.predictor.runtime import Predictor
 
@@ -208,7 +209,7 @@ def fit(
             progress(
                 (epoch * options.steps_per_epoch + step + 1) / total, f"loss {loss.item():.3f}, best AUC {best:.3f}"
             )
-        auc = mean_auc(score(model, validation, options, every=3), validation, options)
+        auc = mean_auc(score(model, validation, options, every=RECORDS_PER_STAGE), validation, options)
         logger.debug("epoch %d: validation AUC %.4f", epoch, auc)
         if np.isnan(auc):
             raise ValueError(
@@ -282,8 +283,10 @@ def _ask(
     return answer
 
 
-def weight_change(runs: Sequence[LabelledRun], options: TrainingOptions, records: int = 5) -> Scores:
+def weight_change(runs: Sequence[LabelledRun], options: TrainingOptions, records: int = 3) -> Scores:
     """The baseline: minus the relative change of the weights over the last records.
+
+    3 of 30 records are a tenth of a run; between 3 and 10 of 60 it makes little difference.
 
     Returns:
         log10 of |W_t - W_{t-records}| / |W_t|, negated so that more means readier; NaN where
@@ -315,7 +318,11 @@ def _auc(scores: NDArray[np.float32], labels: NDArray[np.int8]) -> float:
 
 
 def quality(
-    scores: Scores, runs: Sequence[LabelledRun], threshold: float, options: TrainingOptions, stage: int = 3
+    scores: Scores,
+    runs: Sequence[LabelledRun],
+    threshold: float,
+    options: TrainingOptions,
+    stage: int = RECORDS_PER_STAGE,
 ) -> Quality:
     """Judge scores; every run counts alike.
 

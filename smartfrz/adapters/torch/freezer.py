@@ -29,7 +29,7 @@ class SmartFRZ:
         predictor: A name of the zoo, the path of an ONNX file, or a loaded `Predictor`.
         total_steps: Optimizer steps of the whole run, `len(loader) * epochs`. Gives `record_every`.
         record_every: Steps between two records of the weights.
-        decide_every: Records between two freezing stages. Defaults to 3.
+        decide_every: Records between two freezing stages. Defaults to 2.
         threshold: Confidence from which a layer is frozen. Defaults to the predictor's own.
         patience: Freezing stages in a row at which a layer must be confident.
         dry_run: Decide, log and report, but freeze nothing.
