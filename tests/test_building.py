@@ -175,7 +175,7 @@ def test_evaluation_uses_the_stored_thresholds(built):
 
 def test_means_leave_out_what_is_undefined():
     nan = float("nan")
-    one = Quality(0.5, 0.6, nan, 0.4, 0.3, nan, 0.1)
-    other = Quality(0.7, 0.8, 0.9, 0.6, 0.5, nan, 0.3)
-    mean = mean_quality({"a": {"predictor": one}, "b": {"predictor": other}}, "predictor")
-    assert dataclasses.astuple(mean) == pytest.approx((0.6, 0.7, 0.9, 0.5, 0.4, nan, 0.2), nan_ok=True)
+    one = Quality(0.5, 0.5, 0.6, nan, 0.4, 0.3, nan, 0.1)
+    other = Quality(0.7, 0.9, 0.8, 0.9, 0.6, 0.5, nan, 0.3)
+    mean = mean_quality([one, other])
+    assert dataclasses.astuple(mean) == pytest.approx((0.6, 0.7, 0.7, 0.9, 0.5, 0.4, nan, 0.2), nan_ok=True)

@@ -156,15 +156,17 @@ def test_label_follows_the_rule(places):
 def test_train_passes_its_options_on(places, tmp_path, monkeypatch):
     seen = {}
 
-    def spy(recorded, runs, rule, options, output, name, digest, *, cross_validate, progress):
-        seen.update(rule=rule, options=options, name=name, digest=digest, cross_validate=cross_validate)
+    def spy(recorded, runs, rule, options, output, name, digest, *, records, cross_validate, progress):
+        seen.update(
+            rule=rule, options=options, name=name, digest=digest, records=records, cross_validate=cross_validate
+        )
         return "the card"
 
     monkeypatch.setattr(building, "build_predictor", spy)
     result = invoke(
         build, "train", places["runs"], "-o", tmp_path / "my.onnx", "--rule", "backward", "--tolerance", "0.03",
         "--window", "12", "--tailored-size", "16", "--optimizer", "sgd", "--seed", "4", "--representation", "raw",
-        "--precision", "0.8", "--epochs", "3", "--learning-rate", "0.1", "--no-cross-validate",
+        "--precision", "0.8", "--epochs", "3", "--learning-rate", "0.1", "--records", "20", "--no-cross-validate",
     )  # fmt: skip
     assert result.exit_code == 0
     assert "the card" in result.stdout
@@ -172,7 +174,7 @@ def test_train_passes_its_options_on(places, tmp_path, monkeypatch):
     used = seen["options"]
     assert (used.window, used.tailored_size, used.optimizer, used.seed) == (12, 16, "sgd", 4)
     assert (used.representation, used.precision, used.epochs, used.learning_rate) == ("raw", 0.8, 3, 0.1)
-    assert (seen["name"], seen["cross_validate"]) == ("my", False)
+    assert (seen["name"], seen["records"], seen["cross_validate"]) == ("my", 20, False)
     first = seen["digest"]
     invoke(build, "train", places["runs"], "-o", tmp_path / "my.onnx")
     assert seen["digest"] == first
@@ -249,6 +251,10 @@ def test_from_recipes_to_an_evaluated_predictor(tmp_path):
         32,
         "--epochs",
         1,
+        "--records",
+        16,
+        "--tolerance",
+        0.0003,  # the tiny runs hardly move: both labels have to occur
         "--no-cross-validate",
     )
     assert result.exit_code == 0, result.output

@@ -109,11 +109,6 @@ def test_an_unknown_representation():
         FreezePredictor(SIZE, "row")
 
 
-def test_motion_needs_an_even_tailored_size():
-    with pytest.raises(ValueError, match="`tailored_size` is 33; expected an even number"):
-        FreezePredictor(33, "motion")
-
-
 def test_parity_is_nan_for_a_network_that_answers_nan(tiny_model, predictor_file):
     predictor = Predictor(predictor_file, device="cpu")
     assert parity(tiny_model, predictor, rounds=2) <= TOLERANCE

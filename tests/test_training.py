@@ -5,6 +5,7 @@ import pytest
 import torch
 from builder_fixtures import PLAN, SMALL, labelled_run, labelled_runs
 
+from smartfrz.predictor.controller import RECORDS_PER_STAGE
 from smartfrz.predictor.training import (
     LabelledRun,
     TrainingOptions,
@@ -98,7 +99,7 @@ def test_the_best_state_is_kept():
     reported = []
     model = fit(runs[1:], runs[:1], used, lambda done, text: reported.append(text))
     best_so_far = float(reported[-1].rpartition(" ")[2])
-    assert mean_auc(score(model, runs[:1], used, every=3), runs[:1], used) >= best_so_far - 5e-4
+    assert mean_auc(score(model, runs[:1], used, every=RECORDS_PER_STAGE), runs[:1], used) >= best_so_far - 5e-4
     assert not model.training
 
 
@@ -149,7 +150,7 @@ def test_quality_of_hand_made_scores():
     # freezing stages are the timestamps 2 and 5
     labels = [[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]]
     values = [[0.1, 0.2, 0.3, 0.6, 0.7, 0.8], [0.1, 0.1, 0.9, 0.1, 0.1, 0.1], [0.9, 0.9, 0.4, 0.4, 0.4, 0.4]]
-    q = quality(scores_of(values), [hand_made(labels)], 0.5, ANY)
+    q = quality(scores_of(values), [hand_made(labels)], 0.5, ANY, stage=3)
     assert q.accuracy == pytest.approx(13 / 18)
     assert q.precision == pytest.approx(5 / 6)
     assert q.recall == pytest.approx(5 / 9)
@@ -167,24 +168,24 @@ def test_quality_of_hand_made_scores():
 
 
 def test_unknown_labels_do_not_count():
-    q = quality(scores_of([[0.9, 0.9, 0.1, 0.1]]), [hand_made([[1, -1, 0, -1]])], 0.5, ANY)
+    q = quality(scores_of([[0.9, 0.9, 0.1, 0.1]]), [hand_made([[1, -1, 0, -1]])], 0.5, ANY, stage=3)
     assert (q.accuracy, q.precision, q.recall, q.auc) == (1.0, 1.0, 1.0, 1.0)
 
 
 def test_runs_count_alike_whatever_their_size():
     right, wrong = hand_made([[1, 1, 1]]), hand_made([[0] * 40] * 10)
-    q = quality(scores_of([[0.9, 0.9, 0.9]], np.full((10, 40), 0.9)), [right, wrong], 0.5, ANY)
+    q = quality(scores_of([[0.9, 0.9, 0.9]], np.full((10, 40), 0.9)), [right, wrong], 0.5, ANY, stage=3)
     assert q.accuracy == pytest.approx(0.5)
 
 
 def test_what_is_undefined_is_nan_without_a_warning():
-    q = quality(scores_of([[0.1, 0.1, 0.1]]), [hand_made([[0, 0, 0]])], 0.5, ANY)
+    q = quality(scores_of([[0.1, 0.1, 0.1]]), [hand_made([[0, 0, 0]])], 0.5, ANY, stage=3)
     assert np.isnan([q.auc, q.precision, q.recall, q.freeze_precision]).all()
     assert (q.accuracy, q.frozen_share) == (1.0, 0.0)
 
 
 def test_quality_is_rounded_for_cards():
-    q = quality(scores_of([[0.9, 0.1, 0.9]]), [hand_made([[1, 0, 0]])], 0.5, ANY)
+    q = quality(scores_of([[0.9, 0.1, 0.9]]), [hand_made([[1, 0, 0]])], 0.5, ANY, stage=3)
     assert q.to_dict()["accuracy"] == 0.6667
 
 
@@ -290,13 +291,15 @@ def test_leaving_one_architecture_out(monkeypatch):
     monkeypatch.setattr(training, "fit", spy)
     seen = []
     runs = labelled_runs()
-    results = leave_one_architecture_out(runs, SMALL, lambda done, text: seen.append((done, text)))
-    assert used == [({"transformer"}, 1, 1), ({"cnn"}, 1, 1)]
+    results = leave_one_architecture_out(runs, SMALL, lambda done, text: seen.append((done, text)), num_seeds=2)
+    assert used == [({"transformer"}, 1, 1)] * 2 + [({"cnn"}, 1, 1)] * 2
     assert list(results) == ["cnn", "transformer"]
     for methods in results.values():
         assert list(methods) == ["predictor", "weight_change"]
-        assert methods["predictor"].auc > 0.9
-        assert methods["weight_change"].auc > 0.5
+        first, second = methods["predictor"]
+        assert first != second
+        assert first.auc > 0.9
+        assert methods["weight_change"][0].auc > 0.5
     assert seen[-1][0] == pytest.approx(1.0)
     assert seen[0][1].startswith("without cnn: ")
 

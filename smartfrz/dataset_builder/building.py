@@ -1,5 +1,6 @@
 """From labelled runs to a predictor file with its card."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def build_predictor(
         PredictorFileError: If the exported file answers differently from the trained network.
     """
     share = 0.8 if cross_validate else 0.0
-    held_out = (
+    by_seed = (
         leave_one_architecture_out(runs, options, lambda done, text: progress(share * done, text))
         if cross_validate
         else {}
@@ -97,7 +98,10 @@ def build_predictor(
         "trained_on": sorted(run.name for run in train),
         "validated_on": sorted(run.name for run in validation),
         "validation": _plain(on_validation),
-        "leave_one_architecture_out": {a: _plain(q) for a, q in held_out.items()},
+        "leave_one_architecture_out": {
+            architecture: _plain({method: mean_quality(q) for method, q in methods.items()})
+            for architecture, methods in by_seed.items()
+        },
         "weight_change_threshold": baseline,
     }
     info = PredictorInfo(
@@ -113,7 +117,7 @@ def build_predictor(
         min_records=options.min_records,
     )
     difference = export(model, info, output)
-    card = write_card(info, recorded, on_validation, held_out, difference, options)
+    card = write_card(info, recorded, on_validation, by_seed, difference, options)
     with replacing(output.with_suffix(".md")) as temporary:
         temporary.write_text(card, encoding="utf-8")
     return card
@@ -124,21 +128,21 @@ def _plain(results: dict[str, Quality]) -> dict[str, dict[str, float | None]]:
     return {key: {k: None if np.isnan(v) else v for k, v in value.to_dict().items()} for key, value in results.items()}
 
 
-_COLUMNS = ("AUC", "accuracy", "precision", "recall", "ready", "right freezes", "time frozen")
+_COLUMNS = ("AUC", "pooled AUC", "accuracy", "precision", "recall", "ready", "right freezes", "time frozen")
 
 
 def _table(results: dict[str, dict[str, Quality]], first: str) -> list[str]:
     lines = [f"| {first} | judged by | {' | '.join(_COLUMNS)} |", "|---" * (len(_COLUMNS) + 2) + "|"]
     for name, methods in results.items():
         for method, q in methods.items():
-            values = (q.auc, q.accuracy, q.precision, q.recall, q.positive, q.freeze_precision, q.frozen_share)
+            values = dataclasses.astuple(q)
             lines.append(f"| {name} | {method.replace('_', ' ')} | " + " | ".join(f"{v:.3f}" for v in values) + " |")
     return lines
 
 
-def mean_quality(results: dict[str, dict[str, Quality]], method: str) -> Quality:
-    """Mean over the held-out architectures."""
-    table = np.array([list(q[method].to_dict().values()) for q in results.values()], dtype=float)
+def mean_quality(results: Sequence[Quality]) -> Quality:
+    """Mean of each figure, over architectures or seeds; NaN is left out."""
+    table = np.array([dataclasses.astuple(q) for q in results], dtype=float)
     return Quality(*(float(np.nanmean(c)) if np.isfinite(c).any() else float("nan") for c in table.T))
 
 
@@ -146,7 +150,7 @@ def write_card(
     info: PredictorInfo,
     recorded: Sequence[RecordedRun],
     validation: dict[str, Quality],
-    held_out: dict[str, dict[str, Quality]],
+    by_seed: dict[str, dict[str, list[Quality]]],
     difference: float,
     options: TrainingOptions,
 ) -> str:
@@ -164,16 +168,25 @@ def write_card(
         f"at most {difference:.1g}.",
         "",
     ]
-    if held_out:
-        means = {m: mean_quality(held_out, m) for m in ("predictor", "weight_change")}
+    if by_seed:
+        held_out = {a: {m: mean_quality(q) for m, q in methods.items()} for a, methods in by_seed.items()}
+        methods = ("predictor", "weight_change")
+        means = {m: mean_quality([q[m] for q in held_out.values()]) for m in methods}
+        seeds = range(len(next(iter(by_seed.values()))["predictor"]))
+        each = [mean_quality([q["predictor"][seed] for q in by_seed.values()]) for seed in seeds]
         lines += [
             "## An architecture that it never saw",
             "",
-            "Trained anew without each architecture, judged on that architecture's runs (means over runs). The baseline, "
+            f"Trained anew without each architecture, with {len(each)} seeds, judged on that architecture's runs (means over"
+            " seeds and runs; pooled AUC: over the windows of all its runs together). The baseline, "
             "weight change, is the relative change over the last 3 records, with the threshold of the highest accuracy "
             "on the training runs.",
             "",
             *_table(held_out | {"mean": means}, "held out"),
+            "",
+            f"Mean AUC of the predictor by seed: {', '.join(f'{q.auc:.3f}' for q in each)} (pooled: "
+            f"{', '.join(f'{q.pooled_auc:.3f}' for q in each)}); of the baseline: {means['weight_change'].auc:.3f} (pooled: "
+            f"{means['weight_change'].pooled_auc:.3f}).",
             "",
         ]
     lines += [

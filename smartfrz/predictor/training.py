@@ -1,6 +1,7 @@
 """Training a predictor offline, and judging it on runs that it has not seen."""
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -74,7 +75,7 @@ class TrainingOptions:
     learning_rate: float = 5e-4
     weight_decay: float = 0.05
     dropout: float = 0.2
-    jitter: float = 0.4
+    jitter: float = 0.5
     jitter_slope: float = 2.0
     batch_size: int = 64
     steps_per_epoch: int = 40
@@ -89,7 +90,8 @@ class Quality:
     """How well scores separate labels.
 
     Attributes:
-        auc: Area under the ROC curve; NaN if there is only one class.
+        auc: Area under the ROC curve, of each run by itself; NaN if there is only one class.
+        pooled_auc: The same over the windows of all runs together, as one threshold has to serve all.
         accuracy: At the threshold.
         precision: Share of right ones among the positive answers at the threshold; NaN without any.
         recall: Share of the ready layers that are found at the threshold.
@@ -100,6 +102,7 @@ class Quality:
     """
 
     auc: float
+    pooled_auc: float
     accuracy: float
     precision: float
     recall: float
@@ -355,7 +358,8 @@ def quality(
         )
     table = np.array(rows, dtype=float)
     means = [float(np.nanmean(c)) if np.isfinite(c).any() else float("nan") for c in table.T]
-    return Quality(*means)
+    pooled = [np.concatenate(parts) for parts in zip(*_pairs(scores, runs, options), strict=True)]
+    return Quality(means[0], _auc(*pooled), *means[1:])
 
 
 def calibrate(scores: Scores, runs: Sequence[LabelledRun], options: TrainingOptions, precision: float) -> float:
@@ -413,11 +417,12 @@ def leave_one_architecture_out(
     runs: Sequence[LabelledRun],
     options: TrainingOptions,
     progress: Callable[[float, str], None] = lambda fraction, text: None,
-) -> dict[str, dict[str, Quality]]:
+    num_seeds: int = 3,
+) -> dict[str, dict[str, list[Quality]]]:
     """Train without one architecture and judge on it; the same for each.
 
     Returns:
-        Architecture to `{"predictor": ..., "weight_change": ...}`. The predictor's threshold is
+        Architecture to `{"predictor": [...], "weight_change": [...]}`, one result a seed. The predictor's threshold is
         calibrated on validation runs, the baseline's is the most accurate one on the training runs.
 
     Raises:
@@ -428,21 +433,21 @@ def leave_one_architecture_out(
         raise ValueError(
             f"Holding out an architecture needs at least two: received runs of {architectures}. Record another one."
         )
-    results = {}
+    results: dict[str, dict[str, list[Quality]]] = {}
     for index, held_out in enumerate(architectures):
         rest = [run for run in runs if run.architecture != held_out]
         test = [run for run in runs if run.architecture == held_out]
-        train, validation = split(rest, options.seed)
+        threshold = best_accuracy_threshold(weight_change(rest, options), rest, options)
+        baseline = quality(weight_change(test, options), test, threshold, options)
+        results[held_out] = {"predictor": [], "weight_change": [baseline] * num_seeds}
+        for number in range(num_seeds):
+            seeded = dataclasses.replace(options, seed=options.seed + number)
+            train, validation = split(rest, seeded.seed)
 
-        def report(done: float, text: str, index: int = index, held_out: str = held_out) -> None:
-            progress((index + done) / len(architectures), f"without {held_out}: {text}")
+            def report(done: float, text: str, round_done: int = index * num_seeds + number, a: str = held_out) -> None:
+                progress((round_done + done) / len(architectures) / num_seeds, f"without {a}: {text}")
 
-        model = fit(train, validation, options, report)
-        threshold = calibrate(score(model, validation, options), validation, options, options.precision)
-        baseline = best_accuracy_threshold(weight_change(rest, options), rest, options)
-        results[held_out] = {
-            "predictor": quality(score(model, test, options), test, threshold, options),
-            "weight_change": quality(weight_change(test, options), test, baseline, options),
-        }
-        logger.info("without %s: %s", held_out, results[held_out])
+            model = fit(train, validation, seeded, report)
+            threshold = calibrate(score(model, validation, seeded), validation, seeded, seeded.precision)
+            results[held_out]["predictor"].append(quality(score(model, test, seeded), test, threshold, seeded))
     return results
