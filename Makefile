@@ -40,6 +40,7 @@ format: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(RUN) benchmarks.overhead
 	$(RUN) benchmarks.batch_norm
+	$(RUN) benchmarks.equal_time
 
 predictor: $(VENV)/.installed
 	$(VENV)/bin/python recipes/fetch.py

@@ -19,7 +19,7 @@ from smartfrz.adapters.torch import TorchAdapter, trace_layers
 from smartfrz.demo import DemoOptions, accuracy, load_data, pretrained_network
 
 SEEDS = (0, 1, 2)
-METHODS = ("full training", "running", "corrected", "batch")
+METHODS = ("running", "corrected", "batch")
 OPTIONS = DemoOptions(data="fashion-mnist", num_train=1600, num_test=2000, epochs=2)
 BATCHES = 24
 
@@ -48,7 +48,7 @@ def train(method: str, seed: int, options: DemoOptions = OPTIONS) -> float:
             step += 1
             if step == moment - BATCHES and method == "corrected":
                 adapter.snapshot_statistics()
-            if step == moment and method != "full training":
+            if step == moment:
                 adapter.freeze(first_half)
                 if method == "batch":
                     _back_to_batch_statistics(adapter, first_half)

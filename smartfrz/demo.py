@@ -36,7 +36,7 @@ class DemoOptions:
 
     Attributes:
         data: `mnist`, `digits`, `fashion-mnist`, or a folder with train/<class>/ and test/<class>/.
-        epochs: Of each run.
+        epochs: Of each run; may be a fraction.
         num_train: At most so many training pictures.
         num_test: At most so many test pictures.
         image_size: Pictures are resized to this square.
@@ -48,7 +48,7 @@ class DemoOptions:
     """
 
     data: str = "mnist"
-    epochs: int = 4
+    epochs: float = 4
     num_train: int = 4000
     num_test: int = 1000
     image_size: int = 64
@@ -126,7 +126,7 @@ class _Trainer:
         self._optimizer = torch.optim.SGD(model.parameters(), options.learning_rate, momentum=0.9, weight_decay=1e-5)
         order = torch.Generator().manual_seed(options.seed)
         self._loader = DataLoader(train, options.batch_size, shuffle=True, drop_last=True, generator=order)
-        self.total_steps = len(self._loader) * options.epochs
+        self.total_steps = round(len(self._loader) * options.epochs)
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / self.total_steps))
         )
@@ -174,7 +174,7 @@ class _Trainer:
             run.layers = [layer.name for layer in report.layers]
         if changed:
             self._measure(inputs, targets)
-        if run.num_steps % max(1, len(self._loader) // 2) == 0 or run.num_steps == self.total_steps:
+        if run.num_steps % len(self._loader) == 0 or run.num_steps == self.total_steps:
             run.curve.append((run.num_steps, run.seconds, accuracy(self._model, self._test)))
             self._model.train()
 

@@ -46,7 +46,7 @@ def plot_demo(runs: "Sequence[Run]", path: Path) -> None:
     )
     top.legend(
         handles=[Patch(color=ACTIVE, label="trained"), Patch(color=FROZEN, label="frozen")],
-        loc="lower left",
+        loc="upper right",
         framealpha=1.0,
     )
     for run, colour, style in ((full, FULL, "--"), (freezing, FROZEN, "-")):
