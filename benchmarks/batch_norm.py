@@ -1,7 +1,7 @@
 """How the statistics of a frozen batch norm are best kept: `python -m benchmarks.batch_norm`.
 
 EfficientNet-Lite0 (batch norm momentum 0.01) is fine-tuned on Fashion-MNIST at 64 px; the first
-half of its layers is frozen at 15 % of training, three ways: `running`: its running statistics as
+half of its layers is frozen at a fifth of training, three ways: `running`: its running statistics as
 they are; `corrected`: averaged over the 24 batches before (the default of SmartFRZ); `batch`: not
 put to eval, so that it goes on using each batch's own. Three seeds; prints test accuracy in %.
 """
@@ -20,7 +20,7 @@ from smartfrz.demo import DemoOptions, accuracy, load_data, pretrained_network
 
 SEEDS = (0, 1, 2)
 METHODS = ("running", "corrected", "batch")
-OPTIONS = DemoOptions(data="fashion-mnist", num_train=1600, num_test=2000, epochs=2)
+OPTIONS = DemoOptions(data="fashion-mnist", num_train=1200, num_test=1000, epochs=2, batch_size=16)
 BATCHES = 24
 
 
@@ -38,7 +38,7 @@ def train(method: str, seed: int, options: DemoOptions = OPTIONS) -> float:
     adapter = TorchAdapter(model, [optimizer], layers)
     first_half = adapter.layers()[: len(layers) // 2]
     model.train()
-    moment, step = max(BATCHES, round(0.15 * total)), 0
+    moment, step = max(BATCHES + 1, round(0.2 * total)), 0
     for _ in range(options.epochs):
         for inputs, targets in loader:
             cross_entropy(model(inputs), targets).backward()
