@@ -39,7 +39,11 @@ def controller_of(script=(), adapter=None, **options):
     """A controller on three layers that records at every step and decides at every second one."""
     adapter = adapter or NumpyAdapter.random(SIZES)
     predictor = options.pop("predictor", None) or ScriptedPredictor(list(script))
-    return FreezeController(adapter, predictor, **{"record_every": 1, "decide_every": 2} | options), adapter, predictor
+    return (
+        FreezeController(adapter, predictor, **{"record_every": 1, "decide_every": 2, "patience": 1} | options),
+        adapter,
+        predictor,
+    )
 
 
 def run(controller, adapter, steps):

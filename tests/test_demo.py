@@ -20,7 +20,7 @@ from smartfrz.predictor.contract import PredictorInfo
 from smartfrz.predictor.export import export
 from smartfrz.predictor.model import FreezePredictor
 
-# Three steps an epoch and a record at each; the stages with at least four records are the steps 4, 6 and 8.
+# Three steps an epoch and a record at each; the stages with at least four records are the steps 4, 6 and 8; a layer freezes at its second.
 STEPS = 9
 SMALL = DemoOptions(data="digits", epochs=3, num_train=48, num_test=60, image_size=32, batch_size=16)
 COLORS = {"active": (0xF2, 0xB1, 0x34), "frozen": (0x2F, 0x66, 0x90)}
@@ -86,8 +86,8 @@ def test_the_run_with_smartfrz_freezes_and_saves(runs):
     assert len(freezing.frozen) > 0.9 * len(freezing.layers)
     assert freezing.layers[-1] not in freezing.frozen
     assert set(freezing.frozen) <= set(freezing.layers)
-    assert min(freezing.frozen.values()) == 4
-    assert freezing.backward_flops < 0.7 * full.backward_flops
+    assert min(freezing.frozen.values()) == 6
+    assert freezing.backward_flops < 0.75 * full.backward_flops
     memory = [size for _, size in sorted(freezing.activation_bytes.items())]
     assert memory[-1] < 0.5 * memory[0]
     assert list(full.activation_bytes) == [0]
@@ -107,7 +107,7 @@ def test_both_runs_are_measured_at_the_same_steps(runs):
 
 @pytest.mark.slow
 def test_both_runs_are_equal_until_something_is_frozen(runs):
-    full, freezing = ([accuracy for step, _, accuracy in run.curve if step < 4] for run in runs)
+    full, freezing = ([accuracy for step, _, accuracy in run.curve if step < 6] for run in runs)
     assert len(full) == 1
     assert full == freezing
     # also in what they count
@@ -125,7 +125,7 @@ def test_without_freezing_both_runs_are_the_same_run(options, monkeypatch):
 
     original = demo.accuracy
     monkeypatch.setattr(demo, "accuracy", spy)
-    # It is asked at the fourth step, and never that sure.
+    # It is asked at the fourth step first, and never that sure.
     full, freezing = run_demo(dataclasses.replace(options, epochs=2, threshold=1.0))
     assert freezing.frozen == {}
     assert [a for *_, a in full.curve] == [a for *_, a in freezing.curve]

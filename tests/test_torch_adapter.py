@@ -74,7 +74,9 @@ class Loop:
 
     def freezer(self, script=(), **options):
         predictor = options.pop("predictor", None) or ScriptedPredictor(list(script))
-        return SmartFRZ(self.model, self.optimizer, predictor, **{"record_every": 2, "decide_every": 3} | options)
+        return SmartFRZ(
+            self.model, self.optimizer, predictor, **{"record_every": 2, "decide_every": 3, "patience": 1} | options
+        )
 
 
 def layers_of(model):
@@ -177,7 +179,9 @@ def test_every_optimizer_of_several_releases_its_state():
     parts = [loop.model.conv1, loop.model.norm1], [loop.model.conv2, loop.model.norm2, loop.model.head]
     optimizers = [OPTIMIZERS["sgd"](p for module in part for p in module.parameters()) for part in parts]
     loop.optimizer = optimizers[1]
-    freezer = SmartFRZ(loop.model, optimizers, ScriptedPredictor(FREEZE_TWO), record_every=1, decide_every=2)
+    freezer = SmartFRZ(
+        loop.model, optimizers, ScriptedPredictor(FREEZE_TWO), record_every=1, decide_every=2, patience=1
+    )
     for _ in range(6):
         loop.train_step()
         optimizers[0].step()
@@ -447,7 +451,7 @@ def test_report():
     model = nn.Sequential(nn.Linear(4, 5, bias=False), nn.Linear(5, 6, bias=False), nn.Linear(6, 2, bias=False))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     script = [{"0": 0.1, "1": 0.9, "2": 0.1}, {"0": 0.9, "2": 0.1}]
-    freezer = SmartFRZ(model, optimizer, ScriptedPredictor(script), record_every=2, decide_every=2)
+    freezer = SmartFRZ(model, optimizer, ScriptedPredictor(script), record_every=2, decide_every=2, patience=1)
     assert str(freezer.report()) == "SmartFRZ: no step yet."
     for _ in range(10):
         model(torch.randn(3, 4)).sum().backward()

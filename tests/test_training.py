@@ -5,12 +5,13 @@ import pytest
 import torch
 from builder_fixtures import PLAN, SMALL, labelled_run, labelled_runs
 
-from smartfrz.predictor.controller import RECORDS_PER_STAGE
+from smartfrz.predictor.controller import PATIENCE, RECORDS_PER_STAGE
 from smartfrz.predictor.training import (
     LabelledRun,
     TrainingOptions,
     best_accuracy_threshold,
     calibrate,
+    first_freezes,
     fit,
     leave_one_architecture_out,
     mean_auc,
@@ -150,7 +151,7 @@ def test_quality_of_hand_made_scores():
     # freezing stages are the timestamps 2 and 5
     labels = [[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]]
     values = [[0.1, 0.2, 0.3, 0.6, 0.7, 0.8], [0.1, 0.1, 0.9, 0.1, 0.1, 0.1], [0.9, 0.9, 0.4, 0.4, 0.4, 0.4]]
-    q = quality(scores_of(values), [hand_made(labels)], 0.5, ANY, stage=3)
+    q = quality(scores_of(values), [hand_made(labels)], 0.5, ANY, stage=3, patience=1)
     assert q.accuracy == pytest.approx(13 / 18)
     assert q.precision == pytest.approx(5 / 6)
     assert q.recall == pytest.approx(5 / 9)
@@ -168,24 +169,24 @@ def test_quality_of_hand_made_scores():
 
 
 def test_unknown_labels_do_not_count():
-    q = quality(scores_of([[0.9, 0.9, 0.1, 0.1]]), [hand_made([[1, -1, 0, -1]])], 0.5, ANY, stage=3)
+    q = quality(scores_of([[0.9, 0.9, 0.1, 0.1]]), [hand_made([[1, -1, 0, -1]])], 0.5, ANY, stage=3, patience=1)
     assert (q.accuracy, q.precision, q.recall, q.auc) == (1.0, 1.0, 1.0, 1.0)
 
 
 def test_runs_count_alike_whatever_their_size():
     right, wrong = hand_made([[1, 1, 1]]), hand_made([[0] * 40] * 10)
-    q = quality(scores_of([[0.9, 0.9, 0.9]], np.full((10, 40), 0.9)), [right, wrong], 0.5, ANY, stage=3)
+    q = quality(scores_of([[0.9, 0.9, 0.9]], np.full((10, 40), 0.9)), [right, wrong], 0.5, ANY, stage=3, patience=1)
     assert q.accuracy == pytest.approx(0.5)
 
 
 def test_what_is_undefined_is_nan_without_a_warning():
-    q = quality(scores_of([[0.1, 0.1, 0.1]]), [hand_made([[0, 0, 0]])], 0.5, ANY, stage=3)
+    q = quality(scores_of([[0.1, 0.1, 0.1]]), [hand_made([[0, 0, 0]])], 0.5, ANY, stage=3, patience=1)
     assert np.isnan([q.auc, q.precision, q.recall, q.freeze_precision]).all()
     assert (q.accuracy, q.frozen_share) == (1.0, 0.0)
 
 
 def test_quality_is_rounded_for_cards():
-    q = quality(scores_of([[0.9, 0.1, 0.9]]), [hand_made([[1, 0, 0]])], 0.5, ANY, stage=3)
+    q = quality(scores_of([[0.9, 0.1, 0.9]]), [hand_made([[1, 0, 0]])], 0.5, ANY, stage=3, patience=1)
     assert q.to_dict()["accuracy"] == 0.6667
 
 
@@ -212,39 +213,51 @@ def test_weight_change_decides_where_the_predictor_does(trained):
 # Thresholds
 
 
-def overlapping(seed=0, runs=3):
-    """Scores of which the higher ones are more often right."""
+def test_a_layer_freezes_once_it_was_confident_often_enough():
+    # with two records a stage the stages are the timestamps 1, 3, 5 and 7
+    (values,) = scores_of(
+        [
+            [0, 0.9, 0, 0.9, 0, 0.9, 0, 0.9],  # from the first stage on
+            [0.9, 0, 0.9, 0.9, 0.9, 0.1, 0.9, 0.9],  # never twice in a row at a stage
+            [NAN, NAN, NAN, NAN, NAN, 0.5, NAN, 0.5],  # the threshold itself counts
+        ]
+    )
+    assert first_freezes(values, 0.5, 2, 2) == [(0, 3), (2, 7)]
+    assert first_freezes(values, 0.5, 1, 2) == [(0, 1), (1, 3), (2, 5)]
+    assert first_freezes(values, 0.95, 1, 2) == []
+
+
+def climbing(seed=0, runs=3):
+    """Scores that climb through each run; each layer is ready from some moment on."""
     rng = np.random.default_rng(seed)
-    values = [rng.random((8, 25)).astype(np.float32) for _ in range(runs)]
-    return values, [hand_made(rng.random((8, 25)) < v, name=str(i)) for i, v in enumerate(values)]
+    values = [np.tile(np.linspace(0.05, 0.95, 30, dtype=np.float32), (20, 1)) for _ in range(runs)]
+    ready = [rng.integers(5, 20, 20) for _ in range(runs)]
+    return values, [hand_made(np.arange(30) >= r[:, None], name=str(i)) for i, r in enumerate(ready)]
 
 
-@pytest.mark.parametrize("precision", [0.6, 0.75, 0.9])
+def share_right(values, runs, threshold):
+    frozen = [
+        (run, first_freezes(v, threshold, PATIENCE, RECORDS_PER_STAGE)) for v, run in zip(values, runs, strict=True)
+    ]
+    return np.mean([np.mean([run.labels[place] for place in places]) for run, places in frozen if places])
+
+
+@pytest.mark.parametrize("precision", [0.5, 0.75, 0.9])
 def test_calibration_reaches_the_precision(precision):
-    values, runs = overlapping()
+    values, runs = climbing()
     threshold = calibrate(values, runs, ANY, precision)
-    answers = np.concatenate([run.labels[v >= threshold] for v, run in zip(values, runs, strict=True)])
-    assert answers.mean() >= precision
-    # and is the lowest threshold to do so
-    below = [t for t in np.unique(values) if t < threshold]
-    for lower in below:
-        answers = np.concatenate([run.labels[v >= lower] for v, run in zip(values, runs, strict=True)])
-        assert answers.mean() < precision
+    assert share_right(values, runs, threshold) >= precision
+    # and not by waiting for ever: four records earlier it is missed
+    assert share_right(values, runs, threshold - 4 * 0.9 / 29) < precision
 
 
 def test_a_precision_out_of_reach_gives_the_best_there_is():
-    values, runs = overlapping()
-    runs = [dataclasses.replace(run, labels=run.labels * (v < 0.97)) for v, run in zip(values, runs, strict=True)]
-    threshold = calibrate(values, runs, ANY, 1.0)
-    assert 0.5 < threshold < 0.97
-
-
-def test_equal_scores_share_a_threshold():
-    # 30 scores of 0.8 that are right, 30 of 0.5 of which half are
-    values = scores_of([[0.8] * 30 + [0.5] * 30])
-    run = hand_made([[1] * 30 + [1] * 15 + [0] * 15])
-    assert calibrate(values, [run], ANY, 0.9) == pytest.approx(0.8)
-    assert calibrate(values, [run], ANY, 0.7) == pytest.approx(0.5)
+    values, runs = climbing()
+    never = [
+        dataclasses.replace(run, labels=run.labels * (np.arange(20) < 10)[:, None].astype(np.int8)) for run in runs
+    ]
+    threshold = calibrate(values, never, ANY, 0.9)
+    assert share_right(values, never, threshold) == pytest.approx(0.5)
 
 
 def test_best_accuracy_threshold():
@@ -295,7 +308,7 @@ def test_leaving_one_architecture_out(monkeypatch):
     assert used == [({"transformer"}, 1, 1)] * 2 + [({"cnn"}, 1, 1)] * 2
     assert list(results) == ["cnn", "transformer"]
     for methods in results.values():
-        assert list(methods) == ["predictor", "weight_change"]
+        assert list(methods) == ["predictor", "weight_change", "weight_change_calibrated"]
         first, second = methods["predictor"]
         assert first != second
         assert first.auc > 0.9

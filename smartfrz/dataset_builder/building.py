@@ -164,13 +164,13 @@ def write_card(
         f"{info.threshold:.3f}. License: {info.license}.",
         "",
         f"Labels: CKA to a finished reference model, `{rule['kind']}` rule, tolerance {rule['tolerance']}. Threshold: "
-        f"the lowest with a precision of {options.precision} on the validation runs. PyTorch and ONNX Runtime differ by "
-        f"at most {difference:.1g}.",
+        f"the lowest at which {options.precision:.0%} of the freezes of the validation runs are right. PyTorch and ONNX "
+        f"Runtime differ by at most {difference:.1g}.",
         "",
     ]
     if by_seed:
         held_out = {a: {m: mean_quality(q) for m, q in methods.items()} for a, methods in by_seed.items()}
-        methods = ("predictor", "weight_change")
+        methods = list(next(iter(by_seed.values())))
         means = {m: mean_quality([q[m] for q in held_out.values()]) for m in methods}
         seeds = range(len(next(iter(by_seed.values()))["predictor"]))
         each = [mean_quality([q["predictor"][seed] for q in by_seed.values()]) for seed in seeds]
@@ -196,8 +196,8 @@ def write_card(
         "",
         *_table({", ".join(info.metrics["validated_on"]): validation}, "runs"),
         "",
-        "`ready`: share of labels that say freeze. `right freezes`: of the first time that a layer reaches the threshold "
-        "at a freezing stage. `time frozen`: share of all layers' training that lies behind that moment.",
+        "`ready`: share of labels that say freeze. `right freezes`: at the second freezing stage in a row at which a layer "
+        "reaches the threshold. `time frozen`: share of all layers' training that lies behind that moment.",
         "",
         "## Recordings",
         "",

@@ -17,6 +17,7 @@ from smartfrz.predictor.tailoring import tailoring_positions
 logger = logging.getLogger("smartfrz")
 STATE_VERSION = 1
 RECORDS_PER_STAGE = 2
+PATIENCE = 2
 
 
 class Adapter(Protocol):
@@ -90,7 +91,7 @@ class FreezeController:
         record_every: int | None = None,
         decide_every: int | None = None,
         threshold: float | None = None,
-        patience: int = 1,
+        patience: int = PATIENCE,
         dry_run: bool = False,
         seed: int = 0,
     ):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from smartfrz.predictor.controller import RECORDS_PER_STAGE
+from smartfrz.predictor.controller import PATIENCE, RECORDS_PER_STAGE
 from smartfrz.predictor.model import FreezePredictor
 from smartfrz.predictor.runtime import Predictor
 
@@ -63,7 +63,7 @@ class TrainingOptions:
         steps_per_epoch: Steps between two evaluations on the validation runs.
         epochs: At most so many.
         stop_after: Epochs without a better validation result after which training stops.
-        precision: That the threshold is calibrated for on the validation runs.
+        precision: Share of right freezes that the threshold is calibrated for on the validation runs.
         seed: Of initial weights and sampling; the same seed trains the same predictor.
     """
 
@@ -96,8 +96,8 @@ class Quality:
         precision: Share of right ones among the positive answers at the threshold; NaN without any.
         recall: Share of the ready layers that are found at the threshold.
         positive: Share of positive labels.
-        freeze_precision: Share of right ones among first freezes: one per layer, at the first
-            freezing stage at which its score reaches the threshold.
+        freeze_precision: Share of right freezes: one per layer, at the freezing stage at which its
+            score has reached the threshold as many times in a row as patience asks.
         frozen_share: How much of all layers' training time lies behind those freezes.
     """
 
@@ -326,6 +326,7 @@ def quality(
     threshold: float,
     options: TrainingOptions,
     stage: int = RECORDS_PER_STAGE,
+    patience: int = PATIENCE,
 ) -> Quality:
     """Judge scores; every run counts alike.
 
@@ -335,16 +336,13 @@ def quality(
         threshold: From which a score counts as positive.
         options: As for `score`.
         stage: Records between two freezing stages, for `freeze_precision` and `frozen_share`.
+        patience: Stages in a row at which a layer must be confident, for the same two.
     """
     rows = []
     for confidence, run in zip(scores, runs, strict=True):
         ((s, y),) = _pairs([confidence], [run], options)
         positive = s >= threshold
-        stages = np.arange(stage - 1, run.labels.shape[1], stage)
-        with np.errstate(invalid="ignore"):
-            ready = confidence[:, stages] >= threshold
-        first = np.where(ready.any(1), ready.argmax(1), -1) if len(stages) else np.full(len(ready), -1)
-        frozen = [(layer, stages[i]) for layer, i in enumerate(first) if i >= 0]
+        frozen = first_freezes(confidence, threshold, patience, stage)
         rows.append(
             (
                 _auc(s, y),
@@ -362,24 +360,53 @@ def quality(
     return Quality(means[0], _auc(*pooled), *means[1:])
 
 
+def first_freezes(
+    confidence: NDArray[np.float32], threshold: float, patience: int, stage: int
+) -> list[tuple[int, int]]:
+    """When each layer would freeze: (layer, timestamp), layers that never would are left out.
+
+    Args:
+        confidence: float32 `[num_layers, timestamps]`, NaN where nothing is decided.
+        threshold: Confidence from which a layer is ready.
+        patience: Freezing stages in a row at which it must be.
+        stage: Records between two freezing stages.
+    """
+    stages = np.arange(stage - 1, confidence.shape[1], stage)
+    with np.errstate(invalid="ignore"):
+        ready = confidence[:, stages] >= threshold
+    frozen = []
+    for layer, row in enumerate(ready):
+        streak = 0
+        for timestamp, positive in zip(stages, row, strict=True):
+            streak = streak + 1 if positive else 0
+            if streak == patience:
+                frozen.append((layer, int(timestamp)))
+                break
+    return frozen
+
+
 def calibrate(scores: Scores, runs: Sequence[LabelledRun], options: TrainingOptions, precision: float) -> float:
-    """The lowest threshold at which the pooled runs reach a precision; every run counts alike.
+    """The lowest threshold at which that share of freezes is right; every run counts alike.
+
+    What counts is the moment at which a layer freezes, not every window by itself: a confidence
+    that is right nine times of ten still freezes most layers too early, at the first error.
 
     Returns:
-        The threshold. Where no threshold reaches the precision: the one with the highest.
+        The threshold. Where none reaches the precision: the one with the highest.
     """
-    pairs = list(_pairs(scores, runs, options))
-    values = np.concatenate([s for s, _ in pairs])
-    labels = np.concatenate([y for _, y in pairs])
-    weights = np.concatenate([np.full(len(y), 1.0 / max(1, len(y))) for _, y in pairs])
-    order = np.argsort(-values, kind="stable")
-    right = np.cumsum(weights[order] * labels[order])
-    reached = right / np.cumsum(weights[order])
-    # Of enough scores to mean something.
-    last = _ends_of_ties(values[order]) & (np.arange(len(order)) >= min(20, len(order) - 1))
-    good = np.flatnonzero(last & (reached >= precision))
-    chosen = good[-1] if len(good) else np.flatnonzero(last)[np.argmax(reached[last])]
-    return float(values[order][chosen])
+    values = np.concatenate([s for s, _ in _pairs(scores, runs, options)])
+    best, best_precision = float(values.max()), -1.0
+    for threshold in np.unique(np.quantile(values, np.linspace(0, 0.99, 100), method="nearest")):
+        rights = []
+        for confidence, run in zip(scores, runs, strict=True):
+            frozen = first_freezes(confidence, threshold, PATIENCE, RECORDS_PER_STAGE)
+            rights += [np.mean([run.labels[place] == 1 for place in frozen])] if frozen else []
+        reached = float(np.mean(rights)) if 2 * len(rights) >= len(runs) else -1.0  # of enough runs to mean something
+        if reached >= precision:
+            return float(threshold)
+        if reached > best_precision:
+            best, best_precision = float(threshold), reached
+    return best
 
 
 def best_accuracy_threshold(scores: Scores, runs: Sequence[LabelledRun], options: TrainingOptions) -> float:
@@ -422,7 +449,8 @@ def leave_one_architecture_out(
     """Train without one architecture and judge on it; the same for each.
 
     Returns:
-        Architecture to `{"predictor": [...], "weight_change": [...]}`, one result a seed. The predictor's threshold is
+        Architecture to `{"predictor": [...], "weight_change": [...], "weight_change_calibrated": [...]}`,
+        one result a seed; the last has a threshold that was chosen as the predictor's was. The predictor's threshold is
         calibrated on validation runs, the baseline's is the most accurate one on the training runs.
 
     Raises:
@@ -439,7 +467,7 @@ def leave_one_architecture_out(
         test = [run for run in runs if run.architecture == held_out]
         threshold = best_accuracy_threshold(weight_change(rest, options), rest, options)
         baseline = quality(weight_change(test, options), test, threshold, options)
-        results[held_out] = {"predictor": [], "weight_change": [baseline] * num_seeds}
+        methods = results[held_out] = {"predictor": [], "weight_change": [], "weight_change_calibrated": []}
         for number in range(num_seeds):
             seeded = dataclasses.replace(options, seed=options.seed + number)
             train, validation = split(rest, seeded.seed)
@@ -448,6 +476,11 @@ def leave_one_architecture_out(
                 progress((round_done + done) / len(architectures) / num_seeds, f"without {a}: {text}")
 
             model = fit(train, validation, seeded, report)
-            threshold = calibrate(score(model, validation, seeded), validation, seeded, seeded.precision)
-            results[held_out]["predictor"].append(quality(score(model, test, seeded), test, threshold, seeded))
+            methods["weight_change"].append(baseline)
+            for name, judge in (
+                ("predictor", lambda runs, model=model: score(model, runs, options)),
+                ("weight_change_calibrated", lambda runs: weight_change(runs, options)),
+            ):
+                threshold = calibrate(judge(validation), validation, seeded, seeded.precision)
+                methods[name].append(quality(judge(test), test, threshold, seeded))
     return results

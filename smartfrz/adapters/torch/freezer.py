@@ -14,7 +14,7 @@ from smartfrz import zoo
 from smartfrz.adapters.torch.freezing import TorchAdapter
 from smartfrz.adapters.torch.layers import Layer, LayerTracer
 from smartfrz.errors import StateError, UsageError
-from smartfrz.predictor.controller import AsksPredictor, FreezeController, schedule
+from smartfrz.predictor.controller import PATIENCE, AsksPredictor, FreezeController, schedule
 from smartfrz.predictor.decision import FreezeDecision
 from smartfrz.predictor.runtime import Device
 
@@ -31,7 +31,8 @@ class SmartFRZ:
         record_every: Steps between two records of the weights.
         decide_every: Records between two freezing stages. Defaults to 2.
         threshold: Confidence from which a layer is frozen. Defaults to the predictor's own.
-        patience: Freezing stages in a row at which a layer must be confident.
+        patience: Freezing stages in a row at which a layer must be confident. The thresholds of the
+            zoo are calibrated for the default.
         dry_run: Decide, log and report, but freeze nothing.
         seed: The run seed of the sampled positions.
         device: Where ONNX Runtime runs: `"cpu"`, `"cuda"`, or `"auto"`.
@@ -62,7 +63,7 @@ class SmartFRZ:
         record_every: int | None = None,
         decide_every: int | None = None,
         threshold: float | None = None,
-        patience: int = 1,
+        patience: int = PATIENCE,
         dry_run: bool = False,
         seed: int = 0,
         device: Device = "auto",
