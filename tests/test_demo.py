@@ -20,7 +20,8 @@ from smartfrz.predictor.contract import PredictorInfo
 from smartfrz.predictor.export import export
 from smartfrz.predictor.model import FreezePredictor
 
-# Three steps an epoch and a record at each; the stages with at least four records are the steps 4, 6 and 8; a layer freezes at its second.
+# Three steps an epoch and a record at each; the stages with at least four records are the steps 4, 6 and 8, and a layer
+# freezes at its second.
 STEPS = 9
 SMALL = DemoOptions(data="digits", epochs=3, num_train=48, num_test=60, image_size=32, batch_size=16)
 COLORS = {"active": (0xF2, 0xB1, 0x34), "frozen": (0x2F, 0x66, 0x90)}
