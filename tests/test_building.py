@@ -76,16 +76,13 @@ def test_the_card_shows_the_baseline_beside_the_predictor(built):
     header, *body = rows(built[1], "held out")
     assert header[1:3] == ["judged by", "AUC"]
     assert [row[:2] for row in body] == [
-        ["cnn", "predictor"],
-        ["cnn", "weight change"],
-        ["transformer", "predictor"],
-        ["transformer", "weight change"],
-        ["mean", "predictor"],
-        ["mean", "weight change"],
+        [held_out, method]
+        for held_out in ("cnn", "transformer", "mean")
+        for method in ("predictor", "weight change", "weight change calibrated")
     ]
     for column in range(2, len(header)):
-        for method in (0, 1):
-            values = [float(row[column]) for row in body[method::2]]
+        for method in range(3):
+            values = [float(row[column]) for row in body[method::3]]
             assert values[2] == pytest.approx((values[0] + values[1]) / 2, abs=2e-3)
     _, *validated = rows(built[1], "runs")
     assert [row[1] for row in validated] == ["predictor", "weight change"]
