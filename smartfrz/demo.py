@@ -168,7 +168,7 @@ class _Trainer:
         run.seconds += time.perf_counter() - start
         run.num_steps += 1
         run.backward_flops += self._flops_per_step
-        if self._freezer is not None:
+        if self._freezer is not None and run.num_steps == self.total_steps:
             report = self._freezer.report()
             run.decision_seconds, run.frozen = report.decision_seconds, report.frozen
             run.layers = [layer.name for layer in report.layers]

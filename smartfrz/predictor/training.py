@@ -450,8 +450,8 @@ def leave_one_architecture_out(
 
     Returns:
         Architecture to `{"predictor": [...], "weight_change": [...], "weight_change_calibrated": [...]}`,
-        one result a seed; the last has a threshold that was chosen as the predictor's was. The predictor's threshold is
-        calibrated on validation runs, the baseline's is the most accurate one on the training runs.
+        one result a seed. The threshold of `weight_change` is the most accurate one on the training
+        runs; the other two are calibrated on the validation runs.
 
     Raises:
         ValueError: If there are fewer than two architectures.
