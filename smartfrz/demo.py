@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.functional import cross_entropy, interpolate
 from torch.utils.data import DataLoader, TensorDataset
-from torch.utils.flop_counter import FlopCounterMode
 
 from smartfrz.adapters.torch import SmartFRZ
+from smartfrz.adapters.torch.costs import measure_step
 from smartfrz.errors import MissingDependencyError, RecipeError
 from smartfrz.files import replacing
 
@@ -181,21 +181,10 @@ class _Trainer:
     def _measure(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         """Count one step's backward FLOPs and kept activations, on a copy and outside of the clock."""
         twin = copy.deepcopy(self._model)
-        kept: dict[int, int] = {}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
         with torch.random.fork_rng():
-            weights = {p.untyped_storage().data_ptr() for p in (*twin.parameters(), *twin.buffers())}
-            with FlopCounterMode(display=False) as counter:
-                with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                    loss = cross_entropy(twin(inputs), targets)
-                forward = counter.get_total_flops()
-                loss.backward()
-                self._flops_per_step = counter.get_total_flops() - forward
-        self.run.activation_bytes[self.run.num_steps] = sum(n for p, n in kept.items() if p not in weights)
+            work = measure_step(twin, lambda: cross_entropy(twin(inputs), targets))
+        self._flops_per_step = work.backward_flops
+        self.run.activation_bytes[self.run.num_steps] = work.activation_bytes
 
 
 def accuracy(model: nn.Module, data: TensorDataset) -> float:
