@@ -1,0 +1,175 @@
+"""SmartFRZ for the `Trainer` of Lightning."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from smartfrz import zoo
+from smartfrz.adapters.torch.callback import FreezingCallback
+from smartfrz.errors import UsageError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+else:
+    try:
+        from lightning.pytorch import Callback, LightningModule, Trainer
+    except ImportError:
+        try:  # the same framework under its other name
+            from pytorch_lightning import Callback, LightningModule, Trainer
+        except ImportError as error:
+            from smartfrz.errors import MissingDependencyError
+
+            raise MissingDependencyError(
+                "smartfrz.adapters.torch.lightning needs Lightning, which is not installed. Install it with: "
+                'pip install "smartfrz[lightning]"'
+            ) from error
+
+__all__ = ["SmartFRZCallback"]
+
+
+class SmartFRZCallback(FreezingCallback, Callback):
+    """Freezes layers while a `Trainer` fits, when the predictor says that they have converged.
+
+    Checkpoints carry its state, and `fit(ckpt_path=...)` restores it. `smartfrz/frozen_layers` and
+    `smartfrz/backward_saved` (a share, 0 to 1) are logged. When fitting ends, `requires_grad` is
+    again what it was before.
+
+    Args:
+        predictor: A name of the zoo, the path of an ONNX file, or a loaded `Predictor`.
+        allow_missing_state: Whether fitting may resume from a checkpoint that was made without this
+            callback. It then begins to watch at that step. Else that is a `StateError`.
+        **options: Keyword arguments of `SmartFRZ`. `total_steps` comes from the Trainer.
+
+    Attributes:
+        freezer: The `SmartFRZ` of the current or the last run; None before the first.
+
+    Raises:
+        TypeError: If an option is unknown.
+
+    Example:
+        >>> callback = SmartFRZCallback()
+        >>> Trainer(max_epochs=5, callbacks=[callback]).fit(model, loader)  # doctest: +SKIP
+        >>> print(callback.report())
+        SmartFRZ: no step yet.
+    """
+
+    def __init__(self, predictor: Any = zoo.DEFAULT, *, allow_missing_state: bool = False, **options: Any):
+        super().__init__(predictor, allow_missing_state=allow_missing_state, **options)
+        self._saved: dict[str, Any] | None = None
+        self._step: _TrainingStep | None = None
+        self._global_step = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Before the checkpoint is read and the optimizers are made."""
+        if stage != "fit":
+            return
+        self._end()
+        # The same Trainer fits on where it stopped, with max_epochs raised.
+        goes_on = self.freezer is not None and 0 < trainer.global_step == self._global_step
+        self._saved = self.freezer.state_dict() if goes_on and self.freezer else None
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Forget what went before, even if the checkpoint has nothing of ours."""
+        self._saved = None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until fitting starts: there are no optimizers yet."""
+        self._saved = state_dict
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed fit needs to go on as an uninterrupted one."""
+        if self.freezer is not None:
+            return self.freezer.state_dict()
+        return self._saved or {"started": False}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The optimizers are made by now, and restored if fitting resumes."""
+        saved, self._saved = self._saved, None
+        needs_total = not {"total_steps", "record_every"} & set(self._options)
+        self._step = _TrainingStep(pl_module)
+        self._begin(
+            self._step, trainer.optimizers, _steps_left(trainer) if needs_total else None, saved, trainer.global_step
+        )
+        self._global_step = trainer.global_step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Show SmartFRZ the training step, as long as it watches."""
+        if self._step is not None and self._step.is_watched:
+            self._step.take_next()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Act if an optimizer stepped: not while gradients are accumulated, once for several optimizers."""
+        if self.freezer is None or trainer.global_step == self._global_step:
+            return
+        self._global_step = trainer.global_step
+        self.freezer.step()
+        if not trainer.barebones:
+            pl_module.log_dict(self._logs(), batch_size=1)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the model as it was found."""
+        self._end()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the model as it was found."""
+        self._end()
+
+
+def _steps_left(trainer: Trainer) -> int:
+    """Batches after which an optimizer steps, until the end."""
+    total = trainer.estimated_stepping_batches
+    if not math.isfinite(total) or total < 1:
+        raise UsageError(
+            f"Lightning estimates {total} steps for this fit; SmartFRZ needs to know how long the run is. Pass "
+            "SmartFRZCallback(total_steps=...) or record_every=..., or give the Trainer max_steps."
+        )
+    done = trainer.global_step
+    optimizers = 1 if trainer.lightning_module.automatic_optimization else len(trainer.optimizers)
+    if trainer.max_steps > 0:  # of all optimizers together
+        total = min(total, math.ceil(trainer.max_steps / optimizers))
+    return max(1, int(total) - done // optimizers)
+
+
+class _TrainingStep(nn.Module):
+    """A LightningModule, with its training step for a forward pass.
+
+    SmartFRZ learns the layers from the first forward pass. Many a training step never calls the
+    LightningModule itself: it calls `self.net(x)`, or an encoder and then a decoder.
+    """
+
+    def __init__(self, pl_module: LightningModule):
+        super().__init__()
+        # The very same dicts: names are those of the LightningModule, and what changes there changes here.
+        self._parameters, self._buffers, self._modules = pl_module._parameters, pl_module._buffers, pl_module._modules
+        self.__dict__["lightning_module"] = pl_module  # not as a submodule: its names would change
+        self.__dict__["step"] = pl_module.training_step
+        del self.training
+
+    def __getattr__(self, name: str) -> Any:
+        return self.lightning_module.training if name == "training" else super().__getattr__(name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.step(*args, **kwargs)
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether there are hooks on the forward pass."""
+        return bool(self._forward_pre_hooks or self._forward_hooks)
+
+    def take_next(self) -> None:
+        """Send the LightningModule's next training step through this module; those after it go the usual way."""
+        pl_module: Any = self.lightning_module
+        own = pl_module.__dict__.get("training_step")  # compiled, say
+
+        def once(*args: Any, **kwargs: Any) -> Any:
+            del pl_module.training_step
+            if own is not None:
+                pl_module.training_step = own
+            return self(*args, **kwargs)
+
+        # Lightning passes what the signature asks for; it looks behind one decorator, not behind two.
+        once.__wrapped__ = getattr(self.step, "__wrapped__", self.step)  # type: ignore[attr-defined]
+        pl_module.training_step = once
