@@ -58,8 +58,8 @@ def train(method: str, seed: int, options: DemoOptions = OPTIONS) -> float:
 def _back_to_batch_statistics(adapter: TorchAdapter, layers: list[str]) -> None:
     for layer in layers:
         for norm in adapter._norms[layer]:
-            handle = adapter._kept_in_eval.pop(norm)
-            handle.remove()
+            adapter._kept_in_eval.pop(norm)
+            del norm.__dict__["train"]
             nn.Module.train(norm)
 
 

@@ -9,6 +9,7 @@
       RecipeError              a recipe that cannot be run as written
       DatasetFormatError       a recorded run that cannot be read
       UsageError               a call at a moment at which it cannot be answered (also a RuntimeError)
+      DistributedError         processes that train together and do not do the same (also a RuntimeError)
       MissingDependencyError   an optional package is absent (also an ImportError)
 
 Wrong argument values raise `ValueError` or `TypeError`. A message says what was received, what was
@@ -42,6 +43,10 @@ class StateError(SmartFRZError):
 
 class UsageError(SmartFRZError, RuntimeError):
     """A call at a moment at which it cannot be answered."""
+
+
+class DistributedError(SmartFRZError, RuntimeError):
+    """One process does not come to a freezing stage, or comes with another model."""
 
 
 class RecipeError(SmartFRZError):

@@ -45,11 +45,17 @@ class NumpyAdapter:
     def layers(self):
         return list(self.arrays)
 
+    def all_layers(self):
+        return list(self.arrays)
+
     def num_weights(self, layer):
         return self.arrays[layer].size
 
     def weights(self, layer, indices):
         return self.arrays[layer].reshape(-1)[indices].astype(np.float32)
+
+    def tailored(self, positions):
+        return {layer: self.weights(layer, indices) for layer, indices in positions.items()}
 
     def freeze(self, layers):
         for layer in layers:

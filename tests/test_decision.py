@@ -5,9 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smartfrz.predictor.decision import decide
+from smartfrz.predictor.ordering import ORDERS, LayerCost, Ordering
 
-KEPT = {"below_threshold", "patience", "history_too_short", "not_finite", "last_active_layer"}
-AT = {"step": 30, "timestamp": 2, "threshold": 0.5}
+KEPT = {"below_threshold", "patience", "history_too_short", "not_finite", "last_active_layer", "behind_live_layer"}
+AT = {"step": 30, "timestamp": 2}
 
 # confidence, excused, streaks before, patience -> reason of each layer, streaks after
 CASES = {
@@ -30,7 +31,8 @@ CASES = {
 def test_table(case, dry_run):
     confidence, excused, streaks, patience, reasons, expected_streaks = CASES[case]
     active = sorted({*confidence, *excused})
-    decisions, new = decide(active, confidence, excused, streaks, patience=patience, dry_run=dry_run, **AT)
+    options = {"patience": patience, "dry_run": dry_run, "ordering": Ordering(active, 0.5)}
+    decisions, new = decide(active, confidence, excused, streaks, **options, **AT)
     assert [d.layer for d in decisions] == active
     assert [d.reason for d in decisions] == reasons
     freeze = "would_freeze" if dry_run else "freeze"
@@ -40,7 +42,7 @@ def test_table(case, dry_run):
 
 
 def test_confidence_is_reported_and_nan_where_nobody_asked():
-    decisions, _ = decide(["a", "b"], {"b": 0.25}, {"a": "history_too_short"}, {}, **AT)
+    decisions, _ = decide(["a", "b"], {"b": 0.25}, {"a": "history_too_short"}, {}, ordering=Ordering("ab", 0.5), **AT)
     assert math.isnan(decisions[0].confidence)
     assert decisions[1].confidence == 0.25
 
@@ -48,20 +50,87 @@ def test_confidence_is_reported_and_nan_where_nobody_asked():
 answers = st.lists(st.one_of(st.none(), st.floats(0, 1)), min_size=1, max_size=8)
 
 
-@given(answers, st.lists(st.integers(0, 3), min_size=8, max_size=8), st.integers(1, 3), st.floats(0.01, 1))
-def test_somebody_keeps_learning_and_nothing_given_is_changed(values, before, patience, threshold):
+@given(
+    answers,
+    st.lists(st.integers(0, 3), min_size=8, max_size=8),
+    st.integers(1, 3),
+    st.floats(0.01, 1),
+    st.sampled_from(ORDERS),
+)
+def test_somebody_keeps_learning_and_nothing_given_is_changed(values, before, patience, threshold, order):
     active = [f"layer{i}" for i in range(len(values))]
     confidence = {layer: v for layer, v in zip(active, values, strict=True) if v is not None}
     excused = {layer: "not_finite" for layer in active if layer not in confidence}
     streaks = dict(zip(active, before, strict=False))
     given_ = [active[:], dict(confidence), dict(excused), dict(streaks)]
-    decisions, _ = decide(
-        active, confidence, excused, streaks, step=1, timestamp=0, threshold=threshold, patience=patience
-    )
+    ordering = Ordering(active, threshold, order, {layer: LayerCost(1.0, 1.0, 2.0) for layer in active})
+    decisions, _ = decide(active, confidence, excused, streaks, ordering=ordering, patience=patience, **AT)
     assert any(d.action == "keep" for d in decisions)
     for d in decisions:
         assert (d.action == "keep") == (d.reason in KEPT)
         if d.action == "freeze":
-            assert d.confidence >= threshold
+            assert d.confidence >= d.threshold
+            assert d.threshold == threshold or order == "cost_aware"
             assert streaks[d.layer] + 1 >= patience
     assert [active, confidence, excused, streaks] == given_
+
+
+def reasons_of(confidence, ordering, active=None, **options):
+    active = active or list(ordering.layers)
+    decisions, _ = decide(active, confidence, {}, {}, ordering=ordering, **options, **AT)
+    return {d.layer: d.reason for d in decisions}
+
+
+def test_prefix_order_freezes_front_to_back_only():
+    ordering = Ordering("abcde", 0.5, "prefix")
+    confidence = {"a": 0.9, "b": 0.9, "c": 0.1, "d": 0.9, "e": 0.1}
+    assert reasons_of(confidence, ordering) == {
+        "a": "confident",
+        "b": "confident",
+        "c": "below_threshold",
+        "d": "behind_live_layer",
+        "e": "below_threshold",
+    }
+    # "a" is frozen already, by whomever
+    assert reasons_of({"b": 0.9, "c": 0.1}, Ordering("abc", 0.5, "prefix"), ["b", "c"])["b"] == "confident"
+
+
+def test_a_layer_kept_for_its_optimizer_ends_the_prefix():
+    ordering = Ordering("abcd", 0.5, "prefix")
+    confidence = {"a": 0.9, "b": 0.9, "c": 0.9, "d": 0.1}
+    assert reasons_of(confidence, ordering, keep_one_of=["ab", "cd"]) == {
+        "a": "confident",
+        "b": "last_active_layer",
+        "c": "behind_live_layer",
+        "d": "below_threshold",
+    }
+
+
+def test_a_stage_on_hold_freezes_nothing_and_keeps_counting():
+    ordering = Ordering("abc", 0.5)
+    decisions, streaks = decide(
+        list("abc"), {"a": 0.9, "b": 0.1, "c": 0.1}, {}, {"a": 1}, ordering=ordering, patience=2, hold=True, **AT
+    )
+    assert [d.reason for d in decisions] == ["grouped", "below_threshold", "below_threshold"]
+    assert all(d.action == "keep" for d in decisions)
+    assert streaks == {"a": 2, "b": 0, "c": 0}
+
+
+def test_the_layer_that_blocks_a_frozen_prefix_is_taken_at_a_lower_bar():
+    costs = dict.fromkeys("abcdefgh", LayerCost(1.0, 1.0, 1.0))
+    active = ["b", "g", "h"]  # all but these are frozen; b blocks a, c, d, e, f
+    for order, reason in (("free", "below_threshold"), ("cost_aware", "confident")):
+        ordering = Ordering("abcdefgh", 0.7, order, costs)
+        reasons = reasons_of({"b": 0.6, "g": 0.6, "h": 0.1}, ordering, active)
+        assert reasons["b"] == reason
+    # in its own right "g" is an interior layer and needs more than the threshold, until "b" is frozen
+    ordering = Ordering("abcdefgh", 0.7, "cost_aware", costs)
+    assert reasons_of({"b": 0.1, "g": 0.72, "h": 0.1}, ordering, active)["g"] == "below_threshold"
+    assert reasons_of({"b": 0.6, "g": 0.72, "h": 0.1}, ordering, active)["g"] == "confident"
+
+
+def test_thresholds_are_reported():
+    ordering = Ordering("abc", 0.7, "cost_aware", dict.fromkeys("abc", LayerCost(1.0, 1.0, 1.0)))
+    decisions, _ = decide(list("abc"), {"a": 0.1, "b": 0.1}, {"c": "not_finite"}, {}, ordering=ordering, **AT)
+    assert decisions[1].threshold > 0.7
+    assert math.isnan(decisions[2].threshold)

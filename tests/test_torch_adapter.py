@@ -174,21 +174,22 @@ def test_a_checkpoint_after_freezing_goes_on_as_without_it(optimizer):
         assert same(everything(loop.model, layer), everything(other.model, layer))
 
 
-def test_every_optimizer_of_several_releases_its_state():
+def test_every_optimizer_of_several_releases_its_state_and_keeps_one_layer():
     loop = Loop()
-    parts = [loop.model.conv1, loop.model.norm1], [loop.model.conv2, loop.model.norm2, loop.model.head]
+    parts = [loop.model.conv1, loop.model.norm1, loop.model.conv2, loop.model.norm2], [loop.model.head]
     optimizers = [OPTIMIZERS["sgd"](p for module in part for p in module.parameters()) for part in parts]
     loop.optimizer = optimizers[1]
-    freezer = SmartFRZ(
-        loop.model, optimizers, ScriptedPredictor(FREEZE_TWO), record_every=1, decide_every=2, patience=1
-    )
+    script = [{"conv1": 0.1, "conv2": 0.9, "head": 0.9}, {"conv1": 0.9, "head": 0.9}]
+    freezer = SmartFRZ(loop.model, optimizers, ScriptedPredictor(script), record_every=1, decide_every=2, patience=1)
     for _ in range(6):
         loop.train_step()
         optimizers[0].step()
         optimizers[0].zero_grad()
         freezer.step()
-    assert freezer.frozen_layers == ["conv1", "conv2"]
-    assert len(optimizers[0].state) == 0
+    assert freezer.frozen_layers == ["conv2"]
+    assert [e.reason for e in freezer.events if e.layer == "conv1"][1] == "last_active_layer"
+    assert [e.reason for e in freezer.events if e.layer == "head"][0] == "last_active_layer"
+    assert len(optimizers[0].state) == 3
     assert len(optimizers[1].state) == 2
 
 
@@ -307,7 +308,7 @@ def test_a_frozen_batch_norm_stays_in_eval_through_train():
     assert same(before, everything(loop.model, "conv1"))
 
 
-def test_only_the_frozen_norms_hook_remains():
+def test_no_hook_remains():
     loop = Loop()
     freezer = loop.freezer(FREEZE_FIRST)
     assert num_hooks(loop.model) > 0
@@ -315,7 +316,8 @@ def test_only_the_frozen_norms_hook_remains():
     assert num_hooks(loop.model) == 0
     freezer.step()
     loop.run(freezer, 5)
-    assert num_hooks(loop.model) == len(loop.model.norm1._forward_pre_hooks) == 1
+    assert freezer.frozen_layers == ["conv1"]
+    assert num_hooks(loop.model) == 0
 
 
 def test_close_removes_the_hooks_of_a_freezer_that_was_never_used():

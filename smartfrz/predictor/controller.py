@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,12 +13,17 @@ from smartfrz.errors import StateError, UnsupportedModelError
 from smartfrz.predictor.contract import PredictorInfo
 from smartfrz.predictor.decision import FreezeDecision, Reason, decide
 from smartfrz.predictor.history import WeightHistory
+from smartfrz.predictor.ordering import ORDERS, FreezeOrder, LayerCost, Ordering
 from smartfrz.predictor.tailoring import tailoring_positions
 
 logger = logging.getLogger("smartfrz")
-STATE_VERSION = 1
+STATE_VERSION = 2
 RECORDS_PER_STAGE = 2
 PATIENCE = 2
+# A learning rate is taken for restarted once it is so many times its lowest value since something
+# froze, and no less than this share of its highest value so far.
+RESTART_RATIO = 2.0
+RESTART_SHARE = 0.05
 
 
 class Adapter(Protocol):
@@ -25,6 +31,10 @@ class Adapter(Protocol):
 
     def layers(self) -> list[str]:
         """Names of the layers that may be frozen, in execution order."""
+        ...
+
+    def all_layers(self) -> list[str]:
+        """Names of all layers, those that the user froze included, in execution order."""
         ...
 
     def num_weights(self, layer: str) -> int:
@@ -35,6 +45,10 @@ class Adapter(Protocol):
         """A copy of the layer's flattened weights at `indices`, float32."""
         ...
 
+    def tailored(self, positions: Mapping[str, NDArray[np.int64]]) -> Mapping[str, NDArray[np.float32]]:
+        """As `weights`, of several layers at once: one transfer, or one message, for all of them."""
+        ...
+
     def freeze(self, layers: list[str]) -> None:
         """Stop training these layers. Freezing a frozen layer changes nothing."""
         ...
@@ -42,6 +56,33 @@ class Adapter(Protocol):
     def unfreeze(self, layers: list[str]) -> None:
         """Train these layers again, if it was `freeze` that stopped them."""
         ...
+
+
+class Ranks(Protocol):
+    """The processes that train one model together, and have to decide alike."""
+
+    def meet(self, moment: str, facts: Mapping[str, Any]) -> None:
+        """Wait until every process is at this moment with the same facts (plain data).
+
+        Raises:
+            DistributedError: If one does not come, or comes with other facts.
+        """
+        ...
+
+    def share(self, make: Callable[[], Any]) -> Any:
+        """What `make` returned on the first process, plain data, on every process."""
+        ...
+
+
+class OneProcess:
+    """`Ranks` of a process that trains alone."""
+
+    def meet(self, moment: str, facts: Mapping[str, Any]) -> None:
+        """Nobody to wait for."""
+
+    def share(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns."""
+        return make()
 
 
 class AsksPredictor(Protocol):
@@ -76,6 +117,10 @@ class FreezeController:
         patience: Freezing stages in a row at which a layer must be confident.
         dry_run: Decide and log, but freeze nothing.
         seed: The run seed of the tailoring positions; equal on every rank.
+        freeze_order: See `Ordering`.
+        thaw_on_restart: Thaw every layer when the learning rate is raised again; see `observe_learning_rates`.
+        keep_one_of: Groups of layers of which one has to stay active, such as those of one optimizer.
+        ranks: The processes that train together.
 
     Raises:
         ValueError: If an argument is out of range, or neither `total_steps` nor `record_every` is given.
@@ -94,11 +139,20 @@ class FreezeController:
         patience: int = PATIENCE,
         dry_run: bool = False,
         seed: int = 0,
+        freeze_order: FreezeOrder = "free",
+        thaw_on_restart: bool = False,
+        keep_one_of: Collection[Collection[str]] = (),
+        ranks: Ranks | None = None,
     ):
         info = predictor.info
         self.record_every, self.decide_every, self.threshold = schedule(
-            info, total_steps, record_every, decide_every, threshold, patience
+            info, total_steps, record_every, decide_every, threshold, patience, freeze_order
         )
+        self.freeze_order = freeze_order
+        self.thaw_on_restart = thaw_on_restart
+        # Freezing stages per one at which anything is frozen: where freezing itself is expensive.
+        self.freeze_every = 1
+        self.costs: dict[str, LayerCost] = {}
         self.patience = patience
         self.dry_run = dry_run
         self.seed = seed
@@ -106,6 +160,8 @@ class FreezeController:
         self._predictor = predictor
         self._history = WeightHistory(info.window, info.tailored_size)
         self._layers = adapter.layers()
+        self._keep_one_of = [list(group) for group in keep_one_of]
+        self._ranks = ranks or OneProcess()
         if len(self._layers) < 2:
             raise UnsupportedModelError(
                 f"The model has {len(self._layers)} layers that can be trained, {self._layers}; SmartFRZ needs at least "
@@ -122,6 +178,17 @@ class FreezeController:
         self.decision_seconds = 0.0
         self._streaks: dict[str, int] = {}
         self._warned: set[str] = set()
+        self._lowest_rates: list[float] = []
+        self._highest_rates: list[float] = []
+        self._ranks.meet("the first step", self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        """What has to be the same on every process."""
+        return {
+            "layers": {layer: self._adapter.num_weights(layer) for layer in self._layers},
+            "predictor": self._predictor.sha256,
+            **{name: getattr(self, name) for name in _SCHEDULE},
+        }
 
     @property
     def active(self) -> list[str]:
@@ -141,6 +208,7 @@ class FreezeController:
         decisions: list[FreezeDecision] = []
         active = self.active
         if len(active) > 1:  # with one layer left there is nothing to decide any more
+            self._ranks.meet(f"step {self.num_steps}", {"active": active})
             self._record(active)
             if self.num_records % self.decide_every == 0:
                 decisions = self._stage(active)
@@ -148,28 +216,14 @@ class FreezeController:
         return decisions
 
     def _record(self, active: list[str]) -> None:
-        for layer in active:
-            self._history.append(layer, self._adapter.weights(layer, self._positions[layer]))
+        for layer, vector in self._adapter.tailored({layer: self._positions[layer] for layer in active}).items():
+            self._history.append(layer, vector)
         self.num_records += 1
 
     def _stage(self, active: list[str]) -> list[FreezeDecision]:
-        excused = self._excused(active)
-        asked = [layer for layer in active if layer not in excused]
-        confidence: dict[str, float] = {}
-        if asked:
-            answer = self._predictor.predict(*self._history.windows(asked))
-            confidence = dict(zip(asked, answer[0][:, 1].tolist(), strict=True))
-        decisions, self._streaks = decide(
-            active,
-            confidence,
-            excused,
-            self._streaks,
-            step=self.num_steps,
-            timestamp=self.num_records - 1,
-            threshold=self.threshold,
-            patience=self.patience,
-            dry_run=self.dry_run,
-        )
+        shared = self._ranks.share(lambda: self._decide(active))
+        decisions = [FreezeDecision(**decision) for decision in shared["decisions"]]
+        self._streaks = dict(shared["streaks"])
         self.events += decisions
         chosen = [d for d in decisions if d.action != "keep"]
         if chosen and not self.dry_run:
@@ -186,6 +240,85 @@ class FreezeController:
                 decision.confidence,
             )
         return decisions
+
+    def _decide(self, active: list[str]) -> dict[str, Any]:
+        """Decisions and streaks, as plain data."""
+        excused = self._excused(active)
+        asked = [layer for layer in active if layer not in excused]
+        confidence: dict[str, float] = {}
+        if asked:
+            answer = self._predictor.predict(*self._history.windows(asked))
+            confidence = dict(zip(asked, answer[0][:, 1].tolist(), strict=True))
+        decisions, streaks = decide(
+            active,
+            confidence,
+            excused,
+            self._streaks,
+            step=self.num_steps,
+            timestamp=self.num_records - 1,
+            ordering=Ordering(self._adapter.all_layers(), self.threshold, self.freeze_order, self.costs),
+            patience=self.patience,
+            dry_run=self.dry_run,
+            hold=self.num_records // self.decide_every % self.freeze_every != 0,
+            keep_one_of=self._keep_one_of,
+        )
+        return {"decisions": [dataclasses.asdict(decision) for decision in decisions], "streaks": streaks}
+
+    def thaw(self, layers: Sequence[str] | None = None, reason: Reason = "by_hand") -> list[FreezeDecision]:
+        """Train layers again that this controller froze; they may freeze again later.
+
+        Args:
+            layers: Their names; all by default. Layers that are not frozen stay as they are.
+            reason: For the record of the decision.
+
+        Returns:
+            One decision for each layer that was thawed.
+
+        Raises:
+            ValueError: If a name is that of no layer, or of one that the user froze.
+        """
+        unknown = [layer for layer in layers or () if layer not in self._layers]
+        if unknown:
+            raise ValueError(
+                f"`layers` names {unknown[:3]}, which SmartFRZ cannot thaw; expected names among frozen_layers: "
+                f"{list(self.frozen)}."
+            )
+        thawed = [layer for layer in self.frozen if layers is None or layer in layers]
+        if not thawed:
+            return []
+        self._ranks.meet(f"thawing after step {self.num_steps}", {"layers": thawed})
+        if not self.dry_run:
+            self._adapter.unfreeze(thawed)
+        decisions = []
+        for layer in thawed:
+            del self.frozen[layer]
+            decisions.append(FreezeDecision(self.num_steps, self.num_records - 1, layer, float("nan"), "thaw", reason))
+            logger.info("thaw %s at step %d (%s)", layer, self.num_steps, reason)
+        self.events += decisions
+        return decisions
+
+    def observe_learning_rates(self, rates: Sequence[float]) -> list[FreezeDecision]:
+        """Thaw every layer if the learning rate was raised again: what had converged has not any more.
+
+        Call it after every step, if `thaw_on_restart` is set.
+
+        Args:
+            rates: Of each parameter group.
+
+        Returns:
+            As `thaw`.
+        """
+        if len(rates) != len(self._highest_rates):
+            self._highest_rates, self._lowest_rates = list(rates), []
+        self._highest_rates = [max(a, b) for a, b in zip(self._highest_rates, rates, strict=True)]
+        if not self.frozen or len(rates) != len(self._lowest_rates):
+            self._lowest_rates = list(rates)  # a warm-up before anything froze is no restart
+        raised = any(
+            now > RESTART_RATIO * lowest and now > RESTART_SHARE * highest
+            for now, lowest, highest in zip(rates, self._lowest_rates, self._highest_rates, strict=True)
+        )
+        self._lowest_rates = [min(a, b) for a, b in zip(self._lowest_rates, rates, strict=True)]
+        return self.thaw(reason="learning_rate_raised") if raised else []
 
     def _excused(self, active: list[str]) -> dict[str, Reason]:
         excused: dict[str, Reason] = {}
@@ -216,6 +349,8 @@ class FreezeController:
             "frozen": dict(self.frozen),
             "streaks": dict(self._streaks),
             "warned": sorted(self._warned),
+            "learning_rates": [list(self._lowest_rates), list(self._highest_rates)],
+            "costs": {layer: dataclasses.astuple(cost) for layer, cost in self.costs.items()},
             "decision_seconds": self.decision_seconds,
             "events": [dataclasses.asdict(event) for event in self.events],
             "history": self._history.state_dict(),
@@ -258,6 +393,8 @@ class FreezeController:
         self.frozen = dict(state["frozen"])
         self._streaks = dict(state["streaks"])
         self._warned = set(state["warned"])
+        self._lowest_rates, self._highest_rates = (list(rates) for rates in state["learning_rates"])
+        self.costs = {layer: LayerCost(*cost) for layer, cost in state["costs"].items()}
         self.decision_seconds = state["decision_seconds"]
         self.events = [FreezeDecision(**event) for event in state["events"]]
         self._history.load_state_dict(state["history"])
@@ -266,7 +403,17 @@ class FreezeController:
             self._adapter.freeze(list(self.frozen))
 
 
-_SCHEDULE = ("record_every", "decide_every", "threshold", "patience", "dry_run", "seed")
+_SCHEDULE = (
+    "record_every",
+    "decide_every",
+    "threshold",
+    "patience",
+    "dry_run",
+    "seed",
+    "freeze_order",
+    "freeze_every",
+    "thaw_on_restart",
+)
 
 
 def schedule(
@@ -276,6 +423,7 @@ def schedule(
     decide_every: int | None,
     threshold: float | None,
     patience: int,
+    freeze_order: str = "free",
 ) -> tuple[int, int, float]:
     """What is given by the user, and else what follows from the predictor and the length of the run.
 
@@ -290,6 +438,8 @@ def schedule(
             "SmartFRZ needs to know how long the run is: received neither `total_steps` nor `record_every`. Pass "
             "total_steps=len(loader) * epochs."
         )
+    if freeze_order not in ORDERS:
+        raise ValueError(f"`freeze_order` is {freeze_order!r}; expected one of {', '.join(ORDERS)}.")
     counts = {
         "total_steps": total_steps,
         "record_every": record_every,

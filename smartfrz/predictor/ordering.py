@@ -1,6 +1,16 @@
 """Which layer is worth freezing next: the bar that each layer's confidence has to reach. Pure."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+FreezeOrder = Literal["free", "prefix", "cost_aware"]
+ORDERS: tuple[str, ...] = get_args(FreezeOrder)
+# How far saving twice as much as a layer's fair share lowers the bar, in logits, and how far at most.
+# A threshold of 0.70 becomes 0.54 for a layer that closes a prefix of four, 0.79 for an interior one.
+LOGITS_PER_DOUBLING = 0.35
+MOST_LOGITS = 1.0
 
 
 @dataclass(frozen=True)
@@ -18,3 +28,93 @@ class LayerCost:
     forward: float
     input_gradient: float
     weight_gradient: float
+
+
+def backward_cost(
+    layers: Sequence[str], stopped: Collection[str], costs: Mapping[str, LayerCost]
+) -> tuple[float, float, float]:
+    """What one backward pass costs in which the stopped layers are frozen, and what that saves.
+
+    The pass ends at the first layer that is trained: nothing before it needs a gradient, and its own
+    input does not either. Behind it a frozen layer still passes gradients on.
+
+    Args:
+        layers: All layers in execution order.
+        stopped: The frozen ones.
+        costs: Of each layer.
+
+    Returns:
+        The cost that remains; what is saved in the frozen prefix, where no gradient is computed (with
+        the input gradient of the first trained layer, which the prefix spares); and what is saved
+        behind it, in the interior: weight gradients.
+    """
+    stopped = set(stopped)
+    remaining = prefix = interior = 0.0
+    closed = True
+    for index, layer in enumerate(layers):
+        weight = costs[layer].weight_gradient
+        inside = costs[layer].input_gradient if index else 0.0  # nobody asks for the data's gradient
+        if closed:
+            prefix += inside
+        else:
+            remaining += inside
+        if layer not in stopped:
+            closed = False
+            remaining += weight
+        elif closed:
+            prefix += weight
+        else:
+            interior += weight
+    return remaining, prefix, interior
+
+
+def savings(layers: Sequence[str], stopped: Collection[str], costs: Mapping[str, LayerCost]) -> dict[str, float]:
+    """What each trained layer would save of a backward pass, if it were frozen as the next one."""
+    stopped = set(stopped)
+    live = [index for index, layer in enumerate(layers) if layer not in stopped]
+    saved = {layers[index]: costs[layers[index]].weight_gradient for index in live}
+    if live:
+        next_live = live[1] if len(live) > 1 else len(layers) - 1
+        saved[layers[live[0]]] += sum(costs[layer].input_gradient for layer in layers[live[0] + 1 : next_live + 1])
+    return saved
+
+
+@dataclass(frozen=True)
+class Ordering:
+    """In which order layers may freeze, and at which confidence.
+
+    Attributes:
+        layers: All layers in execution order, those that the user froze included.
+        threshold: Confidence from which a layer is frozen, in (0, 1].
+        order: `free`: wherever the confidence reaches the threshold, as in the paper. `prefix`: as
+            `free`, but front to back only. `cost_aware`: the bar moves with the time that freezing
+            the layer would save now, beside the fair share of a layer: an interior layer saves only
+            its weight gradient and needs more confidence; a live layer that blocks a long frozen
+            prefix saves the input gradients of all of it, and needs less.
+        costs: What each layer costs; needed for `cost_aware`, which is `free` without.
+    """
+
+    layers: Sequence[str]
+    threshold: float
+    order: FreezeOrder = "free"
+    costs: Mapping[str, LayerCost] = field(default_factory=dict)
+
+    def bars(self, stopped: Collection[str]) -> dict[str, float]:
+        """The confidence that each layer has to reach while the `stopped` ones are frozen."""
+        bars = dict.fromkeys(self.layers, self.threshold)
+        if self.order != "cost_aware" or not self.costs or self.threshold >= 1.0:
+            return bars
+        fair = backward_cost(self.layers, (), self.costs)[0] / len(self.layers)
+        if fair <= 0.0:
+            return bars
+        logit = math.log(self.threshold / (1.0 - self.threshold))
+        for layer, saved in savings(self.layers, stopped, self.costs).items():
+            lower = LOGITS_PER_DOUBLING * math.log2(max(saved / fair, 1e-6))
+            bars[layer] = 1.0 / (1.0 + math.exp(min(max(lower, -MOST_LOGITS), MOST_LOGITS) - logit))
+        return bars
+
+    def may_freeze(self, layer: str, stopped: Collection[str]) -> bool:
+        """Whether the order lets this layer freeze, while `stopped` ones are or will be frozen."""
+        if self.order != "prefix":
+            return True
+        return all(before in stopped for before in self.layers[: self.layers.index(layer)])

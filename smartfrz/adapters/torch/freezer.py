@@ -1,9 +1,9 @@
 """`SmartFRZ`: layer freezing for a plain PyTorch training loop."""
 
+import math
 import os
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,15 @@ import torch
 from torch import nn
 
 from smartfrz import zoo
+from smartfrz.adapters.torch.compiling import COMPILED_STAGES, CompileWatch, EagerHold
+from smartfrz.adapters.torch.costs import CostProfiler
 from smartfrz.adapters.torch.freezing import TorchAdapter
 from smartfrz.adapters.torch.layers import Layer, LayerTracer
+from smartfrz.adapters.torch.report import Report
 from smartfrz.errors import StateError, UsageError
 from smartfrz.predictor.controller import PATIENCE, AsksPredictor, FreezeController, schedule
 from smartfrz.predictor.decision import FreezeDecision
+from smartfrz.predictor.ordering import FreezeOrder
 from smartfrz.predictor.runtime import Device
 
 
@@ -23,8 +27,9 @@ class SmartFRZ:
     """Freezes layers of a model while it is trained, when the predictor says that they have converged.
 
     Args:
-        model: The model. Its first forward pass in training mode shows which layers it has, and in
-            which order they run.
+        model: The model, wrapped (DistributedDataParallel, `torch.compile`) or not. Its first forward
+            pass in training mode shows which layers it has, and in which order they run; that pass
+            is not compiled.
         optimizer: The optimizer, or several, of the model's parameters.
         predictor: A name of the zoo, the path of an ONNX file, or a loaded `Predictor`.
         total_steps: Optimizer steps of the whole run, `len(loader) * epochs`. Gives `record_every`.
@@ -38,6 +43,12 @@ class SmartFRZ:
         device: Where ONNX Runtime runs: `"cpu"`, `"cuda"`, or `"auto"`.
         norm_batches: Batches before a freezing stage over which the statistics of a frozen batch
             norm are averaged. 0 keeps its running statistics as they are.
+        freeze_order: `"free"`: wherever the predictor is confident, as in the paper. `"prefix"`:
+            front to back only. `"cost_aware"`: layers whose freezing would save much time now are
+            frozen at a lower confidence, others at a higher one; the second training step measures
+            each layer's time for that, and takes several times as long.
+        thaw_on_restart: Thaw every layer when the learning rate is raised to more than twice its
+            lowest value since layers froze, as in warm restarts.
 
     Raises:
         PredictorFileError: If the predictor cannot be used.
@@ -68,13 +79,15 @@ class SmartFRZ:
         seed: int = 0,
         device: Device = "auto",
         norm_batches: int = 24,
+        freeze_order: FreezeOrder = "free",
+        thaw_on_restart: bool = False,
     ):
         self.predictor = zoo.load(predictor, device=device)
         # complain now, not after the first batch
-        schedule(self.predictor.info, total_steps, record_every, decide_every, threshold, patience)
+        schedule(self.predictor.info, total_steps, record_every, decide_every, threshold, patience, freeze_order)
         if norm_batches < 0:
             raise ValueError(f"`norm_batches` is {norm_batches}; expected 0 or more batches.")
-        self._model = model
+        self._model = model = _unwrapped(model)
         self._optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         self._options: dict[str, Any] = {
             "total_steps": total_steps,
@@ -84,6 +97,8 @@ class SmartFRZ:
             "patience": patience,
             "dry_run": dry_run,
             "seed": seed,
+            "freeze_order": freeze_order,
+            "thaw_on_restart": thaw_on_restart,
         }
         self._norm_batches = norm_batches
         self._adapter: TorchAdapter | None = None
@@ -92,7 +107,11 @@ class SmartFRZ:
         self._started: float | None = None
         self._seconds = 0.0
         self._saw_gradient = False
-        self._tracer: LayerTracer | None = LayerTracer(model)
+        self._compiling = CompileWatch()
+        self._eager = EagerHold()
+        self._eager.acquire()
+        self._tracer: LayerTracer | None = LayerTracer(model, on_done=self._eager.release)
+        self._profiler: CostProfiler | None = None
         trainable = tuple(p for p in model.parameters() if p.requires_grad)
         self._gradient_hook: Any = None
         if trainable:
@@ -116,9 +135,40 @@ class SmartFRZ:
         controller = self._controller or self._start()
         if self._started is None:
             self._started = time.perf_counter()
+        self._finish_profile(controller)
+        if self._compiling.compiled and controller.freeze_every == 1:
+            controller.freeze_every = self._stages_apart(controller)
         decisions = controller.step()
+        if controller.thaw_on_restart:
+            rates = [float(group["lr"]) for optimizer in self._optimizers for group in optimizer.param_groups]
+            decisions = decisions + controller.observe_learning_rates(rates)
+        if any(decision.action in ("freeze", "thaw") for decision in decisions):
+            self._compiling.frozen_set_changed()
         self._snapshot_before_stage(controller)
         self._seconds = time.perf_counter() - self._started
+        return decisions
+
+    def thaw(self, layers: Sequence[str] | None = None) -> list[FreezeDecision]:
+        """Train frozen layers again, with a clean optimizer state; they may freeze again later.
+
+        Call it between `optimizer.step()` and the next backward pass; on every process, where
+        several train together.
+
+        Args:
+            layers: Names among `frozen_layers`; all of them by default. Layers that you froze
+                yourself stay frozen.
+
+        Returns:
+            One decision for each layer that was thawed.
+
+        Raises:
+            ValueError: If a name is that of no layer, or of one that you froze yourself.
+        """
+        if self._controller is None:
+            return []
+        decisions = self._controller.thaw(layers)
+        if decisions and not self._controller.dry_run:
+            self._compiling.frozen_set_changed()
         return decisions
 
     def _start(self) -> FreezeController:
@@ -131,20 +181,43 @@ class SmartFRZ:
                 "freezer.step() after loss.backward() and optimizer.step(), and run the model that you passed to "
                 "SmartFRZ."
             )
-        controller, adapter = self._control(self._tracer.layers())
+        controller, adapter = self._control(self._tracer.layers(), self._tracer.reentrant)
         if self._norm_batches:
             adapter.snapshot_statistics()  # for a first stage that comes before the next snapshot
+        if controller.freeze_order == "cost_aware":
+            self._eager.acquire()
+            self._profiler = CostProfiler(self._model, self._all_layers)
         return controller
 
-    def _control(self, layers: list[Layer]) -> tuple[FreezeController, TorchAdapter]:
-        adapter = TorchAdapter(self._model, self._optimizers, layers)
-        controller = FreezeController(adapter, self.predictor, **self._options)
+    def _control(self, layers: list[Layer], reentrant: bool) -> tuple[FreezeController, TorchAdapter]:
+        adapter = TorchAdapter(self._model, self._optimizers, layers, reentrant=reentrant)
+        # GradScaler refuses to step an optimizer none of whose parameters has a gradient.
+        keep_one_of = adapter.layers_of_each_optimizer() if len(self._optimizers) > 1 else []
+        controller = FreezeController(adapter, self.predictor, keep_one_of=keep_one_of, **self._options)
         self._all_layers, self._adapter, self._controller = layers, adapter, controller
+        self._reentrant = reentrant
         self.close()
         return controller, adapter
 
+    def _finish_profile(self, controller: FreezeController) -> None:
+        if self._profiler is not None and self._profiler.done:
+            controller.costs = self._profiler.costs()
+            self._profiler.close()
+            self._profiler = None
+            self._eager.release()
+
+    def _stages_apart(self, controller: FreezeController) -> int:
+        records = 1.0 / self.predictor.info.record_fraction
+        if self._options["total_steps"] is not None:
+            records = self._options["total_steps"] / controller.record_every
+        return max(1, math.ceil(records / controller.decide_every / COMPILED_STAGES))
+
     def close(self) -> None:
-        """Remove the hooks that watch the first pass. Frozen layers stay frozen."""
+        """Remove the hooks that watch the first passes. Frozen layers stay frozen."""
+        self._eager.release()
+        if self._profiler is not None:
+            self._profiler.close()
+            self._profiler = None
         if self._tracer is not None:
             self._tracer.close()
             self._tracer = None
@@ -177,16 +250,22 @@ class SmartFRZ:
         """What froze when, what that saved, and what deciding cost."""
         controller = self._controller
         if controller is None:
-            return Report([], {}, set(), 0, 0.0, 0.0, False)
-        user_frozen = {layer.name for layer in self._all_layers} - set(self.layers)
+            return Report()
+        num_compilations, compile_seconds = self._compiling.total
+        num_again, seconds_again = self._compiling.because_of_freezing
         return Report(
-            self._all_layers,
-            dict(controller.frozen),
-            user_frozen,
-            controller.num_steps,
-            self._seconds,
-            controller.decision_seconds,
-            controller.dry_run,
+            layers=self._all_layers,
+            frozen=dict(controller.frozen),
+            user_frozen={layer.name for layer in self._all_layers} - set(self.layers),
+            changes=[(e.step, e.action, e.layer) for e in controller.events if e.action != "keep"],
+            num_steps=controller.num_steps,
+            seconds=self._seconds,
+            decision_seconds=controller.decision_seconds,
+            dry_run=controller.dry_run,
+            num_compilations=num_compilations,
+            compile_seconds=compile_seconds,
+            num_recompilations=num_again,
+            recompile_seconds=seconds_again,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -204,6 +283,7 @@ class SmartFRZ:
             "layers": [layer.to_dict() for layer in self._all_layers],
             "controller": state,
             "norms": self._adapter.norm_state(),
+            "reentrant": self._reentrant,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -225,106 +305,19 @@ class SmartFRZ:
         controller_state["history"] = {k: np.asarray(v) for k, v in controller_state["history"].items()}
         if self._controller is not None and self._adapter is not None:
             self._adapter.unfreeze(list(self._controller.frozen))  # or they would pass for the user's own
-        controller, adapter = self._control([Layer.from_dict(layer) for layer in state["layers"]])
+        controller, adapter = self._control([Layer.from_dict(layer) for layer in state["layers"]], state["reentrant"])
         controller.load_state_dict(controller_state)
         adapter.load_norm_state(state["norms"])
         self._seconds = state["seconds"]
         self._started = time.perf_counter() - self._seconds
 
 
-@dataclass(frozen=True)
-class Report:
-    """What SmartFRZ did in a run; `print` it.
-
-    Attributes:
-        layers: Every layer, in execution order.
-        frozen: Layer name to the step at which it froze (in a dry run: would have).
-        user_frozen: Layers that the user had frozen before.
-        num_steps: Optimizer steps so far.
-        seconds: From the first to the latest `freezer.step()`.
-        decision_seconds: Part of that spent recording, deciding and freezing.
-        dry_run: Whether nothing was really frozen.
-    """
-
-    layers: list[Layer]
-    frozen: dict[str, int]
-    user_frozen: set[str]
-    num_steps: int
-    seconds: float
-    decision_seconds: float
-    dry_run: bool
-
-    def _backward_flops(self, frozen: Iterable[str]) -> int:
-        """Of one step. A weight gradient costs as much as the forward pass; so does an input gradient.
-
-        Neither is computed in a frozen prefix; behind it a frozen layer still passes gradients on.
-        """
-        stopped = set(frozen) | self.user_frozen
-        first_active = next((i for i, layer in enumerate(self.layers) if layer.name not in stopped), len(self.layers))
-        total = 0
-        for index, layer in enumerate(self.layers):
-            needs_weight = layer.name not in stopped
-            needs_input = index > first_active
-            total += layer.forward_flops * (int(needs_weight) + int(needs_input))
-        return total
-
-    @property
-    def backward_flops(self) -> int:
-        """Of the layers over the whole run so far, without freezing, estimated from the first batch."""
-        return self.num_steps * self._backward_flops([])
-
-    @property
-    def backward_flops_saved(self) -> int:
-        """The part of `backward_flops` that freezing saved (in a dry run: would have)."""
-        saved, stopped = 0, []
-        full = self._backward_flops([])
-        marks = sorted(set(self.frozen.values()))
-        for start, end in zip(marks, [*marks[1:], self.num_steps], strict=True):
-            stopped = [layer for layer, step in self.frozen.items() if step <= start]
-            saved += (end - start) * (full - self._backward_flops(stopped))
-        return saved
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for a log."""
-        return {
-            "num_layers": len(self.layers),
-            "frozen": dict(self.frozen),
-            "user_frozen": sorted(self.user_frozen),
-            "num_steps": self.num_steps,
-            "seconds": self.seconds,
-            "decision_seconds": self.decision_seconds,
-            "backward_flops": self.backward_flops,
-            "backward_flops_saved": self.backward_flops_saved,
-            "dry_run": self.dry_run,
-        }
-
-    def __str__(self) -> str:
-        if not self.num_steps:
-            return "SmartFRZ: no step yet."
-        what = "would have frozen" if self.dry_run else "froze"
-        lines = [f"SmartFRZ {what} {len(self.frozen)} of {len(self.layers)} layers in {self.num_steps} steps."]
-        stopped = set(self.frozen) | self.user_frozen
-        prefix = next((i for i, layer in enumerate(self.layers) if layer.name not in stopped), len(self.layers))
-        if self.user_frozen:
-            lines.append(f"{len(self.user_frozen)} layers were frozen before.")
-        if stopped:
-            lines.append(
-                f"The frozen prefix is {prefix} layers long; {len(stopped) - prefix} frozen layers lie behind it."
-            )
-        by_step: dict[int, list[str]] = {}
-        for layer, step in self.frozen.items():
-            by_step.setdefault(step, []).append(layer)
-        for step, names in by_step.items():
-            shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-            lines.append(f"  step {step:>6} ({step / self.num_steps:4.0%}): {shown}")
-        if self.backward_flops:
-            share = self.backward_flops_saved / self.backward_flops
-            lines.append(
-                f"Backward computation saved: {self.backward_flops_saved / 1e12:.3g} of "
-                f"{self.backward_flops / 1e12:.3g} TFLOPs ({share:.0%}), estimated from the first batch."
-            )
-        share = self.decision_seconds / self.seconds if self.seconds else 0.0
-        lines.append(
-            f"Recording and deciding took {self.decision_seconds:.2f} s ({share:.1%} of {self.seconds:.1f} s)."
-        )
-        return "\n".join(lines)
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module inside of DistributedDataParallel and `torch.compile`."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner

@@ -1,6 +1,6 @@
 """Which parts of a PyTorch model are frozen as one unit, and how their weights are read."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,7 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from smartfrz.errors import StateError, UnsupportedModelError
@@ -57,9 +59,11 @@ class LayerTracer:
         model: The model. Its modules get hooks until the first forward pass in which gradients or
             `any_mode` allow tracing has ended.
         training_only: Ignore forward passes in eval mode, in which some modules take other paths.
+        on_done: Called once the pass has been watched.
     """
 
-    def __init__(self, model: nn.Module, *, training_only: bool = True):
+    def __init__(self, model: nn.Module, *, training_only: bool = True, on_done: Callable[[], None] | None = None):
+        self._on_done = on_done
         self._model = model
         self._training_only = training_only
         self._ran: list[str] = []
@@ -69,6 +73,8 @@ class LayerTracer:
         self._handles: list[Any] = []
         self.total_flops = 0
         self.done = False
+        self.wrapper: nn.Module | None = None  # the DistributedDataParallel that runs the model
+        self.reentrant = False  # whether parts of it run under reentrant checkpointing
         for name, module in model.named_modules():
             if module is model:
                 continue
@@ -93,8 +99,12 @@ class LayerTracer:
         if output is None:  # the forward pass raised
             return
         self.total_flops = sum(self._flops.values())
+        self.wrapper = DistributedDataParallel._get_active_ddp_module()
+        self.reentrant = _is_behind(output, "CheckpointFunctionBackward")
         self.done = True
         self.close()
+        if self._on_done is not None:
+            self._on_done()
 
     def _enter(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
@@ -121,6 +131,21 @@ class LayerTracer:
             UnsupportedModelError: If no module with weights ran.
         """
         return _group(self._model, list(dict.fromkeys(self._ran)), self._flops)
+
+
+def _is_behind(output: Any, node: str) -> bool:
+    """Whether the graph that made the output has a node of this name."""
+    waiting = [leaf.grad_fn for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    seen = set()
+    while waiting:
+        function = waiting.pop()
+        if function is None or function in seen:
+            continue
+        if function.name() == node:
+            return True
+        seen.add(function)
+        waiting += [following for following, _ in function.next_functions]
+    return False
 
 
 class _FlopMode(TorchDispatchMode):
@@ -304,6 +329,19 @@ class LayerReader:
         Returns:
             float32 `[n]`, whatever the dtype of the weights.
         """
+        return self._picked(layer, indices).cpu().numpy()
+
+    def tailored(self, positions: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[np.float32]]:
+        """As `weights`, of several layers at once: a GPU is waited for once, not for every layer."""
+        picked = {layer: self._picked(layer, indices) for layer, indices in positions.items()}
+        if len({vector.device for vector in picked.values()}) > 1:
+            return {layer: vector.cpu().numpy() for layer, vector in picked.items()}
+        joined = torch.cat(list(picked.values())).cpu().numpy()
+        ends = np.cumsum([len(indices) for indices in positions.values()])
+        return dict(zip(picked, np.split(joined, ends[:-1]), strict=True))
+
+    def _picked(self, layer: str, indices: NDArray[np.int64]) -> torch.Tensor:
+        """Float32 `[n]`, a copy on the weights' device."""
         known, parts = self._parts.get(layer, (None, []))
         if known is not indices:
             parts = list(self._split(layer, indices))
@@ -313,8 +351,7 @@ class LayerReader:
             data = tensor.detach()
             # .view needs no copy of the whole weight; channels_last kernels are not viewable flat
             picked.append(data.view(-1)[where[0]] if len(where) == 1 else data[where])
-        joined = picked[0] if len(picked) == 1 else torch.cat([p.float() for p in picked])
-        return joined.float().cpu().numpy()
+        return torch.cat([part.float() for part in picked]) if len(picked) > 1 else picked[0].float()
 
     def _split(self, layer: str, indices: NDArray[np.int64]) -> Iterator[tuple[torch.Tensor, tuple[torch.Tensor, ...]]]:
         start = 0

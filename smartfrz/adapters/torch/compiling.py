@@ -1,0 +1,121 @@
+"""Living with `torch.compile`: what it must not see, and what it costs."""
+
+import logging
+import threading
+import time
+from typing import Any
+
+import torch
+from torch._dynamo.callback import callback_handler
+
+logger = logging.getLogger("smartfrz")
+# With a compiled model, at most so many freezing stages of a run freeze anything: each one has the
+# model compiled again, which takes seconds to minutes.
+COMPILED_STAGES = 4
+
+
+class EagerHold:
+    """While held, compiled functions run eagerly.
+
+    A model that is traced through hooks and a dispatch mode must not be compiled meanwhile: the
+    compiler would give up on it, for the rest of the process and without a word.
+    """
+
+    _lock = threading.Lock()
+    _holders = 0
+    _stance: Any = None
+
+    def __init__(self) -> None:
+        self._held = False
+
+    def acquire(self) -> None:
+        """Hold; does nothing if this object holds already."""
+        with EagerHold._lock:
+            if self._held:
+                return
+            self._held = True
+            EagerHold._holders += 1
+            if EagerHold._holders == 1:
+                EagerHold._stance = torch.compiler.set_stance("force_eager")
+
+    def release(self) -> None:
+        """Let go; the last one to do so gives the compiler back as it was found."""
+        with EagerHold._lock:
+            if not self._held:
+                return
+            self._held = False
+            EagerHold._holders -= 1
+            if EagerHold._holders == 0:
+                EagerHold._stance.__exit__(None, None, None)
+                EagerHold._stance = None
+
+    def __del__(self) -> None:
+        self.release()
+
+
+class _Clock:
+    """Counts all compilations of this process, and their seconds."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.seconds = 0.0
+        self._started: float | None = None
+
+    def listen(self) -> None:
+        """Be told of compilations; needed again after `torch._dynamo.reset()`."""
+        if self._start not in callback_handler.start_callbacks:
+            callback_handler.register_start_callback(self._start)
+            callback_handler.register_end_callback(self._end)
+
+    def _start(self, args: Any) -> None:
+        self._started = time.perf_counter()
+        if args.callback_trigger.name == "DYNAMO":
+            self.count += 1
+
+    def _end(self, args: Any) -> None:
+        if self._started is not None:
+            self.seconds += time.perf_counter() - self._started
+            self._started = None
+
+
+_clock = _Clock()
+
+
+class CompileWatch:
+    """What compiling costs one run, before and after its layers began to freeze."""
+
+    def __init__(self) -> None:
+        _clock.listen()
+        self._from = (_clock.count, _clock.seconds)
+        self._frozen_from: tuple[int, float] | None = None
+
+    @property
+    def compiled(self) -> bool:
+        """Whether anything was compiled since the watch began."""
+        return _clock.count > self._from[0]
+
+    @property
+    def total(self) -> tuple[int, float]:
+        """Compilations and their seconds since the watch began."""
+        return _clock.count - self._from[0], _clock.seconds - self._from[1]
+
+    @property
+    def because_of_freezing(self) -> tuple[int, float]:
+        """The part of `total` that came after layers first froze or thawed."""
+        if self._frozen_from is None:
+            return 0, 0.0
+        return _clock.count - self._frozen_from[0], _clock.seconds - self._frozen_from[1]
+
+    def frozen_set_changed(self) -> None:
+        """Make room for one more compilation of each compiled function.
+
+        The compiler keeps `recompile_limit` variants of a function (8 today) and then runs it
+        eagerly for ever. The variants of earlier frozen sets are never used again, so each change
+        of the set is given one more, and the user's own limit stays what it was.
+        """
+        _clock.listen()
+        if self._frozen_from is None:
+            self._frozen_from = (_clock.count, _clock.seconds)
+        if self.compiled:
+            torch._dynamo.config.recompile_limit += 1
+            logger.info("torch._dynamo.config.recompile_limit raised to %d", torch._dynamo.config.recompile_limit)
