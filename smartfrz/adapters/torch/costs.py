@@ -239,24 +239,25 @@ def _time_module(module: nn.Module, args: Any, kwargs: Any, repeats: int) -> _Se
             outputs = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.requires_grad]
             gradients = [torch.ones_like(t) for t in outputs]
 
-            def backward(tensors: list[torch.Tensor]) -> tuple[float, int]:
+            def backward(tensors: list[torch.Tensor]) -> tuple[float, list[bool]]:
                 if not tensors or not outputs:
-                    return 0.0, 0
+                    return 0.0, [False for _ in tensors]
 
                 def run() -> Any:
                     return torch.autograd.grad(outputs, tensors, gradients, retain_graph=True, allow_unused=True)
 
                 took, found = _fastest(run, repeats, cuda)
-                return took, sum(g is not None for g in found)
+                return took, [gradient is not None for gradient in found]
 
             leaves = tree_leaves((positional, keyword))
             inputs = list({id(t): t for t in leaves if isinstance(t, torch.Tensor) and t.requires_grad}.values())
             learned = [t for t in trained.values() if t.requires_grad]
             input_seconds, _ = backward(inputs)
             weight_seconds, reached = backward(learned)
-            if learned and not reached:
+            judged = [got for got, t in zip(reached, learned, strict=True) if t.dim() >= 2] or reached
+            if judged and not any(judged):
                 # computed outside of forward, as by the old torch.nn.utils.weight_norm
-                raise ValueError("no gradient reaches the module's parameters")
+                raise ValueError("no gradient reaches the module's weights")
             return seconds, input_seconds, weight_seconds
 
         named = {f"module.{name}": tensor for name, tensor in replaced.items()}
