@@ -1,4 +1,4 @@
-"""`smartfrz`: the demo. More commands follow."""
+"""`smartfrz`: the demo, and an estimate of what freezing would save."""
 
 import sys
 from pathlib import Path
@@ -70,3 +70,61 @@ def demo(output: Path, **options: Any) -> None:
     Console(width=120).print(shown)
     for path in save(runs, chosen, output):
         click.echo(f"wrote {path}")
+
+
+@main.command()
+@click.argument("source", metavar="MODULE:CALLABLE")
+@click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    required=True,
+    metavar="[NAME=]SHAPE[:DTYPE[:HIGH]]",
+    help="32,3,224,224 or 8,128:int64:1000 (integers below 1000). Once for each argument of the forward pass.",
+)
+@click.option("--prefix", default="", metavar="K1,K2,..", help="Numbers of layers to freeze. Default: up to 12 values.")
+@click.option("--layers", is_flag=True, help="Also print what each layer costs in a step.")
+@click.option("--device", default="", help="cpu, cuda, cuda:1. Default: CUDA where there is one.")
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(min=1), help="Turns of each number.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--json", "output", type=click.Path(path_type=Path, dir_okay=False), help="Write all figures to a file.")
+def estimate(
+    source: str, inputs: tuple[str, ...], prefix: str, layers: bool, output: Path | None, **others: Any
+) -> None:
+    """Measure what freezing the first layers of a model would save.
+
+    MODULE:CALLABLE is called without arguments and returns the model, for example torchvision.models:resnet50. Modules
+    in the current directory are found.
+    """
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise click.ClickException(
+            'The estimate needs torch, which is not installed. Type: pip install "smartfrz[torch,cpu]"'
+        ) from error
+    from smartfrz import estimate as estimating
+
+    try:
+        specs = tuple(estimating.InputSpec.parse(text) for text in inputs)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--input") from error
+    try:
+        prefixes = tuple(int(number) for number in prefix.split(",")) if prefix else ()
+    except ValueError as error:
+        raise click.BadParameter(f"{prefix!r}; expected numbers, as in 4,8,12.", param_hint="--prefix") from error
+    options = estimating.EstimateOptions(source, specs, prefixes, profile=layers, **others)
+    with click.progressbar(length=1000, label="measuring", file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
+        result = estimating.estimate(options, lambda done: bar.update(round(1000 * done) - bar.pos))
+    threads = f", {result.threads} threads" if result.device == "cpu" else ""
+    click.echo(f"{source} on {result.device}{threads}; inputs {' '.join(inputs)}\n")
+    click.echo(estimating.text(estimating.table(result)))
+    if result.already_frozen:
+        click.echo(
+            f"\nThe model came with {len(result.already_frozen)} layers frozen; they stay so and are not counted."
+        )
+    click.echo(f"\n{estimating.NOTE}")
+    if layers:
+        click.echo(f"\n{estimating.text(estimating.layer_table(result))}")
+    if output is not None:
+        estimating.save(result, options, output)
+        click.echo(f"\nwrote {output}")
