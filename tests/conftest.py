@@ -2,6 +2,7 @@ import importlib.util
 
 import pytest
 from hypothesis import settings
+from required import missing
 
 pytest.register_assert_rewrite("adapter_contract")
 
@@ -13,6 +14,12 @@ if importlib.util.find_spec("torch"):
     import torch
 
     torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    if missing():
+        raise pytest.UsageError(f"SMARTFRZ_REQUIRED names modules that are not installed: {', '.join(missing())}")
+
 
 TINY = {"name": "tiny", "tailored_size": 64, "window": 10, "representation": "motion"}
 

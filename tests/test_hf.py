@@ -1,0 +1,303 @@
+import shutil
+
+import pytest
+from framework_runs import (
+    assert_frozen_means_bit_identical,
+    assert_same_weights,
+    kept,
+    kill_this_process,
+    run_until_killed,
+    without,
+)
+from numpy_adapter import ChangePredictor
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from transformers import (  # noqa: E402
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from smartfrz.adapters.torch.hf import SmartFRZCallback  # noqa: E402
+from smartfrz.errors import StateError, UnknownPredictorError  # noqa: E402
+
+STEPS = 24
+
+
+class Probe(TrainerCallback):
+    """Keeps the model after each step; `stop` is called after the step `stop_at`."""
+
+    def __init__(self, stop_at=None, stop=None):
+        self.stop_at, self.stop = stop_at, stop
+        self.after = {}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.after[state.global_step] = kept(model)
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.substeps = getattr(self, "substeps", 0) + 1
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.stop_at:
+            self.stop()
+
+
+def tiny_bert(seed=0):
+    torch.manual_seed(seed)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=40,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=24,
+            max_position_embeddings=8,
+        )
+    )
+
+
+def sentences(count=40):
+    """Of class 1 if they begin with a small number; 8 steps an epoch, the last of them with fewer."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(40, (count, 6), generator=generator)
+    return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": int(row[0] < 20)} for row in words]
+
+
+def smartfrz(**options):
+    options = {"record_every": 2, "decide_every": 2, "patience": 1, "threshold": 0.75} | options
+    return SmartFRZCallback(options.pop("predictor", ChangePredictor(scale=5.0)), **options)
+
+
+def trainer_of(folder, *callbacks, model=None, **arguments):
+    arguments = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 6,
+        "learning_rate": 2e-3,
+        "weight_decay": 0.1,
+        "logging_steps": 4,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    } | arguments
+    arguments = TrainingArguments(str(folder), **arguments)
+    model = model or tiny_bert()
+    return Trainer(model, arguments, train_dataset=sentences(), eval_dataset=sentences(12), callbacks=[*callbacks])
+
+
+def train(folder, *callbacks, resume=None, **arguments):
+    trainer = trainer_of(folder, *callbacks, **arguments)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def train_and_die(folder):
+    train(folder, smartfrz(), Probe(17, kill_this_process), save_strategy="steps", save_steps=5)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupts, evaluated every third step: its Trainer, callback and probe."""
+    callback, probe = smartfrz(), Probe()
+    folder = tmp_path_factory.mktemp("whole")
+    trainer = train(folder, callback, probe, save_strategy="steps", save_steps=5)
+    return trainer, callback, probe
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """The folder of the same run, killed before step 18: checkpoints of steps 5, 10 and 15."""
+    folder = tmp_path_factory.mktemp("killed")
+    run_until_killed(f"import test_hf; test_hf.train_and_die({str(folder)!r})")
+    return folder
+
+
+def test_frozen_layers_are_bit_identical_and_the_others_train(whole):
+    _, callback, probe = whole
+    report = callback.report()
+    assert_frozen_means_bit_identical(probe.after, report)
+    assert report.num_steps == STEPS == len(probe.after)
+    # otherwise resuming from step 15 would prove little
+    assert min(report.frozen.values()) < 15 < max(report.frozen.values())
+
+
+def test_when_training_ends_everything_can_be_trained_again(whole):
+    trainer, callback, _ = whole
+    assert callback.freezer.frozen_layers
+    assert all(p.requires_grad for p in trainer.model.parameters())
+
+
+def test_logs(whole):
+    trainer, callback, _ = whole
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    frozen = [entry["smartfrz/frozen_layers"] for entry in logs]
+    assert frozen == sorted(frozen)
+    assert frozen[-1] == len(callback.freezer.frozen_layers)
+    assert 0 == logs[0]["smartfrz/backward_saved"] < logs[-1]["smartfrz/backward_saved"] < 1
+
+
+def test_the_learning_rate_is_that_of_training_without_smartfrz(whole, tmp_path):
+    rates = [
+        [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+        for trainer in (whole[0], train(tmp_path))
+    ]
+    assert rates[0] == rates[1]
+    assert len(set(rates[0])) > 3
+
+
+@pytest.mark.parametrize("how", ["last", "step 10", "moved"])
+def test_a_killed_run_goes_on_bit_identical(how, whole, killed, tmp_path):
+    folder, resume = {
+        "last": (killed, True),
+        "step 10": (tmp_path / "new", str(killed / "checkpoint-10")),
+        "moved": (tmp_path / "new", str(tmp_path / "elsewhere")),
+    }[how]
+    if how == "moved":
+        shutil.copytree(killed / "checkpoint-15", resume)
+    callback, probe = smartfrz(), Probe()
+    trainer = train(folder, callback, probe, model=tiny_bert(seed=1), resume=resume)
+    assert min(probe.after) == (11 if how == "step 10" else 16)
+    assert_same_weights(whole[0].model.state_dict(), trainer.model.state_dict())
+    assert repr(callback.freezer.events) == repr(whole[1].freezer.events)
+    assert callback.report().frozen == whole[1].report().frozen
+    assert_frozen_means_bit_identical(whole[2].after | probe.after, callback.report())
+
+
+def test_the_trainer_restores_the_callback_itself_if_told_to(tmp_path):
+    options = {"predictor": "smartfrz-base", "threshold": 0.001, "record_every": 1, "decide_every": 2}
+    train(tmp_path, smartfrz(**options), max_steps=8, save_strategy="steps", save_steps=6)
+    callback = smartfrz(**options)
+    trainer = trainer_of(tmp_path, callback, max_steps=10, restore_callback_states_from_checkpoint=True)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    (made_anew,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, SmartFRZCallback)]
+    assert made_anew is not callback
+    assert made_anew.report().num_steps == 10
+    assert made_anew.report().frozen
+
+
+def test_a_predictor_that_json_cannot_hold_is_missed_not_replaced(tmp_path):
+    train(tmp_path, smartfrz(), max_steps=6, save_strategy="steps", save_steps=6)
+    with pytest.raises(StateError, match="Resume with the same predictor"):
+        train(tmp_path, smartfrz(), resume=True, restore_callback_states_from_checkpoint=True)
+
+
+def test_a_checkpoint_without_our_state_is_refused_or_watched_from_there(tmp_path):
+    train(tmp_path, max_steps=6, save_strategy="steps", save_steps=6)
+    with pytest.raises(StateError, match=r"goes on from step 6, .* no state of SmartFRZCallback.*allow_missing_state"):
+        train(tmp_path, smartfrz(), resume=True)
+    callback = smartfrz(allow_missing_state=True)
+    train(tmp_path, callback, resume=True, save_strategy="steps", save_steps=6)
+    assert callback.report().num_steps == STEPS - 6
+    again = smartfrz()
+    train(tmp_path, again, resume=str(tmp_path / "checkpoint-12"))
+    assert again.report().num_steps == STEPS - 6
+
+
+def test_accumulated_batches_and_evaluation_do_not_count(tmp_path):
+    callback, probe = smartfrz(record_every=1), Probe()
+    trainer = train(
+        tmp_path,
+        callback,
+        probe,
+        max_steps=12,
+        gradient_accumulation_steps=3,
+        eval_strategy="steps",
+        eval_steps=2,
+    )
+    assert probe.substeps > 12
+    assert callback.report().num_steps == 12
+    assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 6
+    assert_frozen_means_bit_identical(probe.after, callback.report())
+
+
+def test_the_length_of_the_run_comes_from_the_trainer(tmp_path):
+    callback = smartfrz(record_every=None)
+    del callback._options["record_every"]
+    train(tmp_path, callback, max_steps=-1, num_train_epochs=20)
+    assert callback.report().num_steps == 20 * 7
+    assert callback.freezer.state_dict()["controller"]["schedule"]["record_every"] == round(0.02 * 20 * 7)
+
+
+def test_a_second_train_starts_anew(tmp_path):
+    callback = smartfrz()
+    trainer = trainer_of(tmp_path, callback, save_strategy="steps", save_steps=10)
+    trainer.train()
+    first = callback.freezer
+    trainer.train()
+    assert callback.freezer is not first
+    assert callback.report().num_steps == STEPS
+    assert callback.report().user_frozen == set()
+    assert callback.report().layers == first.report().layers
+    # and going back in the same process thaws what froze after the checkpoint
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert callback.report().user_frozen == set()
+    assert callback.report().num_steps == STEPS
+
+
+def test_after_an_interruption_a_new_trainer_trains_all_layers(tmp_path):
+    def stop():
+        raise KeyboardInterrupt
+
+    callback, model = smartfrz(), tiny_bert()
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, callback, Probe(20, stop), model=model)
+    assert not all(p.requires_grad for p in model.parameters())
+    trainer = train(tmp_path, callback, model=model)
+    trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in model.parameters()}
+    assert callback.report().user_frozen == set()
+
+
+def test_a_dry_run_trains_as_without_smartfrz(tmp_path):
+    callback = smartfrz(dry_run=True)
+    trainers = [train(tmp_path, *callbacks) for callbacks in ([callback], [])]
+    assert callback.report().frozen
+    assert callback.freezer.frozen_layers == []
+    assert_same_weights(*(trainer.model.state_dict() for trainer in trainers))
+
+
+# peft 0.21 asks for it
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_the_layers_of_a_lora_model_freeze_and_its_base_never_trains(tmp_path):
+    peft = pytest.importorskip("peft")
+    base = tiny_bert()
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"], lora_dropout=0.1)
+    model = peft.get_peft_model(base, config)
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    callback, probe = smartfrz(), Probe()
+    options = {"learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 9}
+    train(tmp_path, callback, probe, model=model, **options)
+    report = callback.report()
+    assert_frozen_means_bit_identical(probe.after, report)
+    assert all("lora_" in name or "classifier" in name for name in report.frozen)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == trainable
+
+    again = smartfrz()
+    model = peft.get_peft_model(tiny_bert(), config)
+    train(tmp_path, again, model=model, resume=str(tmp_path / "checkpoint-18"), **options)
+    assert repr(again.freezer.events) == repr(callback.freezer.events)
+    assert_same_weights(model.state_dict(), probe.after[STEPS][0])
+
+
+def test_wrong_arguments():
+    with pytest.raises(TypeError, match="treshold"):
+        SmartFRZCallback(treshold=0.5)
+
+
+def test_an_unknown_predictor_is_named_before_the_first_batch(tmp_path):
+    probe = Probe()
+    with pytest.raises(UnknownPredictorError, match="Did you mean"):
+        train(tmp_path, smartfrz(predictor="smartfrz-bse"), probe)
+    assert probe.after == {}
+
+
+def test_torch_alone_does_not_load_transformers_and_its_absence_is_named():
+    said = without("smartfrz.adapters.torch.hf", ["transformers"])
+    assert said.startswith("[] MissingDependencyError")
+    assert 'pip install "smartfrz[hf]"' in said
