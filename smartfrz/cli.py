@@ -118,6 +118,8 @@ def estimate(
     threads = f", {result.threads} threads" if result.device == "cpu" else ""
     click.echo(f"{source} on {result.device}{threads}; inputs {' '.join(inputs)}\n")
     click.echo(estimating.text(estimating.table(result)))
+    if warning := estimating.busy(result):
+        click.echo(f"\n{warning}")
     if result.already_frozen:
         click.echo(
             f"\nThe model came with {len(result.already_frozen)} layers frozen; they stay so and are not counted."

@@ -6,6 +6,7 @@ turns, so that a machine that gets slower or faster meanwhile does so for all of
 
 import importlib
 import json
+import random
 import re
 import statistics
 import sys
@@ -26,9 +27,10 @@ from smartfrz.errors import RecipeError
 from smartfrz.files import replacing
 from smartfrz.predictor.ordering import LayerCost
 
-TURN_SECONDS = 0.2  # short steps are repeated within a turn
+TURN_SECONDS = 0.4  # short steps are repeated within a turn
 MOST_STEPS = 20  # a turn
 VALUES = 12  # of the default grid, besides 0
+NOISY = 0.1  # half of the interquartile range, as a share of the median
 NOTE = """\
 Frozen: so many layers from the first on, in execution order, so that the backward pass ends before them. A layer frozen
 behind one that is still trained saves the gradient of its weights only, not that of its input, and less memory.
@@ -80,7 +82,8 @@ class InputSpec:
         dtype = getattr(torch, self.dtype)
         if dtype.is_floating_point or dtype.is_complex:
             return torch.randn(self.shape, dtype=dtype, device=device)
-        return torch.randint(self.high, self.shape, device=device).to(dtype)
+        high = min(self.high, 2) if dtype == torch.bool else self.high
+        return torch.randint(high, self.shape, device=device).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,14 @@ class Prefix:
     backward_flops: int
     activation_bytes: int
     seconds: tuple[float, ...]
+
+    @property
+    def spread(self) -> float:
+        """Half of the interquartile range of `seconds`."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return (high - low) / 2
 
 
 @dataclass(frozen=True)
@@ -231,8 +242,9 @@ class _Bench:
             progress(len(work) / turns)
             if not number:
                 steps = max(1, min(MOST_STEPS, round(TURN_SECONDS / took)))
+        shuffle = random.Random(0).sample  # each number follows another one in each round
         for turn in range(rounds):
-            for index, number in enumerate(wanted if turn % 2 else wanted[::-1]):
+            for index, number in enumerate(shuffle(wanted, len(wanted))):
                 with _frozen(adapter, names[:number]):
                     seconds[number] += [self._step() for _ in range(steps)]
                 progress(((turn + 1) * len(wanted) + index + 1) / turns)
@@ -352,10 +364,10 @@ def load_model(source: str) -> nn.Module:
 
 
 def table(result: Estimate) -> list[tuple[str, ...]]:
-    """What freezing saves, a header row first."""
+    """What freezing saves, a header row first; `+-` is half of the interquartile range of the steps."""
     full = result.prefixes[0]
     rows: list[tuple[str, ...]] = [
-        ("frozen", "up to layer", "step GFLOPs", "saved", "step ms", "saved", "activations MiB", "saved")
+        ("frozen", "up to layer", "step GFLOPs", "saved", "step ms", "+-", "saved", "activations MiB", "saved")
     ]
     for prefix in result.prefixes:
         flops, all_flops = (p.forward_flops + p.backward_flops for p in (prefix, full))
@@ -366,12 +378,24 @@ def table(result: Estimate) -> list[tuple[str, ...]]:
                 f"{flops / 1e9:.4g}",
                 _saved(flops, all_flops),
                 f"{1000 * prefix.step_seconds:.4g}",
+                f"{1000 * prefix.spread:.2g}",
                 _saved(prefix.step_seconds, full.step_seconds),
                 f"{prefix.activation_bytes / 2**20:.4g}",
                 _saved(prefix.activation_bytes, full.activation_bytes),
             )
         )
     return rows
+
+
+def busy(result: Estimate) -> str:
+    """A warning if the times scatter so much that they say little; else nothing."""
+    scatter = statistics.median(prefix.spread / prefix.step_seconds for prefix in result.prefixes)
+    if scatter <= NOISY:
+        return ""
+    return (
+        f"The times scatter by {scatter:.0%}: something else keeps the machine busy. FLOPs and activations are exact all "
+        "the same; for the times, try again with more --rounds."
+    )
 
 
 def _saved(part: float, whole: float) -> str:
