@@ -1,0 +1,220 @@
+"""torch.compile: what SmartFRZ costs it, and that it never loses it. The backend is `aot_eager`, for speed."""
+
+import gc
+
+import pytest
+from numpy_adapter import ScriptedPredictor
+
+torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402
+from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
+
+from smartfrz.adapters.torch import SmartFRZ  # noqa: E402
+from smartfrz.adapters.torch.compiling import COMPILED_STAGES, EagerHold  # noqa: E402
+
+DEPTH = 16
+NAMES = [f"blocks.{i}.conv" for i in range(DEPTH)] + ["head"]
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(2)
+
+    def forward(self, x):
+        return x + self.norm(self.conv(x)).relu()
+
+
+class Net(nn.Module):
+    def __init__(self, depth=DEPTH):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.blocks = nn.ModuleList(Block() for _ in range(depth))
+            self.head = nn.Linear(2, 3)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = limit
+
+
+def compiled_before(model, backend):
+    return torch.compile(model, backend=backend)
+
+
+def compiled_in_place(model, backend):
+    model.compile(backend=backend)
+    return model
+
+
+def compiled_function(model, backend):
+    return torch.compile(lambda x: model(x), backend=backend)
+
+
+def train(model, run, freezer, optimizer, steps, start=0):
+    for step in range(start, start + steps):
+        generator = torch.Generator().manual_seed(step)
+        model.train()
+        loss = run(torch.randn(4, 2, 5, 5, generator=generator)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if freezer is not None:
+            freezer.step()
+
+
+def setup(script, compiler=compiled_before, depth=DEPTH, late=False, **options):
+    model = Net(depth)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=0.01)
+    backend = CompileCounterWithBackend("aot_eager")
+    # `total_steps` only says how many stages there will be: four, so that they are not grouped
+    settings = {"record_every": 1, "decide_every": 2, "patience": 1, "total_steps": 8} | options
+    settings["predictor"] = ScriptedPredictor(script)
+    if late:
+        freezer = SmartFRZ(model, optimizer, **settings)
+        return model, compiler(model, backend), freezer, optimizer, backend
+    run = compiler(model, backend)
+    return model, run, SmartFRZ(model, optimizer, **settings), optimizer, backend
+
+
+def stages(per_stage, num_stages, names=NAMES):
+    """A script that freezes the next `per_stage` layers at each stage."""
+    left, script = list(names), []
+    for _ in range(num_stages):
+        script.append({name: 0.9 if index < per_stage else 0.1 for index, name in enumerate(left)})
+        left = left[per_stage:]
+    return script
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("compiler", [compiled_before, compiled_in_place, compiled_function])
+def test_tracing_does_not_make_the_compiler_give_up(compiler, late):
+    model, run, freezer, optimizer, backend = setup([], compiler, late=late)
+    train(model, run, freezer, optimizer, 4)
+    assert freezer.layers == NAMES
+    assert backend.frame_count == 1
+    assert freezer.report().num_compilations >= 1
+
+
+def test_a_freezing_stage_costs_one_compilation_however_many_layers_it_freezes():
+    model, run, freezer, optimizer, backend = setup([dict.fromkeys(NAMES, 0.1), *stages(7, 1)])
+    train(model, run, freezer, optimizer, 3)
+    before = backend.frame_count
+    train(model, run, freezer, optimizer, 6, start=3)
+    for _ in range(2):  # model.train() and eval() as at the ends of epochs
+        model.eval()
+        model.train()
+        train(model, run, freezer, optimizer, 2, start=20)
+    assert len(freezer.frozen_layers) == 7
+    assert backend.frame_count == before + 1
+    report = freezer.report()
+    assert report.num_recompilations >= 1
+    assert report.recompile_seconds > 0
+    assert "after layers froze" in str(report)
+
+
+def test_frozen_layers_stay_bit_identical_under_the_compiler():
+    model, run, freezer, optimizer, _ = setup(stages(5, 1))
+    train(model, run, freezer, optimizer, 2)
+    assert len(freezer.frozen_layers) == 5
+    before = {name: value.clone() for name, value in model.blocks[:5].state_dict().items()}
+    train(model, run, freezer, optimizer, 5, start=2)
+    assert all(torch.equal(before[name], value) for name, value in model.blocks[:5].state_dict().items())
+    assert not torch.equal(model.blocks[5].conv.weight, Net().blocks[5].conv.weight)
+
+
+def test_the_recompile_limit_is_never_hit():
+    """Six stages freeze, three variants are allowed: naively the model would run eagerly from the third stage on."""
+    torch._dynamo.config.recompile_limit = 3
+    model, run, freezer, optimizer, backend = setup(stages(1, 6))
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        train(model, run, freezer, optimizer, 14)
+    assert len(freezer.frozen_layers) == 6
+    assert backend.frame_count == 7
+
+
+def test_stages_are_grouped_to_a_few():
+    model, run, freezer, optimizer, backend = setup(grouped_script(15), total_steps=30)
+    train(model, run, freezer, optimizer, 30)
+    steps = {event.step for event in freezer.events if event.action == "freeze"}
+    assert 1 <= len(steps) <= COMPILED_STAGES
+    assert len(freezer.frozen_layers) > len(steps)
+    assert {"grouped"} <= {event.reason for event in freezer.events}
+    assert backend.frame_count <= 1 + COMPILED_STAGES
+
+
+def grouped_script(num_stages):
+    """One more layer is ready at each stage; it stays so until a stage freezes."""
+    every = -(-num_stages // COMPILED_STAGES)
+    left, ready, script = list(NAMES), 0, []
+    for stage in range(1, num_stages + 1):
+        ready = min(ready + 1, len(left) - 1)
+        script.append({name: 0.9 if index < ready else 0.1 for index, name in enumerate(left)})
+        if stage % every == 0:
+            left, ready = left[ready:], 0
+    return script
+
+
+def test_without_compiling_nothing_is_grouped_and_the_limit_stays():
+    limit = torch._dynamo.config.recompile_limit
+    model, run, freezer, optimizer, _ = setup(stages(1, 6), lambda model, backend: model, total_steps=12)
+    train(model, run, freezer, optimizer, 12)
+    assert len(freezer.frozen_layers) == 6
+    assert torch._dynamo.config.recompile_limit == limit
+    assert freezer.report().num_compilations == 0
+    assert "compile" not in str(freezer.report())
+
+
+def test_thawing_costs_one_compilation():
+    model, run, freezer, optimizer, backend = setup(stages(5, 1))
+    train(model, run, freezer, optimizer, 4)
+    before, weight = backend.frame_count, model.blocks[0].conv.weight.detach().clone()
+    assert [decision.layer for decision in freezer.thaw(NAMES[:2])] == NAMES[:2]
+    train(model, run, freezer, optimizer, 2, start=4)
+    assert backend.frame_count == before + 1
+    assert not torch.equal(model.blocks[0].conv.weight, weight)
+
+
+def test_the_compiler_is_given_back_as_it_was_found():
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    compiled = CompileCounterWithBackend("aot_eager")
+    function = torch.compile(lambda x: x + 1, backend=compiled)
+    first, second = (SmartFRZ(model, optimizer, ScriptedPredictor(), record_every=1) for _ in range(2))
+    function(torch.ones(2))
+    assert compiled.frame_count == 0  # held
+    first.close()
+    function(torch.ones(2))
+    assert compiled.frame_count == 0
+    second.close()
+    second.close()
+    function(torch.ones(2))
+    assert compiled.frame_count == 1
+
+
+def test_a_freezer_that_is_dropped_lets_the_compiler_go():
+    model = Net()
+    freezer = SmartFRZ(model, torch.optim.SGD(model.parameters(), lr=0.01), ScriptedPredictor(), record_every=1)
+    assert EagerHold._holders == 1
+    del freezer, model
+    gc.collect()
+    assert EagerHold._holders == 0
+
+
+def test_compiled_costs_are_profiled_eagerly_and_compiling_goes_on():
+    model, run, freezer, optimizer, backend = setup(stages(3, 1), freeze_order="cost_aware")
+    train(model, run, freezer, optimizer, 6)
+    assert set(freezer._controller.costs) == set(NAMES)
+    assert backend.frame_count >= 1
