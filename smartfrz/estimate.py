@@ -29,6 +29,7 @@ from smartfrz.predictor.ordering import LayerCost
 
 TURN_SECONDS = 0.4  # short steps are repeated within a turn
 MOST_STEPS = 20  # a turn
+PASSES = 4  # in which layers are measured
 VALUES = 12  # of the default grid, besides 0
 NOISY = 0.1  # half of the interquartile range, as a share of the median
 NOTE = """\
@@ -194,10 +195,11 @@ def estimate(options: EstimateOptions, progress: Callable[[float], None] = lambd
         wanted = _grid(options.prefixes, len(names))
         prefixes = bench.run(adapter, names, wanted, options.rounds, progress)
         costs: dict[str, LayerCost] = {}
-        profiler = CostProfiler(model, layers)
+        profiler = CostProfiler(model, layers, repeats=2, passes=PASSES)
         try:
             if options.profile:
-                model(*positional, **keywords)
+                for _ in range(PASSES):
+                    model(*positional, **keywords)
                 costs = profiler.costs()
         finally:
             profiler.close()

@@ -276,6 +276,18 @@ def test_all_modules_and_all_calls_of_a_layer_are_summed():
     assert costs["head"] == LayerCost(1, 1, 1)
 
 
+def test_the_fastest_of_several_passes_counts(monkeypatch):
+    times = iter([3.0, 2.0, 5.0, 1.0, 4.0, 5.0])
+    monkeypatch.setattr(costs_module, "_fastest", lambda run, repeats, cuda: (next(times), run()))
+    model = nn.Linear(4, 2)
+    profiler = CostProfiler(model, layers_of(model, torch.ones(3, 4)), passes=2)
+    model(torch.ones(3, 4))
+    assert not profiler.done
+    model(torch.ones(3, 4))
+    assert profiler.costs() == {"": LayerCost(1, 2, 5)}
+    assert num_hooks(model) == 0
+
+
 @pytest.mark.usefixtures("fake_time")
 def test_a_norm_without_weights_counts():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False))
@@ -296,6 +308,44 @@ def test_a_computed_weight_is_its_modules():
     model(torch.ones(3, 4))
     assert list(profiler.costs().values()) == [LayerCost(1, 1, 1)] * 2
     assert profiler.estimated == {}
+
+
+@pytest.mark.usefixtures("fake_time")
+def test_a_container_with_a_weight_of_its_own_is_not_run_again():
+    class Container(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Linear(4, 4), nn.Linear(4, 2))
+            self.position = nn.Parameter(torch.zeros(4))
+
+        def forward(self, x):
+            return super().forward(x + self.position)
+
+    model = nn.Sequential(Container(), nn.Linear(2, 2))
+    layers = layers_of(model, torch.ones(3, 4))
+    assert layers[0].parameters == ("0.position", "0.0.weight", "0.0.bias")
+    assert set(profile_layers(model, layers, torch.ones(3, 4)).values()) == {LayerCost(1, 1, 1)}
+
+
+def test_one_tensor_passed_twice_is_one_copy():
+    class Same(nn.Linear):
+        def forward(self, x, *, key):
+            seen.append((x is key, x is inputs))
+            return super().forward(x)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = Same(4, 4)
+
+        def forward(self, x):
+            return self.attention(x, key=x)
+
+    seen, model, inputs = [], Model(), torch.ones(3, 4)
+    layers = layers_of(model, inputs)
+    seen.clear()
+    profile_layers(model, layers, inputs)
+    assert seen[0] == (True, True)
+    assert set(seen[1:]) == {(True, False)}
 
 
 def test_one_gradient_at_a_time(monkeypatch):
@@ -327,7 +377,7 @@ def test_profile_layers_leaves_modes_alone():
 
 
 def test_repeats_below_one():
-    with pytest.raises(ValueError, match="repeats is 0; expected 1 or more"):
+    with pytest.raises(ValueError, match="repeats is 0 and passes is 1; expected 1 or more"):
         CostProfiler(nn.Linear(2, 2), [], repeats=0)
 
 

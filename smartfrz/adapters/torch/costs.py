@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import operator
 import random
 import time
 import warnings
@@ -38,6 +39,9 @@ class CostProfiler:
     That one forward pass takes about as long as `repeats + 1` training steps and needs memory for
     the graph of one more module. It is the first that runs in training mode with gradients enabled.
 
+    On a busy machine all repeats of a short module may be disturbed, and the module appear a hundred
+    times slower than it is. Several passes with few repeats cost as much and are safer.
+
     What runs between the modules of layers (activations, attention as a function, pooling) is part
     of no layer's cost.
 
@@ -45,18 +49,21 @@ class CostProfiler:
         model: The model. Its modules have hooks until that pass has ended.
         layers: The model's layers, in execution order.
         repeats: The fastest of so many runs counts; of up to five times as many where they are short.
+        passes: The fastest of so many forward passes counts.
     """
 
-    def __init__(self, model: nn.Module, layers: list[Layer], repeats: int = 3):
-        if repeats < 1:
-            raise ValueError(f"repeats is {repeats}; expected 1 or more.")
+    def __init__(self, model: nn.Module, layers: list[Layer], repeats: int = 3, passes: int = 1):
+        if min(repeats, passes) < 1:
+            raise ValueError(f"repeats is {repeats} and passes is {passes}; expected 1 or more.")
         self.done = False
         self.estimated: dict[str, str] = {}
         self._layers = layers
         self._repeats = repeats
+        self._passes = passes
         self._measuring = False
         self._running: list[_Call] = []
-        self._seconds: dict[str, _Seconds] = {}
+        self._seconds: dict[str, _Seconds] = {}  # of the pass that is under way
+        self._best: dict[str, _Seconds] = {}
         self._known: dict[Any, _Seconds] = {}
         # prepend: the root starts and stops around everything else
         self._handles: list[Any] = [model.register_forward_pre_hook(self._start, prepend=True)]
@@ -78,8 +85,12 @@ class CostProfiler:
         self._measuring = False
         if output is None:  # the forward pass raised
             return
-        self.done = True
-        self.close()
+        for layer, seconds in self._seconds.items():
+            self._best[layer] = _each(min, seconds, self._best.get(layer, seconds))
+        self._passes -= 1
+        if not self._passes:
+            self.done = True
+            self.close()
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if self._measuring:
@@ -105,8 +116,7 @@ class CostProfiler:
             key = id(module), *(_signature(value) for value in tree_leaves((args, kwargs)))
             if key not in self._known:
                 self._known[key] = _time_module(module, args, kwargs, self._repeats)
-            before = self._seconds.get(layer, (0.0, 0.0, 0.0))
-            self._seconds[layer] = tuple(map(sum, zip(before, self._known[key], strict=True)))  # type: ignore[assignment]
+            self._seconds[layer] = _each(operator.add, self._known[key], self._seconds.get(layer, (0.0, 0.0, 0.0)))
         # Whatever the module raises when it runs once more: the training goes on.
         except Exception as error:
             self.estimated[layer] = f"{type(error).__name__}: {error}"
@@ -136,10 +146,10 @@ class CostProfiler:
                 "No forward pass has been measured yet. Run the model once in training mode, with gradients enabled."
             )
         for layer in self._layers:
-            if layer.name not in self._seconds:
+            if layer.name not in self._best:
                 self.estimated.setdefault(layer.name, "it did not run")
         measured = [layer for layer in self._layers if layer.name not in self.estimated]
-        known = [(self._seconds[layer.name], layer.forward_flops) for layer in measured if layer.forward_flops]
+        known = [(self._best[layer.name], layer.forward_flops) for layer in measured if layer.forward_flops]
         flops = sum(count for _, count in known)
         rates = [sum(seconds[i] for seconds, _ in known) / flops if flops else float(not measured) for i in range(3)]
         return {
@@ -147,7 +157,7 @@ class CostProfiler:
                 *(
                     [rate * layer.forward_flops for rate in rates]
                     if layer.name in self.estimated
-                    else self._seconds[layer.name]
+                    else self._best[layer.name]
                 )
             )
             for layer in self._layers
@@ -155,6 +165,10 @@ class CostProfiler:
 
 
 _Seconds = tuple[float, float, float]  # forward, input gradient, weight gradient
+
+
+def _each(combine: Callable[[float, float], float], one: _Seconds, other: _Seconds) -> _Seconds:
+    return combine(one[0], other[0]), combine(one[1], other[1]), combine(one[2], other[2])
 
 
 @dataclass
