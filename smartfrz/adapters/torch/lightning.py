@@ -152,7 +152,8 @@ class _TrainingStep(nn.Module):
         return self.lightning_module.training if name == "training" else super().__getattr__(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.step(*args, **kwargs)
+        # A tuple: a step that optimizes by hand may return None, as a forward pass that raises does to its hooks.
+        return (self.step(*args, **kwargs),)
 
     @property
     def is_watched(self) -> bool:
@@ -168,7 +169,7 @@ class _TrainingStep(nn.Module):
             del pl_module.training_step
             if own is not None:
                 pl_module.training_step = own
-            return self(*args, **kwargs)
+            return self(*args, **kwargs)[0]
 
         # Lightning passes what the signature asks for; it looks behind one decorator, not behind two.
         once.__wrapped__ = getattr(self.step, "__wrapped__", self.step)  # type: ignore[attr-defined]
