@@ -380,7 +380,7 @@ def table(result: Estimate) -> list[tuple[str, ...]]:
                 f"{flops / 1e9:.4g}",
                 _saved(flops, all_flops),
                 f"{1000 * prefix.step_seconds:.4g}",
-                f"{1000 * prefix.spread:.2g}",
+                _short(1000 * prefix.spread),
                 _saved(prefix.step_seconds, full.step_seconds),
                 f"{prefix.activation_bytes / 2**20:.4g}",
                 _saved(prefix.activation_bytes, full.activation_bytes),
@@ -396,8 +396,12 @@ def busy(result: Estimate) -> str:
         return ""
     return (
         f"The times scatter by {scatter:.0%}: something else keeps the machine busy. FLOPs and activations are exact all "
-        "the same; for the times, try again with more --rounds."
+        "the same;\nfor the times, try again with more --rounds."
     )
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _saved(part: float, whole: float) -> str:
