@@ -2,13 +2,15 @@
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._pytree import tree_leaves, tree_map
 
 from smartfrz.adapters.torch.layers import Layer, LayerReader
+from smartfrz.errors import UnsupportedModelError
 
 
 class Processes(Protocol):
@@ -35,6 +37,11 @@ class TorchAdapter(LayerReader):
             out of `layers()`, and are never unfrozen.
         processes: Told when parameters freeze, where several processes train together.
         reentrant: Whether the model uses reentrant gradient checkpointing.
+        previous: The adapter of the same model that this one will take the place of: what it has
+            frozen was not frozen by the user.
+
+    Raises:
+        UnsupportedModelError: If the model's weights have no data.
     """
 
     def __init__(
@@ -45,25 +52,37 @@ class TorchAdapter(LayerReader):
         *,
         processes: Processes | None = None,
         reentrant: bool = False,
+        previous: Self | None = None,
     ):
         super().__init__(model, layers)
+        if any(tensor.is_meta for tensors in self._tensors.values() for tensor in tensors):
+            raise UnsupportedModelError(
+                f"Weights of {type(model).__name__} are on the meta device: they have no values. Load the weights "
+                "(`to_empty`, then `load_state_dict`) before you make the optimizer and SmartFRZ."
+            )
         self._optimizers = list(optimizers)
         self._parameters = dict(model.named_parameters())
         self._model = model
+        ours = {id(p) for p in previous._frozen_parameters()} if previous is not None else set()
         # A partly frozen layer is frozen in its trainable part, and unfrozen in that part only.
         self._trainable = {
-            layer.name: [self._parameters[n] for n in layer.parameters if self._parameters[n].requires_grad]
+            layer.name: [
+                p for p in map(self._parameters.__getitem__, layer.parameters) if p.requires_grad or id(p) in ours
+            ]
             for layer in layers
         }
-        self._norms: dict[str, list[_NormBase]] = {
-            layer.name: [model.get_submodule(n) for n in layer.norms]  # type: ignore[misc]
-            for layer in layers
-        }
+        for name, trained in self._trainable.items():
+            # It is also judged by that part: what the user froze does not move, and would pass for converged.
+            ids = {id(p) for p in trained}
+            judged = [p for p in self._tensors[name] if id(p) in ids] or [p for p in trained if p.dim() >= 2] or trained
+            self._tensors[name] = judged or self._tensors[name]
+        self._norms = {layer.name: [model.get_submodule(n) for n in layer.norms] for layer in layers}
         self._processes = processes
         self._reentrant = reentrant
         self._outputs = {layer.name: model.get_submodule(layer.output) for layer in layers}
         self._gradient_hooks: dict[str, Any] = {}
-        self._kept_in_eval: dict[_NormBase, Any] = {}  # with the user's own override of `train`, or None
+        # With the user's own override of `train`, or None, and whether it was trained before
+        self._kept_in_eval: dict[nn.Module, tuple[Any, bool]] = {}
         self._snapshots: dict[_NormBase, tuple[torch.Tensor, torch.Tensor, int]] = {}
 
     def layers(self) -> list[str]:
@@ -73,6 +92,9 @@ class TorchAdapter(LayerReader):
     def all_layers(self) -> list[str]:
         """Names of all layers, those that the user froze included, in execution order."""
         return super().layers()
+
+    def _frozen_parameters(self) -> list[nn.Parameter]:
+        return [p for trainable in self._trainable.values() for p in trainable if not p.requires_grad]
 
     def layers_of_each_optimizer(self) -> list[list[str]]:
         """For each optimizer the names of the layers that it trains."""
@@ -90,7 +112,7 @@ class TorchAdapter(LayerReader):
                 # It stays in its param group. Removed from there, optimizer.state_dict() raises
                 # KeyError and schedulers and checkpoints lose count.
                 for optimizer in self._optimizers:
-                    optimizer.state.pop(parameter, None)
+                    _forget(optimizer, parameter)
             if self._reentrant and layer not in self._gradient_hooks:
                 self._gradient_hooks[layer] = self._outputs[layer].register_forward_hook(_let_gradients_pass)
         self._freeze_norms([norm for layer in layers for norm in self._norms[layer] if norm not in self._kept_in_eval])
@@ -104,27 +126,27 @@ class TorchAdapter(LayerReader):
                 parameter.requires_grad_(True)
             for norm in self._norms[layer]:
                 if norm in self._kept_in_eval:
-                    override = self._kept_in_eval.pop(norm)
+                    override, was_trained = self._kept_in_eval.pop(norm)
                     del norm.__dict__["train"]
                     if override is not None:
                         norm.__dict__["train"] = override
-                    norm.train(self._model.training)
+                    norm.train(self._model.training and was_trained)
             if layer in self._gradient_hooks:
                 self._gradient_hooks.pop(layer).remove()
         if self._processes is not None and layers:
             self._processes.parameters_changed()
 
-    def _freeze_norms(self, norms: list[_NormBase]) -> None:
-        statistics = []
+    def _freeze_norms(self, norms: list[nn.Module]) -> None:
+        statistics: list[torch.Tensor] = []
         for norm in norms:
-            if norm.training:
+            if isinstance(norm, _NormBase):
                 self._correct_statistics(norm)
+                statistics += [t for t in (norm.running_mean, norm.running_var) if t is not None]
+            self._kept_in_eval[norm] = norm.__dict__.get("train"), norm.training or not self._model.training
             norm.eval()
             # model.train() at the start of each epoch would undo eval(). Not a forward hook: the
             # compiler would see the flag change within the pass and compile twice.
-            self._kept_in_eval[norm] = norm.__dict__.get("train")
-            norm.__dict__["train"] = partial(_stay_in_eval, norm)
-            statistics += [t for t in (norm.running_mean, norm.running_var) if t is not None]
+            norm.__dict__["train"] = partial(_stay_in_eval, norm, _batches(norm) > 0)
         if self._processes is not None and statistics:
             # Each process has seen its own batches; from now on all of them compute the same.
             self._processes.average(statistics)
@@ -135,11 +157,15 @@ class TorchAdapter(LayerReader):
         Call it a few batches before a freezing stage.
         """
         self._snapshots = {
-            norm: (norm.running_mean.clone(), norm.running_var.clone(), int(norm.num_batches_tracked or 0))
+            norm: (norm.running_mean.clone(), norm.running_var.clone(), _batches(norm))
             for name in self.layers()
             for norm in self._norms[name]
-            if norm not in self._kept_in_eval and norm.running_mean is not None and norm.running_var is not None
+            if isinstance(norm, _NormBase) and norm not in self._kept_in_eval
+            if norm.running_mean is not None and norm.running_var is not None
         }
+        if self._processes is not None and self._snapshots:
+            # Then the state that one process saves is that of all.
+            self._processes.average([t for *statistics, _ in self._snapshots.values() for t in statistics])
 
     def _correct_statistics(self, norm: _NormBase) -> None:
         """Make the running statistics those of the batches since the snapshot.
@@ -180,8 +206,35 @@ class TorchAdapter(LayerReader):
         }
 
 
-def _stay_in_eval(norm: nn.Module, mode: bool = True) -> nn.Module:
-    """Takes the place of a frozen norm's `train`. Bound by `partial`, which copies and pickles with the norm."""
+def _forget(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
+    """Drop what the optimizer remembers of a parameter that is to stay where it is."""
+    if not isinstance(optimizer, torch.optim.LBFGS):
+        optimizer.state.pop(parameter, None)
+        return
+    # It has one state for all parameters. Directions of the past would move a frozen weight although
+    # its gradient is taken for zero. After a resumed run has frozen again, they are zero already.
+    parameters: list[nn.Parameter] = optimizer.param_groups[0]["params"]
+    direction = optimizer.state.get(parameters[0], {}).get("d")
+    start = 0
+    for other in parameters:
+        if direction is not None and other is parameter and direction[start : start + other.numel()].any():
+            optimizer.state.clear()
+        start += other.numel()
+
+
+def _batches(norm: nn.Module) -> int:
+    """How many batches a norm's running statistics have seen; 0 if it does not count."""
+    tracked = getattr(norm, "num_batches_tracked", None)
+    return 0 if tracked is None else int(tracked)
+
+
+def _stay_in_eval(norm: nn.Module, has_statistics: bool, mode: bool = True) -> nn.Module:
+    """Takes the place of a frozen norm's `train`. Bound by `partial`, which copies and pickles with the norm.
+
+    A norm whose statistics were reset is let go until it has new ones: `swa_utils.update_bn`
+    gathers them anew for averaged weights, those of a copy of the frozen model included.
+    """
+    norm.training = mode and has_statistics and _batches(norm) == 0
     return norm
 
 
@@ -192,7 +245,13 @@ def _let_gradients_pass(module: nn.Module, args: Any, output: Any) -> Any:
     layers inside of it included. Where the layer itself runs inside of a checkpoint, gradients are
     disabled and nothing is done.
     """
-    needless = not isinstance(output, torch.Tensor) or output.requires_grad or not output.is_floating_point()
-    if needless or not torch.is_grad_enabled():
+    tensors = [value for value in tree_leaves(output) if isinstance(value, torch.Tensor)]
+    if any(tensor.requires_grad for tensor in tensors) or not torch.is_grad_enabled():
         return None
-    return output.detach().requires_grad_().clone()  # a leaf itself must not be altered in place
+    return tree_map(_requiring_gradient, output)
+
+
+def _requiring_gradient(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return value
+    return value.detach().requires_grad_().clone()  # a leaf itself must not be altered in place
