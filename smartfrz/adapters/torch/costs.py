@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from smartfrz.adapters.torch.layers import Layer
+from smartfrz.adapters.torch.layers import Layer, Uncopied
 from smartfrz.errors import UsageError
 from smartfrz.predictor.ordering import LayerCost
 
@@ -66,11 +66,11 @@ class CostProfiler:
         self._best: dict[str, _Seconds] = {}
         self._known: dict[Any, _Seconds] = {}
         # prepend: the root starts and stops around everything else
-        self._handles: list[Any] = [model.register_forward_pre_hook(self._start, prepend=True)]
+        self._handles: list[Any] = [model.register_forward_pre_hook(Uncopied(self._start), prepend=True)]
         for module, layer in _modules(model, layers):
-            self._handles.append(module.register_forward_pre_hook(self._enter))
-            self._handles.append(module.register_forward_hook(self._leave(layer), with_kwargs=True))
-        self._handles.append(model.register_forward_hook(self._stop, always_call=True))
+            self._handles.append(module.register_forward_pre_hook(Uncopied(self._enter)))
+            self._handles.append(module.register_forward_hook(Uncopied(self._leave(layer)), with_kwargs=True))
+        self._handles.append(model.register_forward_hook(Uncopied(self._stop), always_call=True))
 
     def _start(self, module: nn.Module, args: Any) -> None:
         if self.done or torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):

@@ -11,10 +11,14 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from smartfrz.adapters.torch.sharding import positions_in, sum_shards
 from smartfrz.errors import StateError, UnsupportedModelError
 
 
@@ -26,7 +30,8 @@ class Layer:
         name: The module's name, as in `model.named_modules()`.
         parameters: Names of every parameter that is frozen with the layer.
         weights: The parameters that tailoring reads: those with two or more dimensions.
-        norms: Modules of the layer that keep running statistics.
+        norms: Modules of the layer that change in a forward pass in training mode: batch norms with
+            running statistics, and the power iteration of a spectral norm.
         output: The module whose output is the layer's output: its batch norm if it has one.
         forward_flops: Floating point operations of one forward pass, at the traced batch size.
     """
@@ -58,7 +63,8 @@ class LayerTracer:
     Args:
         model: The model. Its modules get hooks until the first forward pass in which gradients or
             `any_mode` allow tracing has ended.
-        training_only: Ignore forward passes in eval mode, in which some modules take other paths.
+        training_only: Ignore forward passes in eval mode, in which some modules take other paths,
+            and those without gradients, which show no checkpointing.
         on_done: Called once the pass has been watched.
     """
 
@@ -78,14 +84,14 @@ class LayerTracer:
         for name, module in model.named_modules():
             if module is model:
                 continue
-            self._handles.append(module.register_forward_pre_hook(self._enter(name)))
-            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+            self._handles.append(module.register_forward_pre_hook(Uncopied(self._enter(name))))
+            self._handles.append(module.register_forward_hook(Uncopied(self._leave), always_call=True))
         # prepend: the root starts and stops the count around everything else
-        self._handles.append(model.register_forward_pre_hook(self._start, prepend=True))
-        self._handles.append(model.register_forward_hook(self._stop, always_call=True))
+        self._handles.append(model.register_forward_pre_hook(Uncopied(self._start), prepend=True))
+        self._handles.append(model.register_forward_hook(Uncopied(self._stop), always_call=True))
 
     def _start(self, module: nn.Module, args: Any) -> None:
-        if self.done or (self._training_only and not module.training):
+        if self.done or (self._training_only and not (module.training and torch.is_grad_enabled())):
             return
         self._ran, self._flops, self._stack = [""], {}, [""]
         self._mode = _FlopMode(self._stack, self._flops)
@@ -133,9 +139,39 @@ class LayerTracer:
         return _group(self._model, list(dict.fromkeys(self._ran)), self._flops)
 
 
+class Uncopied:
+    """A hook that copies of the model do without.
+
+    An averaged model is a deep copy, made at any moment. It must neither be traced itself nor end
+    the trace of the model that is trained; and a hook that is a closure could not be pickled.
+    """
+
+    def __init__(self, hook: Callable[..., Any]):
+        self._hook = hook
+
+    def __call__(self, *args: Any) -> Any:
+        """What the hook returns."""
+        return self._hook(*args)
+
+    def __deepcopy__(self, memo: Any) -> Callable[..., None]:
+        return _nothing
+
+    def __reduce__(self) -> Any:
+        return _no_hook, ()
+
+
+def _nothing(*args: Any) -> None:
+    """Takes the place of a hook in a copy."""
+
+
+def _no_hook() -> Callable[..., None]:
+    return _nothing
+
+
 def _is_behind(output: Any, node: str) -> bool:
     """Whether the graph that made the output has a node of this name."""
-    waiting = [leaf.grad_fn for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    values = [value for leaf in tree_leaves(output) for value in (leaf, *tree_leaves(getattr(leaf, "__dict__", None)))]
+    waiting = [value.grad_fn for value in values if isinstance(value, torch.Tensor)]
     seen = set()
     while waiting:
         function = waiting.pop()
@@ -191,12 +227,18 @@ def trace_layers(model: nn.Module, *example: Any, **keywords: Any) -> list[Layer
 
 def _group(model: nn.Module, ran: list[str], flops: dict[str, int]) -> list[Layer]:
     """Join modules and parameters to layers; `ran` holds module names by first execution."""
-    modules = dict(model.named_modules())
+    # What computes a module's weight (weight norm, spectral norm, LoRA as a parametrization) is part of that module.
+    modules = {n: module for n, module in model.named_modules() if n == _around_parametrizations(n)}
+    ran = list(dict.fromkeys(map(_around_parametrizations, ran)))
+    counts, flops = flops, {}
+    for name, count in counts.items():
+        flops[_around_parametrizations(name)] = flops.get(_around_parametrizations(name), 0) + count
     ran_set = set(ran)
     first_name = {id(p): name for name, p in model.named_parameters()}  # one name per tied parameter
 
     def owned(name: str) -> list[str]:
-        return [first_name[id(p)] for p in modules[name].parameters(recurse=False)]
+        own = [modules[name], *(m for _, m in _parametrizations(modules[name]))]
+        return list(dict.fromkeys(first_name[id(p)] for m in own for p in m.parameters(recurse=False)))
 
     # A module whose descendants own parameters and run is a container, not a layer.
     containers = {ancestor for name in ran if owned(name) for ancestor in _ancestors(name)}
@@ -218,8 +260,9 @@ def _group(model: nn.Module, ran: list[str], flops: dict[str, int]) -> list[Laye
     holder: dict[str, _Draft] = {}
     for name in ran:
         names, module = belongs[name], modules[name]
-        statistics = isinstance(module, _NormBase) and module.running_mean is not None
+        norms = _norms_of(name, module)
         tied = next((holder[n] for n in names if n in holder), None)
+        names = [n for n in names if n not in holder]  # a module may be tied to several layers
         if name in containers:
             waiting += names
             continue
@@ -228,24 +271,24 @@ def _group(model: nn.Module, ran: list[str], flops: dict[str, int]) -> list[Laye
         elif any(model.get_parameter(n).dim() >= 2 for n in names):
             draft = _Draft(name)
             drafts.append(draft)
-            names, waiting = waiting + names, []
+            names, waiting = [n for n in dict.fromkeys(waiting + names) if n not in holder], []
             draft.norms, waiting_norms = waiting_norms, []
-        elif names or statistics:  # vectors only: a norm, a layer scale, a learned slope
+        elif names or norms:  # vectors only: a norm, a layer scale, a learned slope
             if not drafts:
                 waiting += names
-                waiting_norms += [name] if statistics else []
+                waiting_norms += norms
                 continue
             draft = drafts[-1]
             if isinstance(module, _NormBase):
                 draft.output = name
         else:
             continue
-        draft.parameters += [n for n in names if n not in draft.parameters]
-        draft.norms += [name] if statistics else []
+        draft.parameters += names
+        draft.norms += norms
         draft.flops += flops.get(name, 0)
         holder.update(dict.fromkeys(names, draft))
     if drafts:
-        drafts[-1].parameters += waiting
+        drafts[-1].parameters += [n for n in dict.fromkeys(waiting) if n not in holder]
         drafts[-1].norms += waiting_norms
     if not drafts:
         raise UnsupportedModelError(
@@ -254,6 +297,29 @@ def _group(model: nn.Module, ran: list[str], flops: dict[str, int]) -> list[Laye
             "its forward pass through the model itself."
         )
     return [draft.layer(model) for draft in drafts]
+
+
+def _around_parametrizations(name: str) -> str:
+    """The module whose weight is computed, if `name` is a module that computes it."""
+    return f".{name}".partition(".parametrizations.")[0][1:]
+
+
+def _parametrizations(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that compute a module's weights, by their names inside of it."""
+    if is_parametrized(module):
+        yield from module.parametrizations.named_modules(prefix="parametrizations")  # type: ignore[union-attr]
+
+
+def _norms_of(name: str, module: nn.Module) -> list[str]:
+    """Names of what a forward pass in training mode changes in this module."""
+    found = [
+        f"{name}.{inner}" if name else inner for inner, m in _parametrizations(module) if isinstance(m, _SpectralNorm)
+    ]
+    running = isinstance(module, _NormBase) and module.running_mean is not None
+    # the older torch.nn.utils.spectral_norm, a hook
+    if running or any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values()):
+        found.append(name)
+    return found
 
 
 def _ancestors(name: str) -> Iterator[str]:
@@ -329,39 +395,36 @@ class LayerReader:
         Returns:
             float32 `[n]`, whatever the dtype of the weights.
         """
-        return self._picked(layer, indices).cpu().numpy()
+        return self.tailored({layer: indices})[layer]
 
     def tailored(self, positions: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[np.float32]]:
-        """As `weights`, of several layers at once: a GPU is waited for once, not for every layer."""
-        picked = {layer: self._picked(layer, indices) for layer, indices in positions.items()}
+        """As `weights`, of several layers at once: a GPU is waited for once, not for every layer.
+
+        Where the weights are spread over processes, every process has to call it, and it costs one message.
+        """
+        parts = {layer: self._split(layer, indices) for layer, indices in positions.items()}
+        read = {layer: [part.read() for part in of_layer] for layer, of_layer in parts.items()}
+        sum_shards((part, v) for layer in parts for part, v in zip(parts[layer], read[layer], strict=True))
+        picked = {layer: torch.cat(vectors) for layer, vectors in read.items()}
         if len({vector.device for vector in picked.values()}) > 1:
             return {layer: vector.cpu().numpy() for layer, vector in picked.items()}
         joined = torch.cat(list(picked.values())).cpu().numpy()
         ends = np.cumsum([len(indices) for indices in positions.values()])
         return dict(zip(picked, np.split(joined, ends[:-1]), strict=True))
 
-    def _picked(self, layer: str, indices: NDArray[np.int64]) -> torch.Tensor:
-        """Float32 `[n]`, a copy on the weights' device."""
+    def _split(self, layer: str, indices: NDArray[np.int64]) -> list[Any]:
+        """The positions in each of the layer's tensors."""
         known, parts = self._parts.get(layer, (None, []))
-        if known is not indices:
-            parts = list(self._split(layer, indices))
-            self._parts[layer] = indices, parts
-        picked = []
-        for tensor, where in parts:
-            data = tensor.detach()
-            # .view needs no copy of the whole weight; channels_last kernels are not viewable flat
-            picked.append(data.view(-1)[where[0]] if len(where) == 1 else data[where])
-        return torch.cat([part.float() for part in picked]) if len(picked) > 1 else picked[0].float()
-
-    def _split(self, layer: str, indices: NDArray[np.int64]) -> Iterator[tuple[torch.Tensor, tuple[torch.Tensor, ...]]]:
-        start = 0
+        if known is indices:
+            return parts
+        parts, start = [], 0
         for tensor in self._tensors[layer]:
             inside = indices[(indices >= start) & (indices < start + tensor.numel())] - start
             start += tensor.numel()
-            if not len(inside):
-                continue
-            where = torch.from_numpy(inside).to(tensor.device)
-            yield tensor, (where,) if tensor.is_contiguous() else torch.unravel_index(where, tensor.shape)
+            if len(inside):
+                parts.append(positions_in(tensor, torch.from_numpy(inside)))
+        self._parts[layer] = indices, parts
+        return parts
 
 
 @contextmanager
