@@ -153,9 +153,9 @@ class FreezeController:
         # Freezing stages per one at which anything is frozen: where freezing itself is expensive.
         self.freeze_every = 1
         self.costs: dict[str, LayerCost] = {}
-        self.patience = patience
+        self.patience = int(patience)  # not a NumPy integer: torch.load(weights_only=True) refuses those
         self.dry_run = dry_run
-        self.seed = seed
+        self.seed = int(seed)
         self._adapter = adapter
         self._predictor = predictor
         self._history = WeightHistory(info.window, info.tailored_size)
@@ -277,6 +277,8 @@ class FreezeController:
         Raises:
             ValueError: If a name is that of no layer, or of one that the user froze.
         """
+        if isinstance(layers, str):
+            layers = [layers]
         unknown = [layer for layer in layers or () if layer not in self._layers]
         if unknown:
             raise ValueError(
@@ -356,19 +358,13 @@ class FreezeController:
             "history": self._history.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken: what it had frozen is frozen, nothing else.
-
-        The schedule, threshold and patience of the saved run replace those given to this one.
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Whether `load_state_dict` would take this state; nothing is changed.
 
         Raises:
             StateError: If the state is of another model, predictor or version.
         """
-        if state.get("version") != STATE_VERSION:
-            raise StateError(
-                f"The saved state has version {state.get('version')!r}; this version of smartfrz reads {STATE_VERSION}. "
-                "Pass what state_dict() returned."
-            )
+        require_version(state)
         if state["predictor"] != self._predictor.sha256:
             raise StateError(
                 f"The saved state was made with predictor {state['predictor'][:12]}..., this run has "
@@ -380,6 +376,18 @@ class FreezeController:
                 f"The saved state is of a model with {len(state['layers'])} layers, this one has {len(self._layers)}; "
                 f"they differ in {unknown[:4] or 'their order'}. Resume with the same model."
             )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken: what it had frozen is frozen, nothing else.
+
+        The schedule, threshold and patience of the saved run replace those given to this one.
+
+        Raises:
+            StateError: If the state is of another model, predictor or version. Nothing is changed then.
+        """
+        self.check_state(state)
+        saved = {name: state[name] for name in ("num_steps", "num_records", "frozen")}
+        self._ranks.meet("loading a state", {"schedule": state["schedule"], **saved})
         for name in _SCHEDULE:
             setattr(self, name, state["schedule"][name])
         info = self._predictor.info
@@ -401,6 +409,19 @@ class FreezeController:
         self._adapter.unfreeze(thawed)  # what froze after the state was taken
         if not self.dry_run:
             self._adapter.freeze(list(self.frozen))
+
+
+def require_version(state: dict[str, Any]) -> None:
+    """Refuse a state that another version of smartfrz saved.
+
+    Raises:
+        StateError: If it did.
+    """
+    if state.get("version") != STATE_VERSION:
+        raise StateError(
+            f"The saved state has version {state.get('version')!r}; this version of smartfrz reads {STATE_VERSION}. "
+            "Pass what state_dict() returned."
+        )
 
 
 _SCHEDULE = (
@@ -457,4 +478,4 @@ def schedule(
         threshold = info.threshold
     if not 0 < threshold <= 1:
         raise ValueError(f"`threshold` is {threshold!r}; expected a confidence in (0, 1].")
-    return record_every, decide_every, threshold
+    return int(record_every), int(decide_every), float(threshold)

@@ -3,21 +3,25 @@
 import math
 import os
 import time
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from smartfrz import zoo
 from smartfrz.adapters.torch.compiling import COMPILED_STAGES, CompileWatch, EagerHold
 from smartfrz.adapters.torch.costs import CostProfiler
+from smartfrz.adapters.torch.distributed import RANK_TIMEOUT, TrainingProcesses, processes_of, reshard
 from smartfrz.adapters.torch.freezing import TorchAdapter
 from smartfrz.adapters.torch.layers import Layer, LayerTracer
 from smartfrz.adapters.torch.report import Report
+from smartfrz.adapters.torch.sharding import GradientWatch
 from smartfrz.errors import StateError, UsageError
-from smartfrz.predictor.controller import PATIENCE, AsksPredictor, FreezeController, schedule
+from smartfrz.predictor.controller import PATIENCE, AsksPredictor, FreezeController, require_version, schedule
 from smartfrz.predictor.decision import FreezeDecision
 from smartfrz.predictor.ordering import FreezeOrder
 from smartfrz.predictor.runtime import Device
@@ -49,6 +53,8 @@ class SmartFRZ:
             each layer's time for that, and takes several times as long.
         thaw_on_restart: Thaw every layer when the learning rate is raised to more than twice its
             lowest value since layers froze, as in warm restarts.
+        rank_timeout: Where several processes train together (`torch.distributed`): seconds to wait
+            for one that does not come to a freezing stage.
 
     Raises:
         PredictorFileError: If the predictor cannot be used.
@@ -81,13 +87,20 @@ class SmartFRZ:
         norm_batches: int = 24,
         freeze_order: FreezeOrder = "free",
         thaw_on_restart: bool = False,
+        rank_timeout: float = RANK_TIMEOUT,
     ):
         self.predictor = zoo.load(predictor, device=device)
         # complain now, not after the first batch
         schedule(self.predictor.info, total_steps, record_every, decide_every, threshold, patience, freeze_order)
         if norm_batches < 0:
             raise ValueError(f"`norm_batches` is {norm_batches}; expected 0 or more batches.")
+        if not rank_timeout > 0:
+            raise ValueError(f"`rank_timeout` is {rank_timeout!r}; expected a positive number of seconds.")
+        self._given = weakref.ref(model)
         self._model = model = _unwrapped(model)
+        reshard(model)
+        self._rank_timeout = rank_timeout
+        self._processes: TrainingProcesses | None = None
         self._optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         self._options: dict[str, Any] = {
             "total_steps": total_steps,
@@ -106,18 +119,16 @@ class SmartFRZ:
         self._all_layers: list[Layer] = []
         self._started: float | None = None
         self._seconds = 0.0
-        self._saw_gradient = False
+        self._saw_gradient = any(is_lazy(p) for p in model.parameters())  # which take no hook yet
         self._compiling = CompileWatch()
         self._eager = EagerHold()
         self._eager.acquire()
         self._tracer: LayerTracer | None = LayerTracer(model, on_done=self._eager.release)
         self._profiler: CostProfiler | None = None
-        trainable = tuple(p for p in model.parameters() if p.requires_grad)
+        trainable = tuple(p for p in model.parameters() if p.requires_grad and not is_lazy(p))
         self._gradient_hook: Any = None
         if trainable:
-            self._gradient_hook = torch.autograd.graph.register_multi_grad_hook(
-                trainable, self._on_gradient, mode="any"
-            )
+            self._gradient_hook = GradientWatch(trainable, self._on_gradient)
 
     def _on_gradient(self, gradient: torch.Tensor) -> None:
         self._saw_gradient = True
@@ -181,22 +192,42 @@ class SmartFRZ:
                 "freezer.step() after loss.backward() and optimizer.step(), and run the model that you passed to "
                 "SmartFRZ."
             )
+        reshard(self._model)
         controller, adapter = self._control(self._tracer.layers(), self._tracer.reentrant)
         if self._norm_batches:
             adapter.snapshot_statistics()  # for a first stage that comes before the next snapshot
-        if controller.freeze_order == "cost_aware":
-            self._eager.acquire()
-            self._profiler = CostProfiler(self._model, self._all_layers)
         return controller
 
-    def _control(self, layers: list[Layer], reentrant: bool) -> tuple[FreezeController, TorchAdapter]:
-        adapter = TorchAdapter(self._model, self._optimizers, layers, reentrant=reentrant)
+    def _control(
+        self, layers: list[Layer], reentrant: bool, state: dict[str, Any] | None = None
+    ) -> tuple[FreezeController, TorchAdapter]:
+        """Take control of these layers, as the controller's saved state says; if it is refused, nothing changes."""
+        reshard(self._model)
+        if self._processes is None:
+            wrappers = (self._given(), self._tracer.wrapper if self._tracer else None)
+            self._processes = processes_of(self._model, self._rank_timeout, wrappers)
+        adapter = TorchAdapter(
+            self._model,
+            self._optimizers,
+            layers,
+            processes=self._processes,
+            reentrant=reentrant,
+            previous=self._adapter if state else None,
+        )
         # GradScaler refuses to step an optimizer none of whose parameters has a gradient.
-        keep_one_of = adapter.layers_of_each_optimizer() if len(self._optimizers) > 1 else []
-        controller = FreezeController(adapter, self.predictor, keep_one_of=keep_one_of, **self._options)
+        keep_one_of = adapter.layers_of_each_optimizer()
+        controller = FreezeController(adapter, self.predictor, keep_one_of=keep_one_of, ranks=self._processes, **self._options)
+        if state is not None:
+            controller.check_state(state)
+            if self._adapter is not None:
+                self._adapter.unfreeze(self.frozen_layers)
+            controller.load_state_dict(state)
         self._all_layers, self._adapter, self._controller = layers, adapter, controller
         self._reentrant = reentrant
         self.close()
+        if controller.freeze_order == "cost_aware" and not controller.costs:
+            self._eager.acquire()
+            self._profiler = CostProfiler(self._model, self._all_layers)
         return controller, adapter
 
     def _finish_profile(self, controller: FreezeController) -> None:
@@ -262,6 +293,7 @@ class SmartFRZ:
             seconds=self._seconds,
             decision_seconds=controller.decision_seconds,
             dry_run=controller.dry_run,
+            reentrant=self._reentrant,
             num_compilations=num_compilations,
             compile_seconds=compile_seconds,
             num_recompilations=num_again,
@@ -292,7 +324,7 @@ class SmartFRZ:
         What the saved run had frozen is frozen again at once.
 
         Raises:
-            StateError: If the state is of another model or predictor.
+            StateError: If the state is of another model, predictor or version. Nothing is changed then.
         """
         if "started" not in state:
             raise StateError(
@@ -301,12 +333,11 @@ class SmartFRZ:
             )
         if not state["started"]:
             return
+        require_version(state["controller"])
         controller_state = dict(state["controller"])
         controller_state["history"] = {k: np.asarray(v) for k, v in controller_state["history"].items()}
-        if self._controller is not None and self._adapter is not None:
-            self._adapter.unfreeze(list(self._controller.frozen))  # or they would pass for the user's own
-        controller, adapter = self._control([Layer.from_dict(layer) for layer in state["layers"]], state["reentrant"])
-        controller.load_state_dict(controller_state)
+        layers = [Layer.from_dict(layer) for layer in state["layers"]]
+        _, adapter = self._control(layers, state["reentrant"], controller_state)
         adapter.load_norm_state(state["norms"])
         self._seconds = state["seconds"]
         self._started = time.perf_counter() - self._seconds

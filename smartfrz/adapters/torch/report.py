@@ -22,6 +22,8 @@ class Report:
         seconds: From the first to the latest `freezer.step()`.
         decision_seconds: Part of that spent recording, deciding and freezing.
         dry_run: Whether nothing was really frozen.
+        reentrant: Whether the model uses reentrant gradient checkpointing, under which gradients
+            must pass through the frozen prefix too.
         num_compilations: Of `torch.compile`, in this process since SmartFRZ was made.
         compile_seconds: That they took.
         num_recompilations: The part of them that came after layers first froze.
@@ -36,6 +38,7 @@ class Report:
     seconds: float = 0.0
     decision_seconds: float = 0.0
     dry_run: bool = False
+    reentrant: bool = False
     num_compilations: int = 0
     compile_seconds: float = 0.0
     num_recompilations: int = 0
@@ -57,7 +60,11 @@ class Report:
         marks = sorted({step for step, _, _ in self.changes})
         prefix = interior = 0.0
         for start, end in zip(marks, [*marks[1:], self.num_steps], strict=True):
-            now = backward_cost(names, self._stopped(start), costs)
+            stopped = self._stopped(start)
+            if self.reentrant:
+                interior += (end - start) * sum(costs[name].weight_gradient for name in stopped)
+                continue
+            now = backward_cost(names, stopped, costs)
             prefix += (end - start) * (now[1] - full[1])
             interior += (end - start) * (now[2] - full[2])
         return round(self.num_steps * full[0]), round(prefix), round(interior)
