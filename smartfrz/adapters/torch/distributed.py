@@ -241,6 +241,7 @@ class TrainingProcesses(StoreRanks):
 
     def parameters_changed(self) -> None:
         """Some parameters begin or cease to have gradients; every process calls it at the same moment."""
+        reshard(self._model)
         for wrapper in self._wrappers():
             has_gradients = any(parameter.requires_grad for parameter in wrapper.module.parameters())
             if not has_gradients:  # PyTorch makes no reducer of nothing
@@ -271,8 +272,11 @@ class TrainingProcesses(StoreRanks):
 def processes_of(
     model: nn.Module, timeout: float, wrappers: Iterable[nn.Module | None] = ()
 ) -> TrainingProcesses | None:
-    """The processes that train this model together; None if this one trains alone."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    """The processes that train this model together; None without a process group.
+
+    A group of one counts: DistributedDataParallel waits for gradients of frozen layers there, too.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
         return None
     return TrainingProcesses(model, timeout, wrappers)
 

@@ -216,7 +216,9 @@ class SmartFRZ:
         )
         # GradScaler refuses to step an optimizer none of whose parameters has a gradient.
         keep_one_of = adapter.layers_of_each_optimizer()
-        controller = FreezeController(adapter, self.predictor, keep_one_of=keep_one_of, ranks=self._processes, **self._options)
+        controller = FreezeController(
+            adapter, self.predictor, keep_one_of=keep_one_of, ranks=self._processes, **self._options
+        )
         if state is not None:
             controller.check_state(state)
             if self._adapter is not None:
