@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from smartfrz.adapters.torch.layers import Layer, Uncopied
+from smartfrz.adapters.torch.layers import Layer, Uncopied, _around_parametrizations
 from smartfrz.errors import UsageError
 from smartfrz.predictor.ordering import LayerCost
 
@@ -219,11 +219,6 @@ def _modules(model: nn.Module, layers: list[Layer]) -> Iterator[tuple[nn.Module,
         if layer_name is not None:
             found.setdefault(_around_parametrizations(name), layer_name)
     return ((modules[name], layer_name) for name, layer_name in found.items() if name in modules)
-
-
-def _around_parametrizations(name: str) -> str:
-    """The module whose weight is computed, if `name` is a module that computes it."""
-    return f".{name}".partition(".parametrizations.")[0][1:]
 
 
 def _signature(value: Any) -> Any:
