@@ -49,8 +49,8 @@ class SmartFRZ:
             norm are averaged. 0 keeps its running statistics as they are.
         freeze_order: `"free"`: wherever the predictor is confident, as in the paper. `"prefix"`:
             front to back only. `"cost_aware"`: layers whose freezing would save much time now are
-            frozen at a lower confidence, others at a higher one; the second training step measures
-            each layer's time for that, and takes several times as long.
+            frozen at a lower confidence, others at a higher one; the second to fourth training
+            step measure each layer's time for that, and take about twice as long.
         thaw_on_restart: Thaw every layer when the learning rate is raised to more than twice its
             lowest value since layers froze, as in warm restarts.
         rank_timeout: Where several processes train together (`torch.distributed`): seconds to wait
@@ -229,7 +229,7 @@ class SmartFRZ:
         self.close()
         if controller.freeze_order == "cost_aware" and not controller.costs:
             self._eager.acquire()
-            self._profiler = CostProfiler(self._model, self._all_layers)
+            self._profiler = CostProfiler(self._model, self._all_layers, repeats=1, passes=3)
         return controller, adapter
 
     def _finish_profile(self, controller: FreezeController) -> None:
