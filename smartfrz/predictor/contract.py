@@ -6,7 +6,15 @@
     out  attention   float32 [layers, window]                  alpha of Eq. 2, zero on padding
 
 `layers` and `window` are dynamic. Every normalisation is inside the graph: callers feed plain
-sampled weights. The facts about a predictor are metadata properties of the file, all strings, whose
+sampled weights.
+
+A predictor whose encodings of past records never change (`INCREMENTAL`) can also be fed only what is
+new. Its graph has four tensors more; a caller that leaves the two inputs out need not know of them:
+
+    in   past_keys, past_values   float32 [layers, past, 64]   of the records before; none by default
+    out  keys, values             float32 [layers, new, 64]    of the records in `history`
+
+docs/format.md says what is fed when. The facts about a predictor are metadata properties of the file, all strings, whose
 names start with `smartfrz.`; `PredictorInfo` lists them.
 
 `smartfrz.sha256` is the SHA-256 of the whole file with those 64 characters set to `0`, so that a
@@ -25,8 +33,11 @@ from smartfrz.errors import PredictorFileError
 
 FORMAT_VERSION = 1
 HISTORY, LENGTHS, CONFIDENCE, ATTENTION = "history", "lengths", "confidence", "attention"
+PAST_KEYS, PAST_VALUES, KEYS, VALUES = "past_keys", "past_values", "keys", "values"
+ENCODING_SIZE = 64
 PREFIX = "smartfrz."
-REPRESENTATIONS = ("raw", "displacement", "log_displacement", "sorted_displacement", "motion")
+REPRESENTATIONS = ("raw", "displacement", "log_displacement", "sorted_displacement", "motion", "steps")
+INCREMENTAL = ("raw", "steps")  # the encoding of a record does not depend on later ones
 _NO_HASH = b"0" * 64
 _HASH = re.compile(rb"smartfrz\.sha256\x12\x40([0-9a-f]{64})")
 

@@ -8,12 +8,25 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 
 from smartfrz.errors import PredictorFileError
 from smartfrz.files import replacing
-from smartfrz.predictor.contract import ATTENTION, CONFIDENCE, HISTORY, LENGTHS, PredictorInfo, seal
+from smartfrz.predictor.contract import (
+    ATTENTION,
+    CONFIDENCE,
+    ENCODING_SIZE,
+    HISTORY,
+    KEYS,
+    LENGTHS,
+    PAST_KEYS,
+    PAST_VALUES,
+    VALUES,
+    PredictorInfo,
+    seal,
+)
 from smartfrz.predictor.model import FreezePredictor
-from smartfrz.predictor.runtime import Predictor
+from smartfrz.predictor.runtime import Prediction, Predictor
 
 TOLERANCE = 1e-5
 
@@ -50,16 +63,23 @@ def serialise(model: FreezePredictor, info: PredictorInfo) -> bytes:
     window = torch.export.Dim("window", min=1, max=4096)
     model = model.eval()
     # Odd example sizes: 1 or 2 would be taken for constants.
-    example = torch.randn(3, 7, info.tailored_size), torch.tensor([7, 4, 2])
+    example = [torch.randn(3, 7, info.tailored_size), torch.tensor([7, 4, 2])]
+    inputs, outputs = [HISTORY, LENGTHS], [CONFIDENCE, ATTENTION]
+    shapes: dict[str, dict[int, torch.export.Dim]] = {"history": {0: layers, 1: window}, "lengths": {0: layers}}
+    if model.incremental:
+        past = torch.export.Dim("past", min=0, max=4096)
+        example += [torch.randn(3, 5, ENCODING_SIZE), torch.randn(3, 5, ENCODING_SIZE)]
+        inputs, outputs = [*inputs, PAST_KEYS, PAST_VALUES], [*outputs, KEYS, VALUES]
+        shapes |= {"past_keys": {0: layers, 1: past}, "past_values": {0: layers, 1: past}}
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")  # the exporter's notes on its own internals
         program = torch.onnx.export(
             model,
-            example,
+            tuple(example),
             dynamo=True,
-            input_names=[HISTORY, LENGTHS],
-            output_names=[CONFIDENCE, ATTENTION],
-            dynamic_shapes={"history": {0: layers, 1: window}, "lengths": {0: layers}},
+            input_names=inputs,
+            output_names=outputs,
+            dynamic_shapes=shapes,
             external_data=False,
             verbose=False,
         )
@@ -75,11 +95,34 @@ def serialise(model: FreezePredictor, info: PredictorInfo) -> bytes:
         del value.metadata_props[:]
     del proto.graph.metadata_props[:]
     del proto.metadata_props[:]
+    if model.incremental:
+        _make_past_optional(proto.graph)
     proto.graph.name = "predictor"
     proto.producer_version = ""  # the same weights give the same file under any patch release
     onnx.helper.set_model_props(proto, dict(sorted(info.to_metadata().items())))
     onnx.checker.check_model(proto, full_check=True)
     return proto.SerializeToString(deterministic=True)
+
+
+def _make_past_optional(graph: onnx.GraphProto) -> None:
+    """Give both inputs a default: no records, for any number of layers."""
+    one = onnx.numpy_helper.from_array(np.array([1], np.int64), "past_one")
+    nodes = [
+        onnx.helper.make_node("Shape", [HISTORY], ["past_layers"], start=0, end=1),
+        onnx.helper.make_node("Concat", ["past_layers", one.name, one.name], ["past_shape"], axis=0),
+    ]
+    graph.initializer.append(one)
+    for name in (PAST_KEYS, PAST_VALUES):
+        (value,) = (value for value in graph.input if value.name == name)
+        value.type.tensor_type.shape.dim[0].dim_param = "past_layers"  # 1 in the default
+        none = np.zeros((1, 0, value.type.tensor_type.shape.dim[2].dim_value), np.float32)
+        graph.initializer.append(onnx.numpy_helper.from_array(none, name))
+        for node in graph.node:
+            node.input[:] = [f"{name}_of_layers" if used == name else used for used in node.input]
+        nodes.append(onnx.helper.make_node("Expand", [name, "past_shape"], [f"{name}_of_layers"]))
+    graph.node.reverse()
+    graph.node.extend(reversed(nodes))
+    graph.node.reverse()
 
 
 def parity(model: FreezePredictor, predictor: Predictor, rounds: int = 8, seed: int = 0) -> float:
@@ -95,6 +138,22 @@ def parity(model: FreezePredictor, predictor: Predictor, rounds: int = 8, seed: 
         with torch.no_grad():
             expected = model.eval()(torch.from_numpy(history), torch.from_numpy(lengths))
         answers = predictor.predict(history, lengths)
+        if predictor.incremental:
+            advanced = _advanced(predictor, history, lengths)
+            worst = np.max([worst, *(np.abs(a - e).max() for a, e in zip(advanced, answers, strict=True))])
         # np.max, since Python's max() drops NaN: a network that answers NaN must not pass
         worst = np.max([worst, *(np.abs(a - e.numpy()).max() for a, e in zip(answers, expected, strict=True))])
     return float(worst)
+
+
+def _advanced(predictor: Predictor, history: NDArray[np.float32], lengths: NDArray[np.int64]) -> Prediction:
+    """The answer to the newest record, the others fed one by one before it."""
+    before = 1 if predictor.info.representation == "steps" else 0
+    kept = np.zeros((2, len(history), 0, ENCODING_SIZE), np.float32)
+    window = history.shape[1]
+    for now in range(before, window):
+        # Lengths as they were then; padding has none, and any will do.
+        then = np.clip(lengths - (window - now - 1), 1, now + 1)
+        answer = predictor.advance(np.ascontiguousarray(history[:, now - before : now + 1]), kept[0], kept[1], then)
+        kept = np.concatenate([kept, np.stack([answer.keys, answer.values])], axis=2)
+    return Prediction(answer.confidence, answer.attention) if window > before else predictor.predict(history, lengths)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from smartfrz.predictor.contract import REPRESENTATIONS
+from smartfrz.predictor.contract import ENCODING_SIZE, INCREMENTAL, REPRESENTATIONS
 
 _MASKED = -1e9  # finite: a row of -inf would make softmax return NaN
 _FLOOR = 1e-9
@@ -35,36 +35,63 @@ class FreezePredictor(nn.Module):
             raise ValueError(f"`representation` is {representation!r}; expected one of {', '.join(REPRESENTATIONS)}.")
         self.tailored_size = tailored_size
         self.representation = representation
-        self.key = _mlp(tailored_size, 256, 64)
-        self.query = _mlp(tailored_size, 256, 64)
-        self.value = _mlp(tailored_size, 256, 64)
+        self.incremental = representation in INCREMENTAL
+        self.key = _mlp(tailored_size, 256, ENCODING_SIZE)
+        self.query = _mlp(tailored_size, 256, ENCODING_SIZE)
+        self.value = _mlp(tailored_size, 256, ENCODING_SIZE)
         self.dropout = nn.Dropout(dropout)
-        self.head = _mlp(64, 32, 2)
+        self.head = _mlp(ENCODING_SIZE, 32, 2)
 
-    def forward(self, history: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self,
+        history: torch.Tensor,
+        lengths: torch.Tensor,
+        past_keys: torch.Tensor | None = None,
+        past_values: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
         """Confidences and attention.
 
         Args:
             history: float32 `[layers, window, tailored_size]`, oldest first, left-padded.
-            lengths: How many of the last rows are real, int64 `[layers]`.
+            lengths: How many of the last rows are real, int64 `[layers]`; the past ones included.
+            past_keys: Keys of the records before `history`, float32 `[layers, past, 64]`; only if
+                the representation is incremental. docs/format.md says what is fed when.
+            past_values: Their values, of the same shape.
 
         Returns:
-            `confidence`, float32 `[layers, 2]`, and `attention`, float32 `[layers, window]`.
+            `confidence`, float32 `[layers, 2]`, and `attention`, float32 `[layers, past + window]`;
+            with a past also `keys` and `values` of `history`, float32 `[layers, new, 64]`.
         """
-        logits, attention = self.logits(history, lengths)
-        return logits.softmax(-1), attention
+        past = None if past_keys is None or past_values is None else (past_keys, past_values)
+        logits, attention, keys, values = self._attend(history, lengths, past)
+        answer = logits.softmax(-1), attention
+        return answer if past is None else (*answer, keys, values)
 
     def logits(self, history: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `forward`, before the last softmax."""
-        window = history.shape[1]
-        real = torch.arange(window, device=history.device)[None, :] >= window - lengths[:, None]
+        return self._attend(history, lengths, None)[:2]
+
+    def _attend(
+        self, history: torch.Tensor, lengths: torch.Tensor, past: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        num_records = history.shape[1] + (0 if past is None else past[0].shape[1])
+        age = torch.arange(num_records, device=history.device)[None, :]
+        real = age >= num_records - lengths[:, None]
         seen = represent(history, real, self.representation)
+        encoded = seen[:, 1:] if self.representation == "steps" else seen
+        new_keys, new_values = keys, values = self.key(encoded), self.value(encoded)
+        if past is not None:
+            keys, values = torch.cat([past[0], keys], dim=1), torch.cat([past[1], values], dim=1)
         # Only the newest timestamp asks (all-to-one attention), so one query is enough.
-        scores = torch.matmul(self.key(seen), self.query(seen[:, -1]).unsqueeze(-1)).squeeze(-1) / 8.0
+        scores = torch.matmul(keys, self.query(seen[:, -1]).unsqueeze(-1)).squeeze(-1) / 8.0
+        if self.representation == "steps":
+            # A column for the first record, and no attention to the first real one: no step leads there.
+            scores, values = nn.functional.pad(scores, (1, 0)), nn.functional.pad(values, (0, 0, 1, 0))
+            real = age > num_records - lengths[:, None]
         attention = torch.where(real, scores, torch.full_like(scores, _MASKED)).softmax(-1)
         attention = attention * real.to(attention.dtype)
-        context = torch.matmul(attention.unsqueeze(1), self.value(seen)).squeeze(1)
-        return self.head(self.dropout(context)), attention
+        context = torch.matmul(attention.unsqueeze(1), values).squeeze(1)
+        return self.head(self.dropout(context)), attention, new_keys, new_values
 
 
 def represent(history: torch.Tensor, real: torch.Tensor, representation: str) -> torch.Tensor:
@@ -78,13 +105,17 @@ def represent(history: torch.Tensor, real: torch.Tensor, representation: str) ->
             order, which no longer depends on which weights were sampled. `motion`: of the
             displacement W_j - W_t and of the step W_j - W_{j-1}, relative to rms(W_t), the
             logarithm of their size (repeated, so that it counts), the sorted magnitudes relative
-            to that size; and how many timestamps ago j was, one-hot.
+            to that size; and how many timestamps ago j was, one-hot. `steps`: (W_j - W_{j-1}) /
+            rms(W_j), which later records do not change; the first row has none, and is zero.
 
     Returns:
         float32 of the shape of `history`.
     """
     if representation == "raw":
         return history
+    if representation == "steps":
+        size = torch.sqrt((history * history).mean(-1, keepdim=True)).clamp(min=_FLOOR)
+        return (history - torch.cat([history[:, :1], history[:, :-1]], dim=1)) / size
     now = history[:, -1:]
     # Clamped: a small number added instead is taken for zero, and dropped, by ONNX optimizers.
     scale = torch.sqrt((now * now).mean(-1, keepdim=True)).clamp(min=_FLOOR)

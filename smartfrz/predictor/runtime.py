@@ -10,7 +10,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smartfrz.errors import MissingDependencyError, PredictorFileError
-from smartfrz.predictor.contract import ATTENTION, CONFIDENCE, HISTORY, LENGTHS, PredictorInfo, check_seal
+from smartfrz.predictor.contract import (
+    ATTENTION,
+    CONFIDENCE,
+    ENCODING_SIZE,
+    HISTORY,
+    INCREMENTAL,
+    KEYS,
+    LENGTHS,
+    PAST_KEYS,
+    PAST_VALUES,
+    VALUES,
+    PredictorInfo,
+    check_seal,
+)
 
 logger = logging.getLogger("smartfrz")
 Device = Literal["auto", "cpu", "cuda"]
@@ -26,6 +39,22 @@ class Prediction(NamedTuple):
 
     confidence: NDArray[np.float32]
     attention: NDArray[np.float32]
+
+
+class Advance(NamedTuple):
+    """The answer of a predictor that was fed only what is new.
+
+    Attributes:
+        confidence: As in `Prediction`.
+        attention: As in `Prediction`, over the past and the new records.
+        keys: Float32 `[layers, new, 64]`, to be passed as past next time.
+        values: As `keys`.
+    """
+
+    confidence: NDArray[np.float32]
+    attention: NDArray[np.float32]
+    keys: NDArray[np.float32]
+    values: NDArray[np.float32]
 
 
 class Predictor:
@@ -58,17 +87,25 @@ class Predictor:
         self._session = _session(content, file, device, num_threads)
         self.info = PredictorInfo.from_metadata(self._session.get_modelmeta().custom_metadata_map, file)
         self._check_graph(file)
+        self._fetched_only = _onnxruntime().RunOptions()
+        self._fetched_only.only_execute_path_to_fetches = True
         self.device = "cuda" if "CUDAExecutionProvider" in self._session.get_providers() else "cpu"
 
     def _check_graph(self, file: str) -> None:
         # Dynamic dimensions come as names, fixed ones as integers.
-        found = {v.name: (v.type, v.shape) for v in (*self._session.get_inputs(), *self._session.get_outputs())}
+        session = self._session
+        optional = session.get_overridable_initializers()
+        found = {v.name: (v.type, v.shape) for v in (*session.get_inputs(), *optional, *session.get_outputs())}
         expected: dict[str, tuple[str, list[int | None]]] = {
             HISTORY: ("tensor(float)", [None, None, self.info.tailored_size]),
             LENGTHS: ("tensor(int64)", [None]),
             CONFIDENCE: ("tensor(float)", [None, 2]),
             ATTENTION: ("tensor(float)", [None, None]),
         }
+        self._incremental = self.info.representation in INCREMENTAL and KEYS in found  # older files have none
+        if self._incremental:
+            encodings = ("tensor(float)", [None, None, ENCODING_SIZE])
+            expected |= dict.fromkeys((PAST_KEYS, PAST_VALUES, KEYS, VALUES), encodings)
         for name, (dtype, shape) in expected.items():
             received = found.get(name)
             fits = (
@@ -99,22 +136,92 @@ class Predictor:
         Raises:
             ValueError: If shapes or dtypes are not those of this predictor.
         """
-        name, size, window = self.info.name, self.info.tailored_size, self.info.window
+        self._check_history(history, lengths)
+        return Prediction(*self._session.run([CONFIDENCE, ATTENTION], {HISTORY: history, LENGTHS: lengths}))
+
+    @property
+    def incremental(self) -> bool:
+        """Whether past records need not be fed again: `encode` and `advance` can be used."""
+        return self._incremental
+
+    def encode(self, history: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Keys and values of records, without asking; for predictors that are `incremental`.
+
+        Args:
+            history: As in `predict`. For `steps`, the first row is only where the first step starts.
+
+        Returns:
+            Keys and values, float32 `[layers, new, 64]`: of every row for `raw`, of every row but the
+            first for `steps`.
+
+        Raises:
+            ValueError: If the shape or dtype is not that of this predictor, or it is not incremental.
+        """
+        self._check_incremental()
+        lengths = np.full(len(history), history.shape[1], np.int64)
+        self._check_history(history, lengths)
+        answer = self._session.run([KEYS, VALUES], {HISTORY: history, LENGTHS: lengths}, self._fetched_only)
+        return answer[0], answer[1]
+
+    def advance(
+        self,
+        newest: NDArray[np.float32],
+        keys: NDArray[np.float32],
+        values: NDArray[np.float32],
+        lengths: NDArray[np.int64],
+    ) -> Advance:
+        """As `predict`, from the newest records and what was kept of those before.
+
+        Args:
+            newest: Tailored weights, float32 `[layers, rows, tailored_size]`: for `raw` the records
+                whose encodings are not among `keys`; for `steps` those, and the one before them.
+            keys: Of the records before, oldest first, float32 `[layers, past, 64]`, left-padded.
+            values: As `keys`.
+            lengths: How many of the last `past + rows` records are real, int64 `[layers]`.
+
+        Returns:
+            Confidences, attention `[layers, past + rows]`, and the keys and values of the new records.
+
+        Raises:
+            ValueError: If shapes or dtypes are not those of this predictor, or it is not incremental.
+        """
+        self._check_incremental()
+        past = keys.shape[1] if keys.ndim == 3 else 0
+        expected = (len(newest), past, ENCODING_SIZE)
+        if not keys.shape == values.shape == expected or not keys.dtype == values.dtype == np.float32:
+            raise ValueError(
+                f"keys and values are {keys.dtype} {keys.shape} and {values.dtype} {values.shape}; expected both float32 "
+                f"{expected}. Pass what encode() or advance() returned for these layers."
+            )
+        self._check_history(newest, lengths, past)
+        feed = {HISTORY: newest, LENGTHS: lengths, PAST_KEYS: keys, PAST_VALUES: values}
+        return Advance(*self._session.run([CONFIDENCE, ATTENTION, KEYS, VALUES], feed))
+
+    def _check_incremental(self) -> None:
+        if not self._incremental:
+            raise ValueError(
+                f"Predictor {self.info.name!r} is not incremental: its representation is {self.info.representation!r}. "
+                f"Use predict(), or a predictor that was exported with one of {', '.join(INCREMENTAL)}."
+            )
+
+    def _check_history(self, history: NDArray[np.float32], lengths: NDArray[np.int64], past: int = 0) -> None:
+        name, size = self.info.name, self.info.tailored_size
+        window = self.info.window - past
         if history.ndim != 3 or history.shape[2] != size or not 0 < history.shape[1] <= window:
             raise ValueError(
                 f"history has shape {history.shape}, but predictor {name!r} reads [layers, 1 to {window}, {size}]. Make "
                 "the WeightHistory with the predictor's own window and tailored_size."
             )
-        if lengths.shape != history.shape[:1] or (lengths < 1).any() or (lengths > history.shape[1]).any():
+        num_records = past + history.shape[1]
+        if lengths.shape != history.shape[:1] or (lengths < 1).any() or (lengths > num_records).any():
             raise ValueError(
                 f"lengths is {lengths.tolist()} for a history of shape {history.shape}; expected one value in 1 to "
-                f"{history.shape[1]} for each layer."
+                f"{num_records} for each layer."
             )
         if history.dtype != np.float32 or lengths.dtype != np.int64:
             raise ValueError(
                 f"history and lengths are {history.dtype} and {lengths.dtype}; expected float32 and int64. Use .astype."
             )
-        return Prediction(*self._session.run([CONFIDENCE, ATTENTION], {HISTORY: history, LENGTHS: lengths}))
 
     def __repr__(self) -> str:
         info = self.info
