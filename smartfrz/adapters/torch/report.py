@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from smartfrz.adapters.torch.layers import Layer
@@ -59,7 +60,7 @@ class Report:
         full = backward_cost(names, self.user_frozen, costs)
         marks = sorted({step for step, _, _ in self.changes})
         prefix = interior = 0.0
-        for start, end in zip(marks, [*marks[1:], self.num_steps], strict=True):
+        for start, end in pairwise([*marks, self.num_steps]):
             stopped = self._stopped(start)
             if self.reentrant:
                 interior += (end - start) * sum(costs[name].weight_gradient for name in stopped)
