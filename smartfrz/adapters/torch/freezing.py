@@ -189,9 +189,11 @@ class TorchAdapter(LayerReader):
             return
         for new, old in ((norm.running_mean, mean), (norm.running_var, variance)):
             if new is not None:
-                new.copy_((new.double() - old_share * old.double()) / (1.0 - old_share))
-        if norm.running_var is not None:
-            norm.running_var.clamp_(min=0.0)  # rounding
+                recent = (new.double() - old_share * old.double()) / (1.0 - old_share)
+                if new is norm.running_var:
+                    recent.clamp_(min=0.0)  # rounding
+                # .data: a backward pass under way holds the statistics, though it does not use them
+                new.data.copy_(recent)
 
     def norm_state(self) -> dict[str, Any]:
         """The snapshot, for a saved state."""
