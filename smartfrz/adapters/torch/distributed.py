@@ -197,8 +197,13 @@ def _differences(rank: int, mine: dict[str, Any], theirs: dict[str, Any]) -> str
             else:
                 words.append(f"{counts}: they differ in their order")
         else:
-            words.append(f"`{name}` is {here!r} on rank {rank} and {there!r} on rank 0")
+            words.append(f"`{name}` is {_short(here)} on rank {rank} and {_short(there)} on rank 0")
     return f"The ranks differ at {mine['moment']}: " + "; ".join(words) + "." if words else ""
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 24 else text[:13] + "..."
 
 
 class TrainingProcesses(StoreRanks):
