@@ -33,6 +33,7 @@ def main():
     model, optimizer, loader, test_loader = accelerator.prepare(
         model, optimizer, DataLoader(train, 32, shuffle=True, drop_last=True), DataLoader(test, 99)
     )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs)
     steps = -(-len(loader) // ACCUMULATE) * options.epochs  # Accelerate steps at the end of each epoch, too
     freezer = SmartFRZ(accelerator.unwrap_model(model), optimizer, total_steps=steps)
     accelerator.register_for_checkpointing(freezer)  # accelerator.save_state and load_state include it
@@ -46,6 +47,7 @@ def main():
                 optimizer.zero_grad()
             if accelerator.sync_gradients:  # the optimizer really stepped
                 freezer.step()
+        schedule.step()
 
     model.eval()
     with torch.no_grad():

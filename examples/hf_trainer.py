@@ -1,7 +1,7 @@
 """Fine-tune a small BERT with the Trainer of transformers while SmartFRZ freezes what has converged.
 
     pip install "smartfrz[hf,cpu]"
-    python examples/hf_trainer.py --steps 300
+    python examples/hf_trainer.py --steps 200
 
 The model is the pretrained MiniLM if `recipes/fetch.py` has fetched it, else a tiny BERT from scratch. The task, so that
 nothing has to be downloaded: does a sentence mention an animal?
@@ -50,7 +50,7 @@ def tokenizer_and_model(folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--model", default=MINILM if MINILM.exists() else "", help="folder; empty: a tiny model")
     parser.add_argument("--output", help="folder of the checkpoints; a temporary one by default")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
@@ -65,7 +65,7 @@ def main():
         options.output or tempfile.mkdtemp(),
         max_steps=options.steps,
         per_device_train_batch_size=16,
-        learning_rate=2e-4,
+        learning_rate=5e-5 if options.model else 1e-3,
         logging_steps=max(1, options.steps // 10),
         save_steps=max(1, options.steps // 3),
         dataloader_pin_memory=torch.cuda.is_available(),

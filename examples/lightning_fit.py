@@ -1,7 +1,7 @@
 """Train a small convolutional network with Lightning while SmartFRZ freezes what has converged.
 
 pip install "smartfrz[lightning,cpu]" scikit-learn
-python examples/lightning_fit.py --epochs 20
+python examples/lightning_fit.py --epochs 10
 """
 
 import argparse
@@ -37,12 +37,13 @@ class Digits(LightningModule):
         self.log("accuracy", right.float().mean(), prog_bar=True)
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.max_epochs)]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--resume", metavar="CHECKPOINT", help="go on from this .ckpt file")
     options = parser.parse_args()
     seed_everything(0, verbose=False)
