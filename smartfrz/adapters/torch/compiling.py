@@ -1,6 +1,7 @@
 """Living with `torch.compile`: what it must not see, and what it costs."""
 
 import logging
+import sys
 import threading
 import time
 from typing import Any
@@ -50,7 +51,8 @@ class EagerHold:
                 EagerHold._stance = None
 
     def __del__(self) -> None:
-        self.release()
+        if not sys.is_finalizing():
+            self.release()
 
 
 class _Clock:
