@@ -93,7 +93,9 @@ class StoreRanks:
         others = {f"{number}/{rank}": rank for rank in range(1, self._world_size)}
         missing = self._missing(list(others), self._timeout)
         heard = {rank: self._read(key) for key, rank in others.items() if key not in missing}
-        complaints = list(dict.fromkeys(word for word in heard.values() if word))
+        complaints = [word for word in heard.values() if word]
+        if len(complaints) > 2:
+            complaints[1:] = [f"{len(complaints) - 1} more ranks differ from rank 0."]
         if complaints:
             complaints.append("Give every rank the same model, predictor and options, and call the same on each.")
         if missing:
