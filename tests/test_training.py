@@ -71,7 +71,7 @@ def test_the_same_seed_trains_the_same_network(trained):
     assert any(not torch.equal(value, other[key]) for key, value in again.items())
 
 
-@pytest.mark.parametrize("representation", ["displacement", "log_displacement", "sorted_displacement"])
+@pytest.mark.parametrize("representation", ["displacement", "log_displacement", "sorted_displacement", "steps"])
 def test_other_representations_learn_it_too(representation):
     runs = labelled_runs()
     model = fit(runs[1:], runs[:1], options(representation=representation))

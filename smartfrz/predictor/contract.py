@@ -14,8 +14,10 @@ new. Its graph has four tensors more; a caller that leaves the two inputs out ne
     in   past_keys, past_values   float32 [layers, past, 64]   of the records before; none by default
     out  keys, values             float32 [layers, new, 64]    of the records in `history`
 
-docs/format.md says what is fed when. The facts about a predictor are metadata properties of the file, all strings, whose
-names start with `smartfrz.`; `PredictorInfo` lists them.
+docs/format.md says what is fed when.
+
+The facts about a predictor are metadata properties of the file, all strings, whose names start with
+`smartfrz.`; `PredictorInfo` lists them.
 
 `smartfrz.sha256` is the SHA-256 of the whole file with those 64 characters set to `0`, so that a
 damaged or altered file is noticed without any second file.

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from smartfrz.errors import StateError, UnsupportedModelError
 from smartfrz.predictor.contract import PredictorInfo
 from smartfrz.predictor.decision import FreezeDecision, Reason, decide
-from smartfrz.predictor.history import WeightHistory
+from smartfrz.predictor.history import EncodedHistory, Encodes, WeightHistory
 from smartfrz.predictor.ordering import ORDERS, FreezeOrder, LayerCost, Ordering
 from smartfrz.predictor.tailoring import tailoring_positions
 
@@ -158,7 +158,9 @@ class FreezeController:
         self.seed = int(seed)
         self._adapter = adapter
         self._predictor = predictor
-        self._history = WeightHistory(info.window, info.tailored_size)
+        self._history: WeightHistory | EncodedHistory = WeightHistory(info.window, info.tailored_size)
+        if getattr(predictor, "incremental", False):  # each record is encoded once, not at every stage anew
+            self._history = EncodedHistory(cast(Encodes, predictor))
         self._layers = adapter.layers()
         self._keep_one_of = [list(group) for group in keep_one_of]
         self._ranks = ranks or OneProcess()
@@ -216,9 +218,13 @@ class FreezeController:
         return decisions
 
     def _record(self, active: list[str]) -> None:
-        for layer, vector in self._adapter.tailored({layer: self._positions[layer] for layer in active}).items():
-            self._history.append(layer, vector)
+        vectors = self._adapter.tailored({layer: self._positions[layer] for layer in active})
         self.num_records += 1
+        if isinstance(self._history, EncodedHistory):
+            self._history.record(vectors, ask=self.num_records % self.decide_every == 0)
+        else:
+            for layer, vector in vectors.items():
+                self._history.append(layer, vector)
 
     def _stage(self, active: list[str]) -> list[FreezeDecision]:
         shared = self._ranks.share(lambda: self._decide(active))
@@ -246,7 +252,9 @@ class FreezeController:
         excused = self._excused(active)
         asked = [layer for layer in active if layer not in excused]
         confidence: dict[str, float] = {}
-        if asked:
+        if isinstance(self._history, EncodedHistory):
+            confidence = self._history.confidence(asked)
+        elif asked:
             answer = self._predictor.predict(*self._history.windows(asked))
             confidence = dict(zip(asked, answer[0][:, 1].tolist(), strict=True))
         decisions, streaks = decide(
