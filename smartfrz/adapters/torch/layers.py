@@ -268,7 +268,10 @@ def _group(model: nn.Module, ran: list[str], flops: dict[str, int]) -> list[Laye
             continue
         if tied is not None:
             draft = tied
-        elif any(model.get_parameter(n).dim() >= 2 for n in names):
+        # a norm over several dimensions has weights of as many, and is no layer of its own
+        elif not isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and any(
+            model.get_parameter(n).dim() >= 2 for n in names
+        ):
             draft = _Draft(name)
             drafts.append(draft)
             names, waiting = [n for n in dict.fromkeys(waiting + names) if n not in holder], []
