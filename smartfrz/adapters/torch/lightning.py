@@ -114,8 +114,9 @@ class SmartFRZCallback(FreezingCallback, Callback):
         self._end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the model as it was found."""
-        self._end()
+        """Leave the model as it was found; not where other processes wait in vain for this one."""
+        if trainer.world_size == 1:
+            self._end()
 
 
 def _steps_left(trainer: Trainer) -> int:
