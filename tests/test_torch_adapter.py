@@ -617,3 +617,18 @@ def test_a_real_run_and_the_same_run_stopped_half_way(tmp_path):
     assert all(torch.equal(value, resumed[name]) for name, value in final.items())
     report, resumed_report = whole.freezer.report(), second.freezer.report()
     assert resumed_report.backward_flops_saved == report.backward_flops_saved > 0
+
+
+def test_a_state_from_before_the_first_step_begins_anew():
+    loop = Loop()
+    freezer = loop.freezer([*FREEZE_FIRST, *FREEZE_TWO])
+    start = freezer.state_dict()
+    loop.run(freezer, 6)
+    assert freezer.frozen_layers == ["conv1"]
+    freezer.load_state_dict(start)
+    assert freezer.frozen_layers == []
+    assert all(p.requires_grad for p in loop.model.parameters())
+    assert freezer.state_dict() == start
+    loop.run(freezer, 6)
+    assert freezer.layers == LAYERS
+    assert freezer.frozen_layers == ["conv1"]

@@ -312,3 +312,18 @@ def test_layer_outputs_are_copies_and_its_hooks_go():
     assert list(outputs) == ["0", "4"]
     assert torch.equal(outputs["0"], expected)  # before the in-place ReLU
     assert torch.equal(outputs["4"], answers)
+
+
+def test_a_model_that_calls_itself_is_traced_as_a_whole():
+    class Recursive(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x, again=True):
+            if again:
+                return self.third(self(self.first(x), again=False))
+            return self.second(x)
+
+    assert [layer.name for layer in trace_layers(Recursive(), torch.randn(2, 4))] == ["first", "second", "third"]
+    assert not torch.utils._python_dispatch._get_current_dispatch_mode()

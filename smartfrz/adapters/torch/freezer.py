@@ -114,19 +114,24 @@ class SmartFRZ:
             "thaw_on_restart": thaw_on_restart,
         }
         self._norm_batches = norm_batches
+        self._compiling = CompileWatch()
+        self._eager = EagerHold()
+        self._tracer: LayerTracer | None = None
+        self._profiler: CostProfiler | None = None
+        self._gradient_hook: GradientWatch | None = None
+        self._watch()
+
+    def _watch(self) -> None:
+        """Begin anew: learn the layers from the next forward pass."""
         self._adapter: TorchAdapter | None = None
         self._controller: FreezeController | None = None
         self._all_layers: list[Layer] = []
         self._started: float | None = None
         self._seconds = 0.0
-        self._saw_gradient = any(is_lazy(p) for p in model.parameters())  # which take no hook yet
-        self._compiling = CompileWatch()
-        self._eager = EagerHold()
         self._eager.acquire()
-        self._tracer: LayerTracer | None = LayerTracer(model, on_done=self._eager.release)
-        self._profiler: CostProfiler | None = None
-        trainable = tuple(p for p in model.parameters() if p.requires_grad and not is_lazy(p))
-        self._gradient_hook: Any = None
+        self._tracer = LayerTracer(self._model, on_done=self._eager.release)
+        self._saw_gradient = any(is_lazy(p) for p in self._model.parameters())  # which take no hook yet
+        trainable = tuple(p for p in self._model.parameters() if p.requires_grad and not is_lazy(p))
         if trainable:
             self._gradient_hook = GradientWatch(trainable, self._on_gradient)
 
@@ -334,6 +339,10 @@ class SmartFRZ:
                 "SmartFRZ.state_dict() returned. Save and load that."
             )
         if not state["started"]:
+            if self._adapter is not None:
+                self._adapter.unfreeze(self.frozen_layers)
+                self.close()
+                self._watch()
             return
         require_version(state["controller"])
         controller_state = dict(state["controller"])

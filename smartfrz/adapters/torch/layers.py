@@ -61,8 +61,8 @@ class LayerTracer:
     frozen layers form a prefix that the backward pass need not enter.
 
     Args:
-        model: The model. Its modules get hooks until the first forward pass in which gradients or
-            `any_mode` allow tracing has ended.
+        model: The model. Its modules get hooks until the first forward pass that can be traced has
+            ended.
         training_only: Ignore forward passes in eval mode, in which some modules take other paths,
             and those without gradients, which show no checkpointing.
         on_done: Called once the pass has been watched.
@@ -76,6 +76,7 @@ class LayerTracer:
         self._flops: dict[str, int] = {}
         self._stack: list[str] = []
         self._mode: _FlopMode | None = None
+        self._depth = 0  # of calls of the model by itself
         self._handles: list[Any] = []
         self.total_flops = 0
         self.done = False
@@ -91,6 +92,9 @@ class LayerTracer:
         self._handles.append(model.register_forward_hook(Uncopied(self._stop), always_call=True))
 
     def _start(self, module: nn.Module, args: Any) -> None:
+        if self._mode is not None:
+            self._depth += 1
+            return
         if self.done or (self._training_only and not (module.training and torch.is_grad_enabled())):
             return
         self._ran, self._flops, self._stack = [""], {}, [""]
@@ -99,6 +103,9 @@ class LayerTracer:
 
     def _stop(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._mode is None:
+            return
+        if self._depth:
+            self._depth -= 1
             return
         self._mode.__exit__(None, None, None)
         self._mode = None
