@@ -335,18 +335,21 @@ def two_wrappers(rank, world):
     return {"log": log, "layers": freezer.layers, "actions": [e.action for e in freezer.events if e.action != "keep"]}
 
 
+ORDERS = ("load, wrap", "wrap, load", "wrap, load inner", "loaded twice")
+
+
 @scenario
 def resume(rank, world):
     """Saved by rank 0 after step 8, loaded by all, in each order of wrapping and loading."""
     results = {"whole": Run(rank).train().result()}
-    for stop in (5, 8):
+    for stop, orders in {5: ORDERS[2:3], 8: ORDERS}.items():
         first = Run(rank).train(0, stop)
         saved = [
             {"model": r.model.state_dict(), "optimizer": r.optimizer.state_dict(), "freezer": r.freezer.state_dict()}
             for r in [first]
         ]
         dist.broadcast_object_list(saved)
-        for order in ("load, wrap", "wrap, load", "wrap, load inner", "loaded twice"):
+        for order in orders:
             run = Run(rank, freezer=False, seed=9)
             if order != "load, wrap":
                 run.wrap_in_ddp()
@@ -427,20 +430,22 @@ def shard(model, mesh=None, **options):
     return fully_shard(model, mesh=mesh, **options)
 
 
+def shown(model):
+    """Names and parameters, the root's shards too."""
+    if hasattr(model, "reshard"):
+        model.reshard()
+    return list(model.named_parameters())
+
+
 def mlp_run(model, steps=MLP_STEPS, **options):
     optimizer = sgd(model)
     evaluate = options.pop("evaluate", False)
     freezer = SmartFRZ(model, optimizer, change_predictor(), **FSDP_OPTIONS | options)
     frozen = {}
-    moved = []
     for _ in train_mlp(model, model, optimizer, freezer, 0, steps, evaluate=evaluate):
-        if hasattr(model, "reshard"):
-            model.reshard()
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                if name in frozen and not torch.equal(frozen[name], whole(parameter)):
-                    moved.append(name)
-                frozen.setdefault(name, whole(parameter).clone())
+        if len(freezer.frozen_layers) * 2 > len(frozen):  # a weight and a bias
+            frozen = {n: whole(p).clone() for n, p in shown(model) if not p.requires_grad} | frozen
+    moved = [n for n, p in shown(model) if n in frozen and not torch.equal(frozen[n], whole(p))]
     return freezer, optimizer, moved
 
 
@@ -828,11 +833,10 @@ def train_with_checkpoints(rank, folder, die_at=None, die=()):
     return run.result() | {"start": start}
 
 
-def main(folder, names):
+def run_scenarios(folder, rank, world, names):
     torch.set_num_threads(1)
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-    results = {}
+    results = {"seconds": {}}
     for name in names:
         begin = time.perf_counter()
         kill, _, at = name.partition("@")
@@ -844,11 +848,40 @@ def main(folder, names):
                 results[name] = SCENARIOS[name](rank, world)
         except Exception:
             results[name] = {"traceback": traceback.format_exc()}
-        results.setdefault("seconds", {})[name] = round(time.perf_counter() - begin, 2)
+        results["seconds"][name] = round(time.perf_counter() - begin, 2)
     (folder / f"{world}-{rank}.json").write_text(json.dumps(results))
     dist.barrier()  # rank 0 keeps the store
     dist.destroy_process_group()
 
 
+def run_rank(folder, rank, world, names):
+    """In a process of its own; does not return."""
+    code = 1
+    try:
+        log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+        run_scenarios(folder, rank, world, names)
+        code = 0
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def main(folder, world, names):
+    """Processes are forked: each would need seconds to import everything for itself."""
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if not child:
+            run_rank(folder, rank, world, names)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    (folder / "codes.json").write_text(json.dumps(codes))
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
