@@ -183,6 +183,21 @@ def test_a_thawed_layer_has_no_past_and_may_freeze_again():
     assert [lengths.tolist() for _, lengths in predictor.calls] == [[2, 2, 2], [4, 4], [3, 6, 6], [8, 8]]
 
 
+def test_after_a_thaw_the_last_live_layer_has_to_be_patient_anew():
+    # It was kept for being the last one, confident all the time; now it is not the last one any more.
+    model = Net()
+    optimizer = sgd(model)
+    sure = {"conv1": 0.9, "conv2": 0.9, "head": 0.9}
+    unsure = {"conv1": 0.1, "conv2": 0.1, "head": 0.9}
+    freezer = attach(model, optimizer, NET, predictor=ScriptedPredictor([sure, sure, unsure, unsure]), patience=2)
+    train(model, optimizer, freezer, 0, 6)
+    assert freezer.frozen_layers == ["conv1", "conv2"]
+    freezer.thaw()
+    train(model, optimizer, freezer, 6, 10)
+    reasons = [(event.step, event.reason) for event in freezer.events if event.layer == "head"]
+    assert reasons == [(2, "patience"), (4, "last_active_layer"), (8, "patience"), (10, "confident")]
+
+
 def test_a_norm_that_the_user_keeps_in_eval_is_there_again_after_a_thaw():
     model = Net()
     optimizer = sgd(model)
@@ -329,7 +344,7 @@ class Judged:
 
 
 @pytest.mark.parametrize("order", OPTIONS)
-@pytest.mark.parametrize("stop", [15, 30])
+@pytest.mark.parametrize("stop", [5, 15, 23, 30])
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(order, stop):
     first = Judged(order).run(0, stop)
     states = saved(*first.parts())

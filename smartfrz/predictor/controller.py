@@ -299,6 +299,8 @@ class FreezeController:
         self._ranks.meet(f"thawing after step {self.num_steps}", {"layers": thawed})
         if not self.dry_run:
             self._adapter.unfreeze(thawed)
+        # What is still trained was judged beside frozen layers, and perhaps long ago: it has to be patient anew.
+        self._streaks.clear()
         decisions = []
         for layer in thawed:
             del self.frozen[layer]
