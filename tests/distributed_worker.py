@@ -1,6 +1,6 @@
 """What each process of tests/test_distributed.py runs: scenarios by name, results as JSON.
 
-RANK=0 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python distributed_worker.py FOLDER SCENARIO...
+echo '["FOLDER", PROCESSES, PORT, ["SCENARIO", ...]]' | python distributed_worker.py
 """
 
 import contextlib
@@ -466,11 +466,10 @@ def fsdp(rank, world):
     model = Mlp()
     freezer, _, moved = mlp_run(model)
     results["unsharded"] = summary(freezer, model, moved)
-    variants = {"sharded": {}, "kept whole": {"reshard_after_forward": False}, "evaluated": {"evaluate": True}}
+    variants = {"evaluated, kept whole": {"reshard_after_forward": False}, "sharded": {}}
     for name, options in variants.items():
-        evaluate = options.pop("evaluate", False)
         model = shard(Mlp(), **options)
-        freezer, optimizer, moved = mlp_run(model, evaluate=evaluate)
+        freezer, optimizer, moved = mlp_run(model, evaluate=bool(options))
         model.reshard()
         results[name] = summary(freezer, model, moved)
     names = dict(model.named_parameters())
@@ -478,6 +477,16 @@ def fsdp(rank, world):
     results["trained"] = sorted(n for n, p in names.items() if p.requires_grad)
     results["types"] = sorted({type(v).__name__ for v in leaves(freezer.state_dict())})
     results["num_weights"] = {layer: freezer._adapter.num_weights(layer) for layer in freezer.layers}
+
+    thawed = freezer.thaw()
+    before = {n: whole(p).clone() for n, p in model.named_parameters()}
+    for _ in train_mlp(model, model, optimizer, freezer, MLP_STEPS, MLP_STEPS + 2):
+        pass
+    model.reshard()
+    results["thawed"] = [decision.layer for decision in thawed]
+    results["moved_after_thaw"] = [
+        n for n, p in model.named_parameters() if not torch.equal(before[n], whole(p)) and n.endswith("weight")
+    ]
 
     # resumed: sharded to sharded, and unsharded to sharded
     for name, first in {"sharded": shard(Mlp()), "unsharded": Mlp()}.items():
@@ -502,17 +511,6 @@ def fsdp(rank, world):
         second.reshard()
         results[f"resumed from {name}"] = summary(resumed, second)
 
-    thawed = freezer = None
-    model = shard(Mlp())
-    freezer, optimizer, _ = mlp_run(model, steps=25)
-    thawed = [d.layer for d in freezer.thaw()]
-    before = {n: whole(p).clone() for n, p in model.named_parameters()}
-    for _ in train_mlp(model, model, optimizer, freezer, 25, 27):
-        pass
-    results["thawed"] = thawed
-    results["moved_after_thaw"] = [
-        n for n, p in model.named_parameters() if not torch.equal(before[n], whole(p)) and n.endswith("weight")
-    ]
     # measuring costs must not make ranks run different collectives
     freezer, _, _ = mlp_run(shard(Mlp()), steps=8, freeze_order="cost_aware")
     results["cost_aware"] = len(freezer.events)
@@ -854,14 +852,19 @@ def run_scenarios(folder, rank, world, names):
     dist.destroy_process_group()
 
 
-def run_rank(folder, rank, world, names):
+def run_rank(folder, rank, world, port, names):
     """In a process of its own; does not return."""
     code = 1
     try:
         log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+        os.environ |= {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         run_scenarios(folder, rank, world, names)
         code = 0
     except Exception:
@@ -871,17 +874,22 @@ def run_rank(folder, rank, world, names):
         os._exit(code)
 
 
-def main(folder, world, names):
-    """Processes are forked: each would need seconds to import everything for itself."""
-    children = []
-    for rank in range(world):
-        child = os.fork()
-        if not child:
-            run_rank(folder, rank, world, names)
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    (folder / "codes.json").write_text(json.dumps(codes))
+def main():
+    """For each request the exit codes of its processes.
+
+    They are forked: each would need seconds to import everything for itself.
+    """
+    for line in sys.stdin:
+        folder, world, port, names = json.loads(line)
+        children = []
+        for rank in range(world):
+            child = os.fork()
+            if not child:
+                run_rank(Path(folder), rank, world, port, names)
+            children.append(child)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(json.dumps(codes), flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+    main()

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -54,35 +55,57 @@ def environment(**more):
     return os.environ | {"OMP_NUM_THREADS": "1"} | more
 
 
-def run(world, names, folder, seconds=240):
-    """Exit codes of the ranks; none is left running."""
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, str(WORKER), str(folder), str(world), *names]
-    parent = subprocess.Popen(command, env=environment(**address), start_new_session=True)
-    try:
-        parent.wait(seconds)
-    finally:
-        if parent.poll() is None:
-            os.killpg(parent.pid, signal.SIGKILL)
-            parent.wait()
-    return json.loads((folder / "codes.json").read_text())
+class Launcher:
+    """A process that forks ranks: see distributed_worker.py."""
+
+    def __init__(self):
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.parent = subprocess.Popen(
+            [sys.executable, str(WORKER)], env=environment(), start_new_session=True, **pipes
+        )
+
+    def run(self, world, names, folder, seconds=240):
+        """Exit codes of the ranks; none is left running."""
+        self.parent.stdin.write(json.dumps([str(folder), world, free_port(), names]) + "\n")
+        self.parent.stdin.flush()
+        ready, _, _ = select.select([self.parent.stdout], [], [], seconds)
+        if not ready:
+            self.close()
+            raise TimeoutError(f"ranks still run after {seconds} s: {logs(folder, world)}")
+        return json.loads(self.parent.stdout.readline())
+
+    def results(self, world, names, folder):
+        """What each rank found, by rank."""
+        codes = self.run(world, names, folder)
+        assert codes == [0] * world, logs(folder, world)
+        return [json.loads((folder / f"{world}-{rank}.json").read_text()) for rank in range(world)]
+
+    def close(self):
+        """End it, and with it what it forked."""
+        if self.parent.poll() is None:
+            os.killpg(self.parent.pid, signal.SIGKILL)
+        self.parent.communicate()
 
 
-def launch(world, names, folder):
-    """What each rank found, by rank."""
-    codes = run(world, names, folder)
-    assert codes == [0] * world, "\n".join((folder / f"{rank}.log").read_text()[-2000:] for rank in range(world))
-    return [json.loads((folder / f"{world}-{rank}.json").read_text()) for rank in range(world)]
+def logs(folder, world):
+    return "\n".join((folder / f"{rank}.log").read_text()[-2000:] for rank in range(world))
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    return launch(2, ON_TWO, tmp_path_factory.mktemp("two"))
+def launcher():
+    started = Launcher()
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    return launch(4, ON_FOUR, tmp_path_factory.mktemp("four"))
+def two(launcher, tmp_path_factory):
+    return launcher.results(2, ON_TWO, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four(launcher, tmp_path_factory):
+    return launcher.results(4, ON_FOUR, tmp_path_factory.mktemp("four"))
 
 
 def of(ranks, name, key=None):
@@ -217,9 +240,7 @@ def test_a_backend_without_a_store(two):
     assert [r["log"] for r in of(two, "own_store")] == [r["log"] for r in of(two, "variant_plain")]
 
 
-@pytest.mark.parametrize(
-    "name", ["sharded", "kept whole", "evaluated", "resumed from sharded", "resumed from unsharded"]
-)
+@pytest.mark.parametrize("name", ["sharded", "evaluated, kept whole", "resumed from sharded", "resumed from unsharded"])
 def test_fully_sharded_training_decides_and_trains_as_unsharded_training(two, name):
     for results in of(two, "fsdp"):
         reference = results["unsharded"]
@@ -341,13 +362,13 @@ def test_states_of_another_run(two):
 # Killed and resumed
 
 
-def test_killed_twice_and_resumed_trains_as_if_nothing_had_happened(two, tmp_path):
-    codes = run(2, ["kill_all@6"], tmp_path)
+def test_killed_twice_and_resumed_trains_as_if_nothing_had_happened(launcher, two, tmp_path):
+    codes = launcher.run(2, ["kill_all@6"], tmp_path)
     assert codes == [-signal.SIGKILL] * 2
-    codes = run(2, ["kill_1@10"], tmp_path)
+    codes = launcher.run(2, ["kill_1@10"], tmp_path)
     assert codes[1] == -signal.SIGKILL
     assert codes[0] not in (0, -signal.SIGKILL)  # it noticed by itself
-    resumed = launch(2, ["train"], tmp_path)
+    resumed = launcher.results(2, ["train"], tmp_path)
     for result, whole in zip(of(resumed, "train"), of(two, "train"), strict=True):
         assert result["start"] == 8
         assert whole["start"] == 0
