@@ -13,7 +13,7 @@ from smartfrz.errors import PredictorFileError  # noqa: E402
 from smartfrz.predictor import export as export_module  # noqa: E402
 from smartfrz.predictor.contract import REPRESENTATIONS  # noqa: E402
 from smartfrz.predictor.export import TOLERANCE, export, parity  # noqa: E402
-from smartfrz.predictor.model import FreezePredictor, represent  # noqa: E402
+from smartfrz.predictor.model import FreezePredictor, Motion, represent  # noqa: E402
 from smartfrz.predictor.runtime import Predictor  # noqa: E402
 
 SIZE, WINDOW = 32, 12
@@ -102,6 +102,19 @@ def test_displacement_by_hand():
     seen = represent(history, torch.tensor([[True, True]]), "displacement")
     rms = (25 / 2) ** 0.5
     torch.testing.assert_close(seen, torch.tensor([[[-2 / rms, -4 / rms], [0.0, 0.0]]]))
+
+
+@pytest.mark.parametrize("size", [8, 32, 100])
+def test_motion_without_repetitions_leads_to_the_same(size):
+    torch.manual_seed(3)
+    model = FreezePredictor(size, "motion")
+    history = torch.randn(4, 7, 1) + 0.1 * torch.randn(4, 7, size).cumsum(1)
+    real = torch.arange(7)[None] >= 7 - torch.tensor([7, 3, 1, 2])[:, None]
+    seen = represent(history, real, "motion")
+    motion = Motion.of(history, real)
+    assert seen.shape == history.shape
+    torch.testing.assert_close(motion.through(model.key), model.key(seen), rtol=0, atol=1e-5)
+    torch.testing.assert_close(motion.newest().through(model.query), model.query(seen[:, -1:]), rtol=0, atol=1e-5)
 
 
 def test_an_unknown_representation():

@@ -27,6 +27,7 @@ from smartfrz.predictor.contract import (
 )
 from smartfrz.predictor.model import FreezePredictor
 from smartfrz.predictor.runtime import Prediction, Predictor
+from smartfrz.predictor.sorting import replace_sorts
 
 TOLERANCE = 1e-5
 
@@ -95,6 +96,7 @@ def serialise(model: FreezePredictor, info: PredictorInfo) -> bytes:
         del value.metadata_props[:]
     del proto.graph.metadata_props[:]
     del proto.metadata_props[:]
+    replace_sorts(proto.graph)
     if model.incremental:
         _make_past_optional(proto.graph)
     proto.graph.name = "predictor"

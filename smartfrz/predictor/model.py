@@ -1,6 +1,7 @@
 """The attention network of the predictor, Eq. 1-4. Used to train it; ONNX Runtime runs it."""
 
 import math
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -77,13 +78,19 @@ class FreezePredictor(nn.Module):
         num_records = history.shape[1] + (0 if past is None else past[0].shape[1])
         age = torch.arange(num_records, device=history.device)[None, :]
         real = age >= num_records - lengths[:, None]
-        seen = represent(history, real, self.representation)
-        encoded = seen[:, 1:] if self.representation == "steps" else seen
-        new_keys, new_values = keys, values = self.key(encoded), self.value(encoded)
+        if self.representation == "motion":
+            motion = Motion.of(history, real)
+            keys, values = motion.through(self.key), motion.through(self.value)
+            query = motion.newest().through(self.query).squeeze(1)
+        else:
+            seen = represent(history, real, self.representation)
+            encoded = seen[:, 1:] if self.representation == "steps" else seen
+            keys, values, query = self.key(encoded), self.value(encoded), self.query(seen[:, -1])
+        new_keys, new_values = keys, values
         if past is not None:
             keys, values = torch.cat([past[0], keys], dim=1), torch.cat([past[1], values], dim=1)
         # Only the newest timestamp asks (all-to-one attention), so one query is enough.
-        scores = torch.matmul(keys, self.query(seen[:, -1]).unsqueeze(-1)).squeeze(-1) / 8.0
+        scores = torch.matmul(keys, query.unsqueeze(-1)).squeeze(-1) / 8.0
         if self.representation == "steps":
             # A column for the first record, and no attention to the first real one: no step leads there.
             scores, values = nn.functional.pad(scores, (1, 0)), nn.functional.pad(values, (0, 0, 1, 0))
@@ -114,40 +121,92 @@ def represent(history: torch.Tensor, real: torch.Tensor, representation: str) ->
     if representation == "raw":
         return history
     if representation == "steps":
-        size = torch.sqrt((history * history).mean(-1, keepdim=True)).clamp(min=_FLOOR)
-        return (history - torch.cat([history[:, :1], history[:, :-1]], dim=1)) / size
+        return (history - _before(history)) / _rms(history).clamp(min=_FLOOR)
+    if representation == "motion":
+        return Motion.of(history, real).full(history.shape[2])
     now = history[:, -1:]
-    # Clamped: a small number added instead is taken for zero, and dropped, by ONNX optimizers.
-    scale = torch.sqrt((now * now).mean(-1, keepdim=True)).clamp(min=_FLOOR)
-    displacement = (history - now) / scale
+    displacement = (history - now) / _rms(now).clamp(min=_FLOOR)
     if representation == "displacement":
         return displacement
-    if representation == "motion":
-        return _motion(history, displacement, scale, real)
     magnitude = _log_magnitude(displacement)
     return magnitude if representation == "log_displacement" else _ascending(magnitude)
 
 
-def _motion(history: torch.Tensor, displacement: torch.Tensor, scale: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    window, tailored_size = history.shape[1:]
-    num_lags = min(_LAGS, tailored_size // 4)
-    share = (tailored_size - num_lags) // 4
-    num_lags = tailored_size - 4 * share
-    before = torch.cat([history[:, :1], history[:, :-1]], dim=1)
-    # The step into the first real row is unknown: the row before it is padding.
-    known = torch.cat([torch.zeros_like(real[:, :1]), real[:, :-1]], dim=1).unsqueeze(-1)
-    step = torch.where(known, (history - before) / scale, torch.zeros_like(history))
-    seen = []
-    for move in (displacement, step):
-        size = torch.sqrt((move * move).mean(-1, keepdim=True))
-        level = torch.log(size + _STILL) / (1.5 * math.log(10.0)) + 4.0 / 3.0
+class Motion(NamedTuple):
+    """The representation `motion` without its repetitions; see `represent`.
+
+    Attributes:
+        shapes: Sorted magnitudes of the displacement, and of the step; float32 `[layers, window, share]` each.
+        levels: The logarithm of their sizes, `[layers, window, 1]` each.
+        ago: How many timestamps ago each row was, int64 `[window]`.
+    """
+
+    shapes: tuple[torch.Tensor, torch.Tensor]
+    levels: tuple[torch.Tensor, torch.Tensor]
+    ago: torch.Tensor
+
+    @classmethod
+    def of(cls, history: torch.Tensor, real: torch.Tensor) -> "Motion":
+        """From weights; arguments as of `represent`."""
+        window, tailored_size = history.shape[1:]
+        share, num_lags = _shares(tailored_size)
+        scale = _rms(history[:, -1:]).clamp(min=_FLOOR)
         # Positions ascend through the layer: every fourth one, so that the sample sees all of it.
-        shape = _ascending(move[..., : 4 * share : 4].abs() / size.clamp_min(_FLOOR)) - 0.8
-        seen += [shape, level.expand(-1, -1, share)]
-    # Attention knows no order by itself; change over 3 timestamps and over 30 are different things.
-    ago = torch.arange(window - 1, -1, -1, device=history.device).clamp(max=num_lags - 1)
-    one_hot = (ago[:, None] == torch.arange(num_lags, device=history.device)[None, :]).to(history.dtype)
-    return torch.cat([*seen, one_hot.unsqueeze(0).expand(history.shape[0], -1, -1)], dim=-1)
+        fourth = history[..., : 4 * share : 4]
+        # The step into the first real row is unknown: the row before it is padding.
+        known = torch.cat([torch.zeros_like(real[:, :1]), real[:, :-1]], dim=1).unsqueeze(-1)
+        sizes = [
+            _rms(history - history[:, -1:]) / scale,
+            torch.where(known, _rms(history - _before(history)) / scale, 0.0),
+        ]
+        moves = [fourth - fourth[:, -1:], torch.where(known, fourth - _before(fourth), 0.0)]
+        relative = [m.abs() / (scale * size.clamp_min(_FLOOR)) for m, size in zip(moves, sizes, strict=True)]
+        sorted_ = _ascending(torch.stack(relative)) - 0.8
+        levels = [torch.log(size + _STILL) / (1.5 * math.log(10.0)) + 4.0 / 3.0 for size in sizes]
+        # Attention knows no order by itself; change over 3 timestamps and over 30 are different things.
+        ago = torch.arange(window - 1, -1, -1, device=history.device).clamp(max=num_lags - 1)
+        return cls((sorted_[0], sorted_[1]), (levels[0], levels[1]), ago)
+
+    def newest(self) -> "Motion":
+        """Of the last row only."""
+        (a, b), (c, d) = self.shapes, self.levels
+        return Motion((a[:, -1:], b[:, -1:]), (c[:, -1:], d[:, -1:]), self.ago[-1:])
+
+    def full(self, tailored_size: int) -> torch.Tensor:
+        """With the repetitions: a level stands in as many columns as a shape, the lag is one-hot."""
+        share, num_lags = _shares(tailored_size)
+        one_hot = nn.functional.one_hot(self.ago, num_lags).to(self.shapes[0].dtype)
+        seen = []
+        for shape, level in zip(self.shapes, self.levels, strict=True):
+            seen += [shape, level.expand(-1, -1, share)]
+        return torch.cat([*seen, one_hot.unsqueeze(0).expand(len(seen[0]), -1, -1)], dim=-1)
+
+    def through(self, mlp: nn.Sequential) -> torch.Tensor:
+        """What `mlp` makes of the full form, at half of the multiplications."""
+        first = cast(nn.Linear, mlp[0])
+        share = self.shapes[0].shape[-1]
+        shape, level, step_shape, step_level, lag = first.weight.split(
+            [share, share, share, share, first.weight.shape[1] - 4 * share], dim=1
+        )
+        weight = torch.cat([shape, step_shape, level.sum(1, keepdim=True), step_level.sum(1, keepdim=True)], dim=1)
+        hidden = torch.cat([*self.shapes, *self.levels], dim=-1) @ weight.T + (first.bias[:, None] + lag).T[self.ago]
+        return mlp[1:](hidden)
+
+
+def _shares(tailored_size: int) -> tuple[int, int]:
+    """Columns of a shape, and of the lags."""
+    share = (tailored_size - min(_LAGS, tailored_size // 4)) // 4
+    return share, tailored_size - 4 * share
+
+
+def _rms(x: torch.Tensor) -> torch.Tensor:
+    # Clamp it where it divides: a small number added instead is taken for zero, and dropped, by ONNX optimizers.
+    return torch.sqrt((x * x).mean(-1, keepdim=True))
+
+
+def _before(history: torch.Tensor) -> torch.Tensor:
+    """The row before each; the first one before itself."""
+    return torch.cat([history[:, :1], history[:, :-1]], dim=1)
 
 
 def _log_magnitude(x: torch.Tensor) -> torch.Tensor:
@@ -157,7 +216,7 @@ def _log_magnitude(x: torch.Tensor) -> torch.Tensor:
 
 def _ascending(x: torch.Tensor) -> torch.Tensor:
     if torch.compiler.is_compiling() or x.requires_grad or x.is_cuda:
-        # topk exports to one ONNX node; sort exports to the same, with a longer detour.
+        # topk exports to one ONNX node, which export.py replaces.
         return torch.topk(x, x.shape[-1], dim=-1, largest=False, sorted=True).values
     return torch.from_numpy(np.sort(x.numpy(), axis=-1))  # ten times as fast on a CPU
 

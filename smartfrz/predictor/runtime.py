@@ -27,6 +27,7 @@ from smartfrz.predictor.contract import (
 
 logger = logging.getLogger("smartfrz")
 Device = Literal["auto", "cpu", "cuda"]
+_ROWS_PER_RUN = 240  # what the graph works on stays in a core's cache then
 
 
 class Prediction(NamedTuple):
@@ -137,7 +138,12 @@ class Predictor:
             ValueError: If shapes or dtypes are not those of this predictor.
         """
         self._check_history(history, lengths)
-        return Prediction(*self._session.run([CONFIDENCE, ATTENTION], {HISTORY: history, LENGTHS: lengths}))
+        together = max(1, _ROWS_PER_RUN // history.shape[1]) if self.device == "cpu" else len(history)
+        if len(history) <= together:
+            return Prediction(*self._session.run([CONFIDENCE, ATTENTION], {HISTORY: history, LENGTHS: lengths}))
+        parts = [slice(start, start + together) for start in range(0, len(history), together)]
+        answers = [self.predict(history[part], lengths[part]) for part in parts]
+        return Prediction(*(np.concatenate(arrays) for arrays in zip(*answers, strict=True)))
 
     @property
     def incremental(self) -> bool:
