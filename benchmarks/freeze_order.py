@@ -116,6 +116,7 @@ class Trainer:
         return self.step < self.total_steps
 
     def accuracy(self):
+        """On the test data, in [0, 1]."""
         self.model.eval()
         with torch.no_grad():
             return statistics.mean(

@@ -188,7 +188,7 @@ def test_every_optimizer_of_several_releases_its_state_and_keeps_one_layer():
         freezer.step()
     assert freezer.frozen_layers == ["conv2"]
     assert [e.reason for e in freezer.events if e.layer == "conv1"][1] == "last_active_layer"
-    assert [e.reason for e in freezer.events if e.layer == "head"][0] == "last_active_layer"
+    assert next(e.reason for e in freezer.events if e.layer == "head") == "last_active_layer"
     assert len(optimizers[0].state) == 3
     assert len(optimizers[1].state) == 2
 
