@@ -267,13 +267,20 @@ class TrainingProcesses(StoreRanks):
         before the first forward pass, which would show the wrapper. So the garbage collector is asked.
         """
         own = {id(parameter) for parameter in self._model.parameters()}
+        known = [w for w in self._known if own & _parameter_ids(w)]
+        if any(own <= _parameter_ids(w) for w in known):
+            return known  # going through all objects takes a tenth of a second and more
         classes = [DistributedDataParallel]
-        for known in classes:  # grows meanwhile
-            classes += known.__subclasses__()
+        for each in classes:  # grows meanwhile
+            classes += each.__subclasses__()
         # objects refer to their class
         found = [w for w in gc.get_referrers(*classes) if type(w) in classes and "module" in w._modules]
-        every = {id(w): w for w in [*self._known, *found]}.values()
-        return [w for w in every if any(id(parameter) in own for parameter in w.module.parameters())]
+        self._known.update(w for w in found if own & _parameter_ids(w))
+        return list(self._known)
+
+
+def _parameter_ids(wrapper: DistributedDataParallel) -> set[int]:
+    return {id(parameter) for parameter in wrapper.module.parameters()}
 
 
 def processes_of(
