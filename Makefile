@@ -42,6 +42,7 @@ bench: $(VENV)/.installed
 	$(RUN) benchmarks.decision
 	$(RUN) benchmarks.batch_norm
 	$(RUN) benchmarks.equal_time
+	$(RUN) benchmarks.freeze_order
 
 predictor: $(VENV)/.installed
 	$(VENV)/bin/python recipes/fetch.py
