@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 
 from smartfrz.adapters.torch import SmartFRZ
 from smartfrz.demo import DemoOptions, load_data, pretrained_network
+from smartfrz.errors import SmartFRZError
 
 METHODS = ("full", "free", "prefix", "cost_aware")
 SEEDS = (0, 1, 2)
@@ -124,9 +125,8 @@ class Trainer:
             )
 
 
-def run(task, seed):
+def run(task, seed, trainers):
     """One line a method."""
-    trainers = {method: Trainer(task, method, seed) for method in METHODS}
     while any([trainer.advance(TURN) for trainer in trainers.values()]):
         pass
     for method, trainer in trainers.items():
@@ -174,7 +174,12 @@ def main():
         for task in options.tasks.split(","):
             if any((line["task"], line["seed"]) == (task, seed) for line in lines):
                 continue
-            for line in run(task, seed):
+            try:
+                trainers = {method: Trainer(task, method, seed) for method in METHODS}
+            except (OSError, SmartFRZError) as error:
+                print(f"{task} is left out: {error}", file=sys.stderr)
+                continue
+            for line in run(task, seed, trainers):
                 lines.append(line)
                 print(json.dumps(line), file=sys.stderr, flush=True)
                 if options.output:
