@@ -301,3 +301,8 @@ def test_torch_alone_does_not_load_transformers_and_its_absence_is_named():
     said = without("smartfrz.adapters.torch.hf", ["transformers"])
     assert said.startswith("[] MissingDependencyError")
     assert 'pip install "smartfrz[hf]"' in said
+
+
+def test_a_misspelled_predictor_is_named_before_training():
+    with pytest.raises(UnknownPredictorError, match="Did you mean 'smartfrz-base'"):
+        SmartFRZCallback("smartfrz-bse")

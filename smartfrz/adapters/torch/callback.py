@@ -36,8 +36,12 @@ class FreezingCallback:
         allow_missing_state: bool = False,
         **options: Any,
     ):
-        # A misspelled option is an error now, not after the model and the data have been loaded.
-        inspect.signature(SmartFRZ).bind(None, None, predictor, **options)
+        # What is misspelled is an error now, not after the model and the data have been loaded.
+        try:
+            inspect.signature(SmartFRZ).bind(None, None, predictor, **options)
+        except TypeError as error:
+            raise TypeError(f"{type(self).__name__} {error}; expected keyword arguments of SmartFRZ.") from None
+        zoo.load(predictor)
         self._predictor = predictor
         self._options = options
         self._allow_missing_state = allow_missing_state

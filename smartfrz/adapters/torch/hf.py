@@ -43,6 +43,7 @@ class SmartFRZCallback(FreezingCallback, TrainerCallback, ExportableState):
 
     Raises:
         TypeError: If an option is unknown.
+        UnknownPredictorError: If the zoo has no predictor of that name.
 
     Example:
         >>> callback = SmartFRZCallback()

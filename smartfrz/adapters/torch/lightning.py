@@ -46,6 +46,7 @@ class SmartFRZCallback(FreezingCallback, Callback):
 
     Raises:
         TypeError: If an option is unknown.
+        UnknownPredictorError: If the zoo has no predictor of that name.
 
     Example:
         >>> callback = SmartFRZCallback()
