@@ -12,6 +12,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 RUNS = {
     "hf_trainer": (["torch", "transformers", "accelerate"], ["--model=", "--steps=150"]),
     "lightning_fit": (["torch", "lightning", "sklearn"], ["--epochs=6"]),
+    "keras_fit": (["keras", "tensorflow", "sklearn"], ["--epochs=10"]),
     "accelerate_loop": (["torch", "accelerate", "sklearn"], ["--epochs=20"]),
 }
 pytestmark = pytest.mark.skipif(not EXAMPLES.exists(), reason="the examples are not here")

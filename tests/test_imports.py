@@ -22,6 +22,7 @@ FRAMEWORK_FREE = [
     "smartfrz.predictor.history",
     "smartfrz.predictor.decision",
     "smartfrz.predictor.controller",
+    "smartfrz.predictor.report",
     "smartfrz.predictor.runtime",
 ]
 # Who may import whom (design, section 2). What imports nothing of ours is not listed on the right.
@@ -31,6 +32,7 @@ MAY_IMPORT = {
     "predictor": ["errors", "files", "predictor"],
     "zoo": ["predictor", "errors"],
     "adapters/torch": ["adapters.torch", "predictor", "zoo", "errors"],
+    "adapters/keras": ["adapters.keras", "predictor", "zoo", "errors", "files"],
     "dataset_builder": [
         "dataset_builder",
         "predictor",

@@ -1,6 +1,8 @@
 """What is public, written down twice, so that a change of the API shows in a diff."""
 
+import importlib.util
 import inspect
+import os
 import subprocess
 import sys
 from types import ModuleType
@@ -11,6 +13,8 @@ import smartfrz
 from smartfrz import errors
 
 ADAPTER_NAMES = ["Layer", "Report", "SmartFRZ", "TorchAdapter", "trace_layers"]
+
+KERAS_NAMES = ["KerasAdapter", "Layer", "Report", "SmartFRZ", "trace_layers"]
 
 
 def test_package():
@@ -26,6 +30,20 @@ def test_torch_adapter():
 
     public = [n for n, v in vars(adapter).items() if n[0] != "_" and not isinstance(v, ModuleType)]
     assert sorted(public) == sorted(adapter.__all__) == ADAPTER_NAMES
+
+
+def test_keras_adapter():
+    """In a process of its own, with a backend that does not matter here."""
+    backend = next((b for b in ("torch", "jax", "tensorflow") if importlib.util.find_spec(b)), None)
+    if backend is None or importlib.util.find_spec("keras") is None:
+        pytest.skip("needs keras and a backend")
+    code = (
+        "from smartfrz.adapters import keras as adapter; from types import ModuleType; print(*sorted(adapter.__all__)); "
+        "print(*sorted(n for n, v in vars(adapter).items() if n[0] != '_' and not isinstance(v, ModuleType)))"
+    )
+    environment = os.environ | {"KERAS_BACKEND": backend}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert [line.split() for line in result.stdout.splitlines()] == [KERAS_NAMES] * 2
 
 
 def test_the_drawn_tree_of_errors_is_the_real_one():

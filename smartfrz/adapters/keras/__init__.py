@@ -1,0 +1,19 @@
+"""SmartFRZ for `model.fit` of Keras 3, on the TensorFlow, JAX and PyTorch backends."""
+
+try:
+    import keras as _keras  # noqa: F401
+except ImportError as error:
+    from smartfrz.errors import MissingDependencyError
+
+    raise MissingDependencyError(
+        "smartfrz.adapters.keras needs Keras 3 and the backend that KERAS_BACKEND names (TensorFlow by default), which "
+        f'cannot be imported: {error}. Install them with: pip install "smartfrz[keras]"'
+    ) from error
+
+from smartfrz.adapters.keras.callback import SmartFRZ as SmartFRZ
+from smartfrz.adapters.keras.freezing import KerasAdapter as KerasAdapter
+from smartfrz.adapters.keras.layers import Layer as Layer
+from smartfrz.adapters.keras.layers import trace_layers as trace_layers
+from smartfrz.predictor.report import Report as Report
+
+__all__ = ["KerasAdapter", "Layer", "Report", "SmartFRZ", "trace_layers"]

@@ -1,0 +1,392 @@
+"""`SmartFRZ`: layer freezing as a callback of `model.fit`."""
+
+import copy
+import json
+import os
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import keras
+import numpy as np
+
+from smartfrz import zoo
+from smartfrz.adapters.keras.freezing import KerasAdapter, thaw_leftovers
+from smartfrz.adapters.keras.layers import CallRecorder, Layer, graph_run, group
+from smartfrz.errors import StateError, UnsupportedModelError, UsageError
+from smartfrz.files import replacing
+from smartfrz.predictor.controller import PATIENCE, AsksPredictor, FreezeController, require_version, schedule
+from smartfrz.predictor.decision import FreezeDecision
+from smartfrz.predictor.report import Report
+from smartfrz.predictor.runtime import Device
+
+
+class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
+    """Freezes layers of a model while `fit` trains it, when the predictor says that they have converged.
+
+    Each `fit` starts anew, unless a state was loaded before. When training ends, everything that
+    this callback froze can be trained again.
+
+    Args:
+        predictor: A name of the zoo, the path of an ONNX file, or a loaded `Predictor`.
+        total_steps: Optimizer steps of the whole run. By default what `fit` says: steps times epochs.
+        record_every: Steps between two records of the weights. Needed, or `total_steps`, if `fit`
+            does not know the number of steps, as with generators.
+        decide_every: Records between two freezing stages. Defaults to 2.
+        threshold: Confidence from which a layer is frozen. Defaults to the predictor's own.
+        patience: Freezing stages in a row at which a layer must be confident. The thresholds of the
+            zoo are calibrated for the default.
+        dry_run: Decide, log and report, but freeze nothing.
+        seed: The run seed of the sampled positions.
+        device: Where ONNX Runtime runs: `"cpu"`, `"cuda"`, or `"auto"`.
+        norm_batches: Steps before a freezing stage over which the statistics of a frozen batch norm
+            are averaged. 0 keeps its moving statistics as they are.
+        freeze_order: `"free"`: wherever the predictor is confident, as in the paper. `"prefix"`:
+            front to back only.
+
+    Raises:
+        PredictorFileError: If the predictor cannot be used.
+        UnknownPredictorError: If the zoo has no predictor of that name.
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> freezer = SmartFRZ("smartfrz-base")  # doctest: +SKIP
+        >>> model.fit(x, y, epochs=10, callbacks=[freezer])  # doctest: +SKIP
+        >>> print(freezer.report())  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        predictor: str | os.PathLike[str] | AsksPredictor = zoo.DEFAULT,
+        *,
+        total_steps: int | None = None,
+        record_every: int | None = None,
+        decide_every: int | None = None,
+        threshold: float | None = None,
+        patience: int = PATIENCE,
+        dry_run: bool = False,
+        seed: int = 0,
+        device: Device = "auto",
+        norm_batches: int = 24,
+        freeze_order: Literal["free", "prefix"] = "free",
+    ):
+        super().__init__()
+        self.predictor = zoo.load(predictor, device=device)
+        if freeze_order not in ("free", "prefix"):
+            raise ValueError(f"`freeze_order` is {freeze_order!r}; in Keras expected one of free, prefix.")
+        if norm_batches < 0:
+            raise ValueError(f"`norm_batches` is {norm_batches}; expected 0 or more steps.")
+        info = self.predictor.info
+        # complain now, not when training begins; how long the run is shows then
+        schedule(info, total_steps or 1, record_every, decide_every, threshold, patience, freeze_order)
+        if total_steps is not None:
+            schedule(info, total_steps, None, None, None, 1)
+        self._options: dict[str, Any] = {
+            "total_steps": total_steps,
+            "record_every": record_every,
+            "decide_every": decide_every,
+            "threshold": threshold,
+            "patience": patience,
+            "dry_run": dry_run,
+            "seed": seed,
+            "freeze_order": freeze_order,
+        }
+        self._norm_batches = norm_batches
+        self._pending: dict[str, Any] | None = None
+        self._training = False
+        self._recorder: CallRecorder | None = None
+        self._uncompiled = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self._adapter: KerasAdapter | None = None
+        self._controller: FreezeController | None = None
+        self._all_layers: list[Layer] = []
+        self._seconds = 0.0
+        self._started: float | None = None
+        self._iterations = 0  # batches that the optimizer has seen, those before this run included
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Learn the layers, if they can be known yet, and freeze what a loaded state says."""
+        model = self._model
+        if not isinstance(model, keras.Model):
+            raise UnsupportedModelError(
+                f"SmartFRZ was given a {type(model).__name__} by fit(); expected a keras.Model that is not wrapped, "
+                "trained by one process."
+            )
+        self._stop_watching()
+        thaw_leftovers(model)
+        state, self._pending = self._pending, None
+        self._reset()
+        self._run_options = self._schedule()
+        self._iterations = self._read_iterations()
+        self._training = True
+        run = graph_run(model)
+        if state is not None:
+            self._restore(state, [Layer.from_dict(x) for x in state["layers"]] if run is None else group(model, run))
+        elif run is not None:
+            self._control(group(model, run))
+        else:
+            self._watch()
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Record, decide and freeze, where it is time to."""
+        if not self._training:
+            raise UsageError("SmartFRZ was called outside of fit(). Pass it to fit(callbacks=[...]).")
+        if self._started is None:
+            self._started = time.perf_counter() - self._seconds
+        if self._recorder is not None:
+            recorder = self._recorder
+            self._stop_watching()
+            self._control(group(self._model, recorder.run()))
+        controller, adapter = self._controller, self._adapter
+        if controller is None or adapter is None:
+            return
+        before = self._iterations
+        # Else every batch is one, and nobody has to wait for the device to tell.
+        self._iterations = self._read_iterations() if self._several or self._accumulation > 1 else before + 1
+        adapter.num_batches += self._iterations - before
+        for _ in range(self._iterations // self._accumulation - before // self._accumulation):
+            controller.step()
+            self._snapshot_before_stage(controller, adapter)
+        self._seconds = time.perf_counter() - self._started
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Leave the model as it was found: what stayed frozen would pass for the user's own in the next run."""
+        self._stop_watching()
+        self._training = False
+        if self._adapter is not None:
+            self._adapter.unfreeze(self._adapter.frozen_layers())
+
+    @property
+    def _optimizer(self) -> Any:
+        optimizer = self._model.optimizer
+        while getattr(optimizer, "inner_optimizer", None) is not None:
+            optimizer = optimizer.inner_optimizer
+        return optimizer
+
+    @property
+    def _accumulation(self) -> int:
+        return int(getattr(self._optimizer, "gradient_accumulation_steps", None) or 1)
+
+    @property
+    def _several(self) -> bool:
+        """Whether more than one batch passes between two calls."""
+        return int(self._model.steps_per_execution) > 1
+
+    def _read_iterations(self) -> int:
+        if keras.backend.backend() == "jax":
+            self._model.jax_state_sync()
+        return int(keras.ops.convert_to_numpy(self._optimizer._iterations.value))
+
+    def _schedule(self) -> dict[str, Any]:
+        """The options of this run: how long it is, and records no closer than `fit` lets us look."""
+        options = dict(self._options)
+        params: dict[str, Any] = self.params or {}
+        if options["record_every"] is None and options["total_steps"] is None:
+            steps, epochs = params.get("steps"), params.get("epochs")
+            if not steps or not epochs:
+                raise ValueError(
+                    f"SmartFRZ needs to know how long the run is, but fit() has steps={steps} and epochs={epochs}, as "
+                    "with a generator of unknown length. Pass total_steps= or record_every= to SmartFRZ, or "
+                    "steps_per_epoch= to fit()."
+                )
+            options["total_steps"] = max(1, int(steps) * int(epochs) // self._accumulation)
+        apart = -(-int(self._model.steps_per_execution) // self._accumulation)
+        if options["record_every"] is not None and options["record_every"] < apart:
+            raise ValueError(
+                f"`record_every` is {options['record_every']}, but {apart} optimizer steps pass at a time "
+                f"(steps_per_execution={self._model.steps_per_execution}); expected at least as many, since nothing can "
+                "be recorded in between."
+            )
+        if options["record_every"] is None:
+            every, _, _ = schedule(self.predictor.info, options["total_steps"], None, None, None, 1)
+            options["record_every"] = max(every, apart)
+        return options
+
+    def _watch(self) -> None:
+        """Learn the order of the layers from the first step."""
+        model = self._model
+        if keras.backend.backend() == "torch" and model.jit_compile:
+            # torch.compile would trace the recorder as well. One step without does no harm.
+            self._uncompiled, model.jit_compile = True, False
+        # TensorFlow and JAX run no Python where a function was traced before, in an earlier fit().
+        model.make_train_function(force=True)
+        self._recorder = CallRecorder(model).start()
+
+    def _stop_watching(self) -> None:
+        if self._recorder is not None:
+            self._recorder.stop()
+            self._recorder = None
+        if self._uncompiled:
+            self._uncompiled, self._model.jit_compile = False, True
+            self._model.make_train_function(force=True)
+
+    def _control(self, layers: list[Layer], state: dict[str, Any] | None = None) -> KerasAdapter:
+        """Take control of these layers, as the controller's saved state says."""
+        adapter = KerasAdapter(self._model, layers)
+        controller = FreezeController(adapter, self.predictor, **self._run_options)
+        if state is not None:
+            controller.load_state_dict(state)
+        elif self._norm_batches:
+            adapter.snapshot_statistics()  # for a first stage that comes before the next snapshot
+        self._all_layers, self._adapter, self._controller = layers, adapter, controller
+        return adapter
+
+    def _restore(self, state: dict[str, Any], layers: list[Layer]) -> None:
+        probe = KerasAdapter(self._model, layers)
+        saved = dict(state["controller"])
+        lost = [x for x in saved["layers"] if x in probe.all_layers() and x not in probe.layers()]
+        if lost:
+            raise StateError(
+                f"The saved state says that {lost[:3]} were trained or frozen by SmartFRZ, but in this model "
+                "trainable is False. A model that is saved while layers are frozen also loses its momenta: save it "
+                "inside of `with freezer.thawed():`, or after fit()."
+            )
+        adapter = self._control(layers, saved)
+        adapter.load_norm_state(state["norms"])
+        self._seconds = state["seconds"]
+
+    def _snapshot_before_stage(self, controller: FreezeController, adapter: KerasAdapter) -> None:
+        interval = controller.record_every * controller.decide_every
+        ahead = min(self._norm_batches, interval)
+        if ahead and controller.num_steps % interval == (interval - ahead) % interval:
+            adapter.snapshot_statistics()
+
+    @contextmanager
+    def thawed(self) -> Iterator[None]:
+        """Have the model look unfrozen inside of the block, to save it from another callback in mid-training.
+
+        A model that is saved while layers are frozen is loaded with an optimizer for the others
+        only, which Keras then leaves without momenta and iterations. Train nothing in the block.
+        """
+        adapter = self._adapter
+        frozen = adapter.frozen_layers() if adapter is not None else []
+        if adapter is None or not frozen:
+            yield
+            return
+        adapter.sync()
+        adapter.set_flags(frozen, True)
+        try:
+            yield
+        finally:
+            adapter.set_flags(frozen, False)
+
+    @property
+    def layers(self) -> list[str]:
+        """Every layer that can be frozen, in execution order; empty before training."""
+        return self._adapter.layers() if self._adapter else []
+
+    @property
+    def frozen_layers(self) -> list[str]:
+        """Names of the layers that were frozen, in the order in which they froze.
+
+        After training they can be trained again, but are still listed here.
+        """
+        return [] if self._controller is None or self._controller.dry_run else list(self._controller.frozen)
+
+    @property
+    def events(self) -> list[FreezeDecision]:
+        """One record per decision, oldest first."""
+        return list(self._controller.events) if self._controller else []
+
+    def report(self) -> Report:
+        """What froze when, what that saved, and what deciding cost."""
+        controller = self._controller
+        if controller is None:
+            return Report()
+        return Report(
+            layers=self._all_layers,
+            frozen=dict(controller.frozen),
+            user_frozen={layer.name for layer in self._all_layers} - set(self.layers),
+            changes=[(e.step, e.action, e.layer) for e in controller.events if e.action != "keep"],
+            num_steps=controller.num_steps,
+            seconds=self._seconds,
+            decision_seconds=controller.decision_seconds,
+            dry_run=controller.dry_run,
+            per_example=True,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs to go on as an uninterrupted one: plain data and NumPy arrays."""
+        if self._controller is None or self._adapter is None:
+            return {"started": False}
+        return copy.deepcopy(
+            {
+                "started": True,
+                "seconds": self._seconds,
+                "layers": [layer.to_dict() for layer in self._all_layers],
+                "controller": self._controller.state_dict(),
+                "norms": self._adapter.norm_state(),
+            }
+        )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Have the next `fit` continue a saved run. Load the model with its optimizer as well.
+
+        Pass `initial_epoch=` to `fit`. What the saved run had frozen is frozen when training begins,
+        and the schedule, threshold and patience of the saved run replace those given to this one.
+
+        Raises:
+            StateError: If the state was not made by `state_dict`, or by another version. Whether it
+                belongs to the model and predictor shows when training begins.
+            UsageError: During training.
+        """
+        if "started" not in state:
+            raise StateError(
+                f"SmartFRZ.load_state_dict received a dict with keys {sorted(map(str, state))[:5]}; expected what "
+                "SmartFRZ.state_dict() returned. Save and load that."
+            )
+        if self._training:
+            raise UsageError("SmartFRZ.load_state_dict was called during training. Call it before fit().")
+        if state["started"]:
+            require_version(state["controller"])
+        self._pending = copy.deepcopy(state) if state["started"] else None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `state_dict()` to a file of NumPy's `.npz` format, without pickle."""
+        arrays: dict[str, Any] = {}
+        text = json.dumps(_pack(self.state_dict(), arrays))
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, state=np.array(text), **arrays)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """`load_state_dict` of what `save` wrote.
+
+        Raises:
+            StateError: If the file is of another kind, or damaged.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                state = _unpack(json.loads(str(file["state"])), file)
+        except (zipfile.BadZipFile, KeyError, ValueError, EOFError, AttributeError, TypeError) as error:
+            raise StateError(
+                f"{os.fspath(path)} holds no state of SmartFRZ ({error}); expected a file that SmartFRZ.save() wrote."
+            ) from error
+        self.load_state_dict(state)
+
+
+_ARRAY = "__array__"
+
+
+def _pack(value: Any, arrays: dict[str, Any]) -> Any:
+    """The value without its arrays, which go into `arrays`."""
+    if isinstance(value, np.ndarray):
+        name = f"array{len(arrays)}"
+        arrays[name] = value
+        return {_ARRAY: name}
+    if isinstance(value, dict):
+        return {str(k): _pack(v, arrays) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_pack(v, arrays) for v in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _unpack(value: Any, arrays: Any) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {_ARRAY}:
+            return arrays[value[_ARRAY]]
+        return {k: _unpack(v, arrays) for k, v in value.items()}
+    return [_unpack(v, arrays) for v in value] if isinstance(value, list) else value

@@ -1,0 +1,292 @@
+"""Freezing layers of a Keras model in the middle of `fit`. The traps of Keras and of its backends live here."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from smartfrz.adapters.keras.layers import Layer, find_variable, from_torch_positions, named_layers, torch_axes
+from smartfrz.errors import UnsupportedModelError
+
+_ADAPTER = "_smartfrz_adapter"
+
+
+class KerasAdapter:
+    """Reads, freezes and unfreezes the layers of one model.
+
+    Call `freeze` and `unfreeze` between two training steps; inside of `fit` from a callback.
+
+    Args:
+        model: The model, compiled and built.
+        layers: The model's layers, in execution order. Layers that the user has frozen are left
+            out of `layers()`, and are never unfrozen.
+
+    Raises:
+        StateError: If the model lacks a variable that a layer names.
+        UnsupportedModelError: If the model is not compiled, or trained on several devices.
+    """
+
+    def __init__(self, model: keras.Model, layers: list[Layer]):
+        if getattr(model, "optimizer", None) is None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} {model.name!r} has no optimizer. Call compile() first."
+            )
+        replicas = getattr(getattr(model, "distribute_strategy", None), "num_replicas_in_sync", 1)
+        if replicas > 1 or keras.distribution.distribution() is not None:
+            raise UnsupportedModelError(
+                "The model is trained on several devices (tf.distribute or keras.distribution), which SmartFRZ does not "
+                "handle in Keras. Train on one."
+            )
+        self._model = model
+        self._named = named_layers(model)
+        self._layers = {layer.name: layer for layer in layers}
+        self._variables = {x.name: [find_variable(self._named, n) for n in x.parameters] for x in layers}
+        # A partly frozen layer is frozen in its trainable part, and unfrozen in that part only.
+        self._trainable = {name: [v for v in vs if v.trainable] for name, vs in self._variables.items()}
+        # Only layers without layers inside: the setter of a container would freeze all that it holds.
+        self._members = {
+            x.name: [
+                member
+                for member in map(self._named.__getitem__, x.members)
+                if member.trainable and not getattr(member, "_layers", None)
+            ]
+            for x in layers
+        }
+        self._read: dict[str, list[tuple[Any, tuple[int, ...]]]] = {}
+        for layer in layers:
+            trained = {id(v) for v in self._trainable[layer.name]}
+            matrices = [(n, find_variable(self._named, n)) for n in layer.weights]
+            # It is judged by what is trained: what the user froze does not move, and would pass for converged.
+            judged = [(n, v) for n, v in matrices if id(v) in trained] or matrices
+            self._read[layer.name] = [
+                (v, torch_axes(self._named[n.rpartition(":")[0]], len(v.shape))) for n, v in judged
+            ]
+        self._parts: dict[str, tuple[NDArray[np.int64], list[tuple[Any, Any]]]] = {}
+        self._frozen: set[str] = set()
+        self._lists: list[_OptimizerLists] = []
+        self.num_batches = 0  # of training so far; who trains counts them, since Keras does not
+        self._snapshots: dict[str, tuple[NDArray[np.float64], NDArray[np.float64], int]] = {}
+
+    def layers(self) -> list[str]:
+        """Names of the layers that the user did not freeze, in execution order."""
+        return [name for name in self._layers if self._trainable[name]]
+
+    def all_layers(self) -> list[str]:
+        """Names of all layers, those that the user froze included, in execution order."""
+        return list(self._layers)
+
+    def num_weights(self, layer: str) -> int:
+        """How many weights the layer has."""
+        return sum(int(np.prod(v.shape)) for v, _ in self._read[layer])
+
+    def weights(self, layer: str, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The layer's flattened weights at `indices`, as a copy.
+
+        Args:
+            layer: Name of the layer.
+            indices: Positions in the layer's weights, flattened in PyTorch's order of axes, int64
+                `[n]`, ascending. Pass the same array at every call: its translation is then kept.
+
+        Returns:
+            float32 `[n]`, whatever the dtype of the weights.
+        """
+        return self.tailored({layer: indices})[layer]
+
+    def tailored(self, positions: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[np.float32]]:
+        """As `weights`, of several layers at once: a GPU is waited for once, not for every layer."""
+        self.sync()
+        picked = [
+            keras.ops.cast(keras.ops.take(keras.ops.reshape(keras.ops.stop_gradient(v.value), (-1,)), where), "float32")
+            for layer, indices in positions.items()
+            for v, where in self._split(layer, indices)
+        ]
+        # A copy: on the PyTorch backend the array may share memory with the weights.
+        joined = np.array(keras.ops.convert_to_numpy(keras.ops.concatenate(picked)), np.float32)
+        ends = np.cumsum([len(indices) for indices in positions.values()])
+        return dict(zip(positions, np.split(joined, ends[:-1]), strict=True))
+
+    def _split(self, layer: str, indices: NDArray[np.int64]) -> list[tuple[Any, Any]]:
+        """Each of the layer's variables, with the positions in it."""
+        known, parts = self._parts.get(layer, (None, []))
+        if known is indices:
+            return parts
+        parts, start = [], 0
+        for variable, axes in self._read[layer]:
+            size = int(np.prod(variable.shape))
+            inside = indices[(indices >= start) & (indices < start + size)] - start
+            start += size
+            if len(inside):
+                where = from_torch_positions(inside, tuple(variable.shape), axes)
+                parts.append((variable, keras.ops.convert_to_tensor(where.astype(np.int32))))
+        self._parts[layer] = indices, parts
+        return parts
+
+    def sync(self) -> None:
+        """Have the model's variables hold their values.
+
+        On JAX the values are in `fit` during an epoch: reading a variable raises "'NoneType' object
+        is not callable".
+        """
+        if keras.backend.backend() == "jax":
+            self._model.jax_state_sync()
+
+    def freeze(self, layers: list[str]) -> None:
+        """Stop training these layers: from the next step on their weights and statistics stay bit-identical."""
+        new = [layer for layer in layers if layer not in self._frozen]
+        if not new:
+            return
+        self.sync()  # before the flags change: see `_switch`
+        for layer in new:
+            for name in self._layers[layer].norms:
+                self._correct_statistics(name)
+        self._switch(new, False)
+
+    def unfreeze(self, layers: list[str]) -> None:
+        """Train these layers again. Their momenta are those of the moment at which they froze."""
+        old = [layer for layer in layers if layer in self._frozen]
+        if old:
+            self._switch(old, True)
+
+    def frozen_layers(self) -> list[str]:
+        """What `freeze` has frozen."""
+        return [layer for layer in self._layers if layer in self._frozen]
+
+    def set_flags(self, layers: Iterable[str], trainable: bool) -> None:
+        """Set `trainable` of layers and variables, without telling `fit`; see `SmartFRZ.thawed`."""
+        for layer in layers:
+            for member in self._members[layer]:
+                # A batch norm goes to inference mode by this flag alone. Without it its statistics go on moving.
+                member.trainable = trainable
+            for variable in self._variables[layer]:  # the setter above thaws all that a layer owns
+                variable.trainable = trainable and any(variable is v for v in self._trainable[layer])
+
+    def _switch(self, layers: list[str], trainable: bool) -> None:
+        model, optimizer = self._model, self._model.optimizer
+        jax = keras.backend.backend() == "jax"
+        # JAX keeps the values in two lists, trained or not, matched to variables by position. Flags
+        # that change first silently move weights from one layer into another.
+        self.sync()
+        # An optimizer that is built after layers froze has no slots for them, and refuses them later.
+        if not optimizer.built:
+            optimizer.build(model.trainable_variables)
+        if not self._lists:
+            self._lists = [_OptimizerLists(o) for o in _with_inner(optimizer)]
+        self.set_flags(layers, trainable)
+        self._frozen = self._frozen.difference(layers) if trainable else self._frozen.union(layers)
+        # JAX applies gradients to exactly the variables of the optimizer's list, and raises if there
+        # are fewer. An EMA writes its averages into every variable of that list, on any backend.
+        if jax or any(lists.averages is not None for lists in self._lists):
+            live = {id(v) for v in model.trainable_variables}
+            for lists in self._lists:
+                lists.keep(live)
+        # TensorFlow goes on training what is in its traced function. No error, no difference to be seen.
+        model.make_train_function(force=True)
+        if jax:
+            # Else the end of the epoch writes the values back, paired by the lists of before.
+            model._jax_state = None
+        if self._frozen:
+            # A callback that takes the place of one that was interrupted finds here what to thaw.
+            # Not by plain assignment: Keras would track it as a part of the model.
+            object.__setattr__(model, _ADAPTER, self)
+        else:
+            vars(model).pop(_ADAPTER, None)
+
+    def snapshot_statistics(self) -> None:
+        """Remember the moving statistics, so that `freeze` can tell what was added since.
+
+        Call it a few batches before a freezing stage.
+        """
+        self.sync()
+        self._snapshots = {
+            name: (*self._statistics(name), self.num_batches)
+            for layer in self.layers()
+            if layer not in self._frozen
+            for name in self._layers[layer].norms
+            if self._named[name].trainable
+        }
+
+    def _statistics(self, norm: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        layer = self._named[norm]
+        mean, variance = (keras.ops.convert_to_numpy(v.value) for v in (layer.moving_mean, layer.moving_variance))
+        return mean.astype(np.float64), variance.astype(np.float64)
+
+    def _correct_statistics(self, norm: str) -> None:
+        """Make the moving statistics those of the batches since the snapshot.
+
+        A norm of momentum 0.99 lags hundreds of batches behind its weights: in inference mode the
+        layer suddenly computes something else, and training on top of it suffers. A moving average
+        that was `old` and is `new` after n batches is `m^n old + (1 - m^n) recent`, where Keras'
+        momentum m is the share of the old value, so `recent` follows from two snapshots.
+        """
+        layer = self._named[norm]
+        if norm not in self._snapshots or not layer.trainable:
+            return
+        mean, variance, batches_before = self._snapshots[norm]
+        old_share = float(layer.momentum) ** (self.num_batches - batches_before)
+        if not 0.0 <= old_share < 1.0:  # no batch since
+            return
+        recent = [
+            (new - old_share * old) / (1.0 - old_share)
+            for new, old in zip(self._statistics(norm), (mean, variance), strict=True)
+        ]
+        layer.moving_mean.assign(recent[0].astype(np.float32))
+        layer.moving_variance.assign(np.maximum(recent[1], 0.0).astype(np.float32))  # rounding
+
+    def norm_state(self) -> dict[str, Any]:
+        """The snapshot, for a saved state."""
+        return {
+            name: [mean, variance, self.num_batches - before]
+            for name, (mean, variance, before) in self._snapshots.items()
+        }
+
+    def load_norm_state(self, state: dict[str, Any]) -> None:
+        """Restore what `norm_state` returned."""
+        self._snapshots = {
+            name: (np.asarray(mean), np.asarray(variance), self.num_batches - int(ago))
+            for name, (mean, variance, ago) in state.items()
+            if name in self._named
+        }
+
+
+def thaw_leftovers(model: keras.Model) -> None:
+    """Thaw what a run that was interrupted has left frozen: it would pass for the user's own."""
+    adapter = vars(model).get(_ADAPTER)
+    if adapter is not None:
+        adapter.unfreeze(adapter.frozen_layers())
+
+
+def _with_inner(optimizer: Any) -> list[Any]:
+    """The optimizer, and the one that a `LossScaleOptimizer` (mixed_float16) passes the work on to."""
+    inner = getattr(optimizer, "inner_optimizer", None)
+    return [optimizer] if inner is None else [optimizer, *_with_inner(inner)]
+
+
+class _OptimizerLists:
+    """An optimizer's lists of the variables that it trains, as they were when it was built.
+
+    Slots stay in `optimizer.variables`, and their numbers in the index do not change: momenta,
+    iterations and learning rate of what is still trained go on as if nothing had happened.
+    """
+
+    def __init__(self, optimizer: Any):
+        self._optimizer = optimizer
+        self.variables = list(optimizer._trainable_variables)
+        self._index = dict(optimizer._trainable_variables_indices)
+        self.averages = list(optimizer._model_variables_moving_average) if optimizer.use_ema else None
+
+    def keep(self, live: set[int]) -> None:
+        """Cut the lists down to the variables with these ids."""
+        kept = [i for i, v in enumerate(self.variables) if id(v) in live]
+        keys = [self._optimizer._var_key(self.variables[i]) for i in kept]
+        changes: dict[str, Any] = {
+            "_trainable_variables": [self.variables[i] for i in kept],
+            "_trainable_variables_indices": {key: self._index[key] for key in keys},
+        }
+        if self.averages is not None:
+            changes["_model_variables_moving_average"] = [self.averages[i] for i in kept]
+        for name, value in changes.items():
+            # Plain assignment is tracked: it appends every model variable in the list to
+            # optimizer.variables, and JAX then raises "Attempt to donate the same buffer twice".
+            object.__setattr__(self._optimizer, name, value)

@@ -1,0 +1,417 @@
+"""Which parts of a Keras model are frozen as one unit, in which order they run, and how their weights are read."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import wraps
+from typing import Any
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from smartfrz.errors import StateError, UnsupportedModelError
+
+# Their scales may have several dimensions; they are no layers of their own, as in the PyTorch adapter.
+_NORMS = (
+    keras.layers.BatchNormalization,
+    keras.layers.GroupNormalization,
+    keras.layers.LayerNormalization,
+    keras.layers.RMSNormalization,
+    keras.layers.UnitNormalization,
+    keras.layers.PReLU,
+)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What is frozen as one unit: a Keras layer that owns weights, with what belongs to it.
+
+    Attributes:
+        name: The layer's name; in a nested model behind the names of the models around it: `backbone/conv1`.
+        members: Names of the Keras layers that are frozen with it, itself included.
+        parameters: Every variable that is frozen with it: a layer's name, a colon, and an index.
+        weights: The variables that tailoring reads: those with two or more dimensions.
+        norms: Members that are batch norms with moving statistics, run once in a step.
+        forward_flops: Floating point operations of the forward pass of one example.
+    """
+
+    name: str
+    members: tuple[str, ...]
+    parameters: tuple[str, ...]
+    weights: tuple[str, ...]
+    norms: tuple[str, ...]
+    forward_flops: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for a saved state."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Layer":
+        """The layer that `to_dict` described."""
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**values)
+
+
+@dataclass
+class Run:
+    """Which layers ran in a forward pass.
+
+    Attributes:
+        calls: Keras layers in the order in which they first ran, and how often each did.
+        shapes: By the layer's id, the shape of its first output, batch included; unknown sizes are None.
+    """
+
+    calls: dict[Any, float]
+    shapes: dict[int, tuple[int | None, ...]]
+
+
+def named_layers(model: keras.Model) -> dict[str, Any]:
+    """Every Keras layer inside of the model by its name; the model itself is the empty name.
+
+    Layers of sequential and functional models go by their own names. Those inside of a subclassed
+    layer go by the attribute that holds them, since Keras numbers unnamed ones anew at every start.
+    """
+    names: dict[str, Any] = {"": model}
+    seen = {id(model)}
+
+    def visit(parent: Any, prefix: str) -> None:
+        for name, child in _children(parent):
+            if id(child) in seen:
+                continue
+            seen.add(id(child))
+            path = unique = f"{prefix}{name}"
+            number = 1
+            while unique in names:
+                number += 1
+                unique = f"{path}#{number}"
+            names[unique] = child
+            visit(child, f"{unique}/")
+
+    visit(model, "")
+    return names
+
+
+def _children(parent: Any) -> Iterator[tuple[str, Any]]:
+    if _is_graph(parent):
+        yield from ((layer.name, layer) for layer in parent.layers)
+        return
+    attributes: dict[int, str] = {}
+    # On the PyTorch backend a layer is an nn.Module, which keeps what is assigned to it in `_modules`.
+    for name, value in {**vars(parent), **vars(parent).get("_modules", {})}.items():
+        if name in ("_layers", "_modules"):
+            continue
+        if isinstance(value, keras.layers.Layer):
+            attributes.setdefault(id(value), name.lstrip("_"))
+        elif isinstance(value, (list, tuple, dict)) and not name.startswith("_"):  # not the books of a backend
+            pairs = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, item in pairs:
+                if isinstance(item, keras.layers.Layer):
+                    attributes.setdefault(id(item), f"{name}/{key}")
+    for layer in getattr(parent, "_layers", []):
+        yield attributes.get(id(layer), layer.name), layer
+
+
+def _is_graph(layer: Any) -> bool:
+    """Whether it is a sequential or functional model that runs as its graph says."""
+    kind: Any = type(layer)
+    if isinstance(layer, keras.Sequential):
+        return kind.call is keras.Sequential.call
+    functional = next(
+        (c for c in kind.__mro__ if c.__name__ == "Functional" and c.__module__.startswith("keras")), None
+    )
+    return functional is not None and kind.call is functional.call
+
+
+def graph_run(model: keras.Model) -> Run | None:
+    """The order in which the layers run, if a graph tells it; else None.
+
+    None for subclassed models and layers with layers inside, and for models that are not built yet.
+    """
+    run = Run({}, {})
+    return run if model.built and _walk(model, run, 1) else None
+
+
+def _walk(model: Any, run: Run, times: int) -> bool:
+    run.calls[model] = run.calls.get(model, 0) + times
+    graph = getattr(model, "_functional", None) or model
+    if not hasattr(graph, "operations"):
+        return False
+    uses: Counter[int] = Counter()
+    for nodes in graph._nodes_by_depth.values():
+        for node in nodes:
+            uses[id(node.operation)] += 1
+            run.shapes.setdefault(id(node.operation), tuple(node.outputs[0].shape))
+    for layer in graph.operations:  # in execution order
+        if not isinstance(layer, keras.layers.Layer):
+            continue
+        if _is_graph(layer):
+            if not _walk(layer, run, times * uses[id(layer)]):
+                return False
+        elif getattr(layer, "_layers", None) and not isinstance(layer, keras.layers.RNN):
+            return False  # only its code knows in which order it calls them
+        else:
+            run.calls[layer] = run.calls.get(layer, 0) + times * uses[id(layer)]
+    return True
+
+
+class CallRecorder:
+    """Watches which layers run, where no graph tells. Use it as a context manager, or `start` and `stop`.
+
+    TensorFlow and JAX run Python code only while they trace a function: watch a step that is traced.
+
+    Args:
+        model: Its calls are counted, so that one knows how often a layer runs in each.
+    """
+
+    def __init__(self, model: keras.Model):
+        self._model = model
+        self._calls: dict[Any, int] = {}
+        self._shapes: dict[int, tuple[int | None, ...]] = {}
+        self._original: Callable[..., Any] | None = None
+
+    def start(self) -> "CallRecorder":
+        """Begin to watch."""
+        original = self._original = keras.layers.Layer.__call__
+        recorder = self
+
+        # On the class: layers may be made as late as in build(), and an instance's __call__ is not looked up.
+        @wraps(original)
+        def recording(layer: Any, *args: Any, **kwargs: Any) -> Any:
+            if recorder._original is None:
+                return original(layer, *args, **kwargs)
+            recorder._calls[layer] = recorder._calls.get(layer, 0) + 1
+            output = original(layer, *args, **kwargs)
+            first = output[0] if isinstance(output, (list, tuple)) and output else output
+            if id(layer) not in recorder._shapes and hasattr(first, "shape"):
+                recorder._shapes[id(layer)] = tuple(first.shape)
+            return output
+
+        self._recording = recording
+        keras.layers.Layer.__call__ = recording
+        return self
+
+    def stop(self) -> None:
+        """Watch no more."""
+        if self._original is not None and keras.layers.Layer.__call__ is self._recording:
+            keras.layers.Layer.__call__ = self._original
+        self._original = None  # if somebody else has wrapped the method since, ours only passes on
+
+    def run(self) -> Run:
+        """What ran since `start`."""
+        passes = max(1, self._calls.get(self._model, 1))
+        return Run({layer: calls / passes for layer, calls in self._calls.items()}, self._shapes)
+
+    def __enter__(self) -> "CallRecorder":
+        return self.start()
+
+    def __exit__(self, *error: Any) -> None:
+        self.stop()
+
+
+def trace_layers(model: keras.Model, *example: Any, **keywords: Any) -> list[Layer]:
+    """The model's layers in execution order.
+
+    Args:
+        model: The model.
+        *example: Positional arguments of a call, an example batch. Needed for subclassed models
+            and models that are not built: then the model is called once, in inference mode.
+        **keywords: Keyword arguments of that call.
+
+    Returns:
+        One `Layer` per unit that can be frozen.
+
+    Raises:
+        UnsupportedModelError: If the model has no layer with weights, or its order is unknown
+            without an example.
+    """
+    run = graph_run(model)
+    if run is None:
+        if not example and not keywords:
+            raise UnsupportedModelError(
+                f"The order in which the layers of {type(model).__name__} run is known only from a call: it is "
+                "subclassed, or not built. Pass an example batch."
+            )
+        with CallRecorder(model) as recorder:
+            model(*example, **keywords)
+        run = recorder.run()
+    return group(model, run)
+
+
+def own_variables(layer: Any) -> list[Any]:
+    """The variables that a layer itself holds and that are made to be trained, frozen ones included."""
+    return list(getattr(layer, "_trainable_variables", []))
+
+
+def find_variable(layers: dict[str, Any], name: str) -> Any:
+    """The variable that `Layer.parameters` names.
+
+    Raises:
+        StateError: If there is none.
+    """
+    path, _, index = name.rpartition(":")
+    try:
+        return own_variables(layers[path])[int(index)]
+    except LookupError:
+        raise StateError(
+            f"The layers name variable {name!r}, which the model does not have. Use the state of a run of this same "
+            "model; build it first, and give its layers names: Keras numbers unnamed ones anew at every start."
+        ) from None
+
+
+def group(model: keras.Model, run: Run) -> list[Layer]:
+    """Join Keras layers to units that are frozen together.
+
+    Raises:
+        UnsupportedModelError: If no layer with weights ran, or one changes its weights by itself.
+    """
+    layers = named_layers(model)
+    paths = {id(layer): path for path, layer in layers.items()}
+    ran: list[str] = []
+    for layer in run.calls:
+        path = paths.get(id(layer))
+        # A recurrent layer may or may not call its cell, as the backend likes: it is one layer with it.
+        if path is not None and not any(isinstance(layers[a], keras.layers.RNN) for a in _ancestors(path, layers)):
+            ran.append(path)
+    ran_set = set(ran)
+    # A layer whose descendants own variables and run is a container, not a layer.
+    containers = {a for path in ran if own_variables(layers[path]) for a in _ancestors(path, layers)}
+    belongs: dict[str, list[str]] = {path: [path] for path in ran}
+    for path in layers:
+        if path not in ran_set:  # used by the layer around it, without being called
+            around = next((a for a in _ancestors(path, layers) if a in ran_set), None)
+            if around is not None and around not in containers:
+                belongs[around].append(path)
+
+    holder: dict[int, _Draft] = {}
+    drafts: list[_Draft] = []
+    waiting = _Draft("")  # what containers own, and what runs before the first layer, joins the next one
+    for path in ran:
+        layer = layers[path]
+        if isinstance(layer, keras.layers.SpectralNormalization):
+            raise UnsupportedModelError(
+                f"Layer {path!r} is a SpectralNormalization, which changes its weights in every forward pass in training "
+                "mode, frozen or not. Use spectral normalization without SmartFRZ, or SmartFRZ without it."
+            )
+        owned = [(f"{p}:{i}", v) for p in belongs[path] for i, v in enumerate(own_variables(layers[p]))]
+        norm = isinstance(layer, keras.layers.BatchNormalization)
+        if not owned and not norm:
+            continue
+        draft = next((holder[id(v)] for _, v in owned if id(v) in holder), None)  # tied weights
+        if draft is None:
+            draft = drafts[-1] if drafts and path not in containers else waiting
+            if path not in containers and not isinstance(layer, _NORMS) and any(len(v.shape) >= 2 for _, v in owned):
+                draft = _Draft(path)
+                drafts.append(draft)
+                draft.take(waiting)
+                holder.update({id(v): draft for _, v in waiting.parameters})
+                waiting = _Draft("")
+        draft.members += belongs[path]
+        new = [(name, v) for name, v in owned if id(v) not in holder]
+        draft.parameters += new
+        holder.update({id(v): draft for _, v in new})
+        # With two calls in a step nobody knows how many batches its statistics are an average of.
+        if norm and run.calls[layer] == 1:
+            draft.norms.append(path)
+        draft.flops += _forward_flops(layer, run.shapes.get(id(layer)))
+    if drafts:
+        drafts[-1].take(waiting)
+    if not drafts:
+        raise UnsupportedModelError(
+            f"SmartFRZ found no layer to freeze in {type(model).__name__} {model.name!r}: none of the {len(ran)} layers "
+            "that ran owns a weight of two or more dimensions. Pass the callback to fit() of the model that holds the "
+            "layers."
+        )
+    return [draft.layer() for draft in drafts]
+
+
+def _ancestors(path: str, layers: dict[str, Any]) -> Iterator[str]:
+    """Names of the layers around a layer, nearest first, the model last."""
+    while path:
+        path = path.rpartition("/")[0]
+        if path in layers:
+            yield path
+
+
+class _Draft:
+    """A layer while its parts are being collected."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.members: list[str] = []
+        self.parameters: list[tuple[str, Any]] = []
+        self.norms: list[str] = []
+        self.flops = 0
+
+    def take(self, other: "_Draft") -> None:
+        """Take over all that another draft holds."""
+        self.members += other.members
+        self.parameters += other.parameters
+        self.norms += other.norms
+
+    def layer(self) -> Layer:
+        matrices = [name for name, v in self.parameters if len(v.shape) >= 2]
+        # Embeddings that joined from a container are not what the layer is judged by.
+        inside = [n for n in matrices if n.rpartition(":")[0] == self.name or n.startswith(f"{self.name}/")]
+        return Layer(
+            self.name,
+            tuple(dict.fromkeys(self.members)),
+            tuple(name for name, _ in self.parameters),
+            tuple(inside or matrices),
+            tuple(self.norms),
+            self.flops,
+        )
+
+
+def _forward_flops(layer: Any, shape: tuple[int | None, ...] | None) -> int:
+    """Of one example: two for each weight at each place where it is used. Unknown sizes count as one."""
+    matrices = [v for v in own_variables(layer) if len(v.shape) >= 2]
+    if not matrices or isinstance(layer, keras.layers.Embedding):
+        return 0
+    places = 1
+    if shape is not None and len(matrices) == 1:
+        sizes = math.prod(size or 1 for size in shape[1:])
+        kernel = matrices[0].shape
+        if isinstance(layer, (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)):
+            channels = kernel[-1] * kernel[-2]
+        elif isinstance(layer, keras.layers.EinsumDense):
+            channels = math.prod(kernel[axis] for axis in _output_axes(layer))
+        else:
+            channels = kernel[-1]
+        places = max(1, sizes // max(1, channels))
+    return 2 * places * sum(math.prod(v.shape) for v in matrices)
+
+
+def _output_axes(layer: Any) -> list[int]:
+    """Axes of the kernel of an `EinsumDense` that its output has."""
+    inputs, _, output = layer.equation.replace(" ", "").partition("->")
+    return [axis for axis, letter in enumerate(inputs.partition(",")[2]) if letter in output]
+
+
+def torch_axes(layer: Any, rank: int) -> tuple[int, ...]:
+    """The order of a weight's axes in which PyTorch would have them.
+
+    Keras has outputs last, PyTorch first. The predictor was trained on PyTorch's order: the sampled
+    positions are spread over the output channels, and one entry of a tailored vector follows another.
+    """
+    axes = list(range(rank))
+    name = type(layer).__name__
+    if isinstance(layer, keras.layers.EinsumDense) and rank >= 2:
+        outputs = _output_axes(layer)
+        return (*outputs, *(axis for axis in axes if axis not in outputs))
+    if isinstance(layer, (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)):
+        return (*axes[-2:], *axes[:-2])
+    if "Conv" in name or isinstance(layer, keras.layers.Dense) or name.endswith("Cell"):
+        return (*reversed(axes[-2:]), *axes[:-2])
+    return tuple(axes)
+
+
+def from_torch_positions(
+    positions: NDArray[np.int64], shape: tuple[int, ...], axes: tuple[int, ...]
+) -> NDArray[np.int64]:
+    """Positions in the flattened weight as PyTorch has it, as positions in the one that Keras has."""
+    coordinates = np.unravel_index(positions, [shape[axis] for axis in axes])
+    by_axis = dict(zip(axes, coordinates, strict=True))
+    return np.ravel_multi_index([by_axis[axis] for axis in range(len(shape))], shape).astype(np.int64)

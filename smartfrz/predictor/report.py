@@ -1,0 +1,182 @@
+"""What SmartFRZ did in a run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, Protocol
+
+from smartfrz.predictor.ordering import LayerCost, backward_cost
+
+
+class ReportedLayer(Protocol):
+    """What a report needs to know of a layer."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def forward_flops(self) -> int:
+        """Floating point operations of its forward pass."""
+        ...
+
+
+@dataclass(frozen=True)
+class Report:
+    """What SmartFRZ did in a run; `print` it.
+
+    Attributes:
+        layers: Every layer, in execution order.
+        frozen: Layer name to the step at which it froze (in a dry run: would have); without those
+            that were thawed since.
+        user_frozen: Layers that the user had frozen before.
+        changes: (step, `freeze`, `would_freeze` or `thaw`, layer), oldest first.
+        num_steps: Optimizer steps so far.
+        seconds: From the first to the latest `freezer.step()`.
+        decision_seconds: Part of that spent recording, deciding and freezing.
+        dry_run: Whether nothing was really frozen.
+        reentrant: Whether the model uses reentrant gradient checkpointing, under which gradients
+            must pass through the frozen prefix too.
+        num_compilations: Of `torch.compile`, in this process since SmartFRZ was made.
+        compile_seconds: That they took.
+        num_recompilations: The part of them that came after layers first froze.
+        recompile_seconds: That those took.
+        per_example: Whether the layers' FLOPs are those of one example instead of one batch.
+    """
+
+    layers: Sequence[ReportedLayer] = field(default_factory=list)
+    frozen: dict[str, int] = field(default_factory=dict)
+    user_frozen: set[str] = field(default_factory=set)
+    changes: list[tuple[int, str, str]] = field(default_factory=list)
+    num_steps: int = 0
+    seconds: float = 0.0
+    decision_seconds: float = 0.0
+    dry_run: bool = False
+    reentrant: bool = False
+    num_compilations: int = 0
+    compile_seconds: float = 0.0
+    num_recompilations: int = 0
+    recompile_seconds: float = 0.0
+    per_example: bool = False
+
+    @cached_property
+    def _savings(self) -> tuple[int, int, int]:
+        """Backward FLOPs without freezing, saved in the prefix, saved in the interior; over the run.
+
+        A weight gradient costs as much as the forward pass; so does an input gradient.
+        """
+        names = [layer.name for layer in self.layers]
+        costs = {}
+        for layer in self.layers:
+            flops = layer.forward_flops
+            # what the user froze is not our saving
+            costs[layer.name] = LayerCost(flops, flops, 0 if layer.name in self.user_frozen else flops)
+        full = backward_cost(names, self.user_frozen, costs)
+        marks = sorted({step for step, _, _ in self.changes})
+        prefix = interior = 0.0
+        for start, end in pairwise([*marks, self.num_steps]):
+            stopped = self._stopped(start)
+            if self.reentrant:
+                interior += (end - start) * sum(costs[name].weight_gradient for name in stopped)
+                continue
+            now = backward_cost(names, stopped, costs)
+            prefix += (end - start) * (now[1] - full[1])
+            interior += (end - start) * (now[2] - full[2])
+        return round(self.num_steps * full[0]), round(prefix), round(interior)
+
+    def _stopped(self, step: int) -> set[str]:
+        """What is frozen right after this step."""
+        stopped = set(self.user_frozen)
+        for when, action, layer in self.changes:
+            if when <= step:
+                (stopped.discard if action == "thaw" else stopped.add)(layer)
+        return stopped
+
+    @property
+    def backward_flops(self) -> int:
+        """Of the layers over the whole run so far, without freezing, estimated from the first batch."""
+        return self._savings[0]
+
+    @property
+    def backward_flops_saved(self) -> int:
+        """The part of `backward_flops` that freezing saved (in a dry run: would have)."""
+        return self._savings[1] + self._savings[2]
+
+    @property
+    def backward_flops_saved_by_prefix(self) -> int:
+        """The part saved in the frozen prefix, where no gradient at all is computed."""
+        return self._savings[1]
+
+    @property
+    def backward_flops_saved_by_interior(self) -> int:
+        """The part saved behind a live layer: weight gradients only."""
+        return self._savings[2]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for a log."""
+        return {
+            "num_layers": len(self.layers),
+            "frozen": dict(self.frozen),
+            "user_frozen": sorted(self.user_frozen),
+            "changes": [list(change) for change in self.changes],
+            "num_steps": self.num_steps,
+            "seconds": self.seconds,
+            "decision_seconds": self.decision_seconds,
+            "backward_flops": self.backward_flops,
+            "backward_flops_saved": self.backward_flops_saved,
+            "backward_flops_saved_by_prefix": self.backward_flops_saved_by_prefix,
+            "backward_flops_saved_by_interior": self.backward_flops_saved_by_interior,
+            "num_compilations": self.num_compilations,
+            "compile_seconds": self.compile_seconds,
+            "num_recompilations": self.num_recompilations,
+            "recompile_seconds": self.recompile_seconds,
+            "per_example": self.per_example,
+            "dry_run": self.dry_run,
+        }
+
+    def __str__(self) -> str:
+        if not self.num_steps:
+            return "SmartFRZ: no step yet."
+        what = "would have frozen" if self.dry_run else "froze"
+        ever = {layer for _, action, layer in self.changes if action != "thaw"}
+        lines = [f"SmartFRZ {what} {len(ever)} of {len(self.layers)} layers in {self.num_steps} steps."]
+        stopped = set(self.frozen) | self.user_frozen
+        prefix = next((i for i, layer in enumerate(self.layers) if layer.name not in stopped), len(self.layers))
+        if self.user_frozen:
+            lines.append(f"{len(self.user_frozen)} layers were frozen before.")
+        if stopped:
+            lines.append(
+                f"The frozen prefix is {prefix} layers long; {len(stopped) - prefix} frozen layers lie behind it."
+            )
+        groups: dict[tuple[int, bool], list[str]] = {}
+        for step, action, layer in self.changes:
+            groups.setdefault((step, action == "thaw"), []).append(layer)
+        for (step, thawed), names in groups.items():
+            shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            lines.append(f"  step {step:>6} ({step / self.num_steps:4.0%}): {'thawed ' if thawed else ''}{shown}")
+        if self.backward_flops:
+            share = self.backward_flops_saved / self.backward_flops
+            unit, name, basis = 1e12, "TFLOPs", "estimated from the first batch"
+            if self.per_example:
+                unit, name, basis = 1e9, "GFLOPs for each example of a batch", "estimated from shapes"
+            lines.append(
+                f"Backward computation saved: {self.backward_flops_saved / unit:.3g} of "
+                f"{self.backward_flops / unit:.3g} {name} ({share:.0%}), {basis}: "
+                f"{self._share(self.backward_flops_saved_by_prefix)} in the frozen prefix, "
+                f"{self._share(self.backward_flops_saved_by_interior)} behind it."
+            )
+        share = self.decision_seconds / self.seconds if self.seconds else 0.0
+        lines.append(
+            f"Recording and deciding took {self.decision_seconds:.2f} s ({share:.1%} of {self.seconds:.1f} s)."
+        )
+        if self.num_compilations:
+            lines.append(
+                f"torch.compile compiled {self.num_compilations} times in {self.compile_seconds:.1f} s; "
+                f"{self.num_recompilations} times and {self.recompile_seconds:.1f} s of that after layers froze."
+            )
+        return "\n".join(lines)
+
+    def _share(self, flops: int) -> str:
+        return f"{flops / self.backward_flops:.0%}"

@@ -1,0 +1,52 @@
+"""Runs `test_keras_adapter.py` on every backend of Keras that is installed: one process can have one only."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BACKENDS = ["tensorflow", "jax", "torch"]
+
+
+def installed(*modules):
+    return all(importlib.util.find_spec(module) for module in modules)
+
+
+def run(backend, *arguments):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | {"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_adapter(backend):
+    if not installed("keras", backend):
+        pytest.skip(f"needs keras and {backend}")  # what SMARTFRZ_REQUIRED names was looked for before
+    tests = Path(__file__).with_name("test_keras_adapter.py")
+    result = run(backend, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests))
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
+
+
+@pytest.mark.skipif(not installed("keras", "jax"), reason="needs keras and jax")
+def test_importing_the_adapter_loads_no_other_framework():
+    result = run("jax", "-c", "import smartfrz.adapters.keras, sys; print(*sys.modules)")
+    assert result.returncode == 0, result.stderr
+    loaded = set(result.stdout.split())
+    assert "keras" in loaded
+    assert loaded & {"torch", "tensorflow", "onnxruntime", "smartfrz.adapters.torch"} == set()
+
+
+def test_without_keras_the_error_says_what_to_install():
+    code = "import sys; sys.modules['keras'] = None; import smartfrz.adapters.keras"
+    result = run("tensorflow", "-c", code)
+    assert result.returncode == 1
+    assert "MissingDependencyError: smartfrz.adapters.keras needs Keras 3" in result.stderr
+    assert 'pip install "smartfrz[keras]"' in result.stderr
