@@ -1,11 +1,12 @@
 """What SmartFRZ did in a run."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, Protocol
 
+from smartfrz.predictor.controller import FreezeController
 from smartfrz.predictor.ordering import LayerCost, backward_cost
 
 
@@ -60,6 +61,36 @@ class Report:
     num_recompilations: int = 0
     recompile_seconds: float = 0.0
     per_example: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        controller: FreezeController,
+        layers: Sequence[ReportedLayer],
+        trained: Collection[str],
+        seconds: float,
+        **others: Any,
+    ) -> "Report":
+        """The report of a run under a controller.
+
+        Args:
+            controller: Of the run.
+            layers: Every layer, in execution order.
+            trained: Names of those that the user did not freeze.
+            seconds: From the first to the latest step.
+            **others: What the adapter alone knows, as named in the attributes.
+        """
+        return cls(
+            layers=layers,
+            frozen=dict(controller.frozen),
+            user_frozen={layer.name for layer in layers} - set(trained),
+            changes=[(e.step, e.action, e.layer) for e in controller.events if e.action != "keep"],
+            num_steps=controller.num_steps,
+            seconds=seconds,
+            decision_seconds=controller.decision_seconds,
+            dry_run=controller.dry_run,
+            **others,
+        )
 
     @cached_property
     def _savings(self) -> tuple[int, int, int]:

@@ -297,15 +297,11 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
         controller = self._controller
         if controller is None:
             return Report()
-        return Report(
-            layers=self._all_layers,
-            frozen=dict(controller.frozen),
-            user_frozen={layer.name for layer in self._all_layers} - set(self.layers),
-            changes=[(e.step, e.action, e.layer) for e in controller.events if e.action != "keep"],
-            num_steps=controller.num_steps,
-            seconds=self._seconds,
-            decision_seconds=controller.decision_seconds,
-            dry_run=controller.dry_run,
+        return Report.of(
+            controller,
+            self._all_layers,
+            self.layers,
+            self._seconds,
             per_example=True,
         )
 

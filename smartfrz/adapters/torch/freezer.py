@@ -291,15 +291,11 @@ class SmartFRZ:
             return Report()
         num_compilations, compile_seconds = self._compiling.total
         num_again, seconds_again = self._compiling.because_of_freezing
-        return Report(
-            layers=self._all_layers,
-            frozen=dict(controller.frozen),
-            user_frozen={layer.name for layer in self._all_layers} - set(self.layers),
-            changes=[(e.step, e.action, e.layer) for e in controller.events if e.action != "keep"],
-            num_steps=controller.num_steps,
-            seconds=self._seconds,
-            decision_seconds=controller.decision_seconds,
-            dry_run=controller.dry_run,
+        return Report.of(
+            controller,
+            self._all_layers,
+            self.layers,
+            self._seconds,
             reentrant=self._reentrant,
             num_compilations=num_compilations,
             compile_seconds=compile_seconds,
