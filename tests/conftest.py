@@ -4,7 +4,7 @@ import pytest
 from hypothesis import settings
 from required import missing
 
-pytest.register_assert_rewrite("adapter_contract", "framework_runs")
+pytest.register_assert_rewrite("adapter_contract", "framework_runs", "keras_runs")
 
 # The same examples at every run, and no limit on time: a busy machine is no failure.
 settings.register_profile("smartfrz", derandomize=True, deadline=None, database=None, max_examples=50)
