@@ -100,6 +100,15 @@ class ScriptedPredictor:
         return np.stack([1 - freeze, freeze], axis=1), np.zeros(history.shape[:2], np.float32)
 
 
+def script(layers, *stages):
+    """Answers of a predictor that has these layers frozen, stage by stage."""
+    active, answers = list(layers), []
+    for chosen in stages:
+        answers.append({layer: 0.9 if layer in chosen else 0.1 for layer in active})
+        active = [layer for layer in active if layer not in chosen]
+    return answers
+
+
 @dataclass
 class ChangePredictor:
     """The less a layer's weights changed over the history, the surer: its answers depend on all of it."""

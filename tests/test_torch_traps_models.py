@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
-from numpy_adapter import ScriptedPredictor, make_info
+from numpy_adapter import ScriptedPredictor, make_info, script
 
 torch = pytest.importorskip("torch")
 
@@ -23,7 +23,6 @@ from torch_runs import (  # noqa: E402
     moved,
     num_hooks,
     parts,
-    script,
     seeded,
     train,
     values,

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from numpy_adapter import ChangePredictor, ScriptedPredictor, make_info
+from numpy_adapter import ChangePredictor, ScriptedPredictor, make_info, script
 
 torch = pytest.importorskip("torch")
 
@@ -24,7 +24,6 @@ from torch_runs import (  # noqa: E402
     moved,
     num_hooks,
     parts,
-    script,
     seeded,
     train,
     values,

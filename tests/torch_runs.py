@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from numpy_adapter import ScriptedPredictor
+from numpy_adapter import ScriptedPredictor, script
 
 torch = pytest.importorskip("torch")
 
@@ -78,15 +78,6 @@ def train(model, optimizers, freezer, start, end, *shape, scheduler=None, set_to
             scheduler.step()
         if freezer is not None:
             freezer.step()
-
-
-def script(layers, *stages):
-    """Answers of a predictor that has these layers frozen, stage by stage."""
-    active, answers = list(layers), []
-    for chosen in stages:
-        answers.append({layer: 0.9 if layer in chosen else 0.1 for layer in active})
-        active = [layer for layer in active if layer not in chosen]
-    return answers
 
 
 def attach(model, optimizers, layers, *stages, **options):
