@@ -1,6 +1,6 @@
 """Pictures. Needs matplotlib, which the extras `demo` and `build` bring."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +10,59 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
+from smartfrz.predictor.report import Report
+
 if TYPE_CHECKING:
     from smartfrz.demo import Run
 
 matplotlib.use("Agg")
 ACTIVE, FROZEN, FULL = "#f2b134", "#2f6690", "#7d8597"
+
+
+def plot_report(report: Report) -> Figure:
+    """Layers over training steps, coloured by trained or frozen.
+
+    Args:
+        report: Of a run with at least one step.
+
+    Returns:
+        A figure of its own, which no window shows: `figure.savefig(path)`.
+
+    Raises:
+        ValueError: If the run has no step yet.
+    """
+    if not report.num_steps or not report.layers:
+        raise ValueError("The report is of a run without a step; expected one with at least one. Train first.")
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    _draw_layers(axes, [layer.name for layer in report.layers], report.frozen_spans(), report.num_steps)
+    what = "would have frozen" if report.dry_run else "froze"
+    ever = {layer for _, action, layer in report.changes if action != "thaw"}
+    axes.set_title(
+        f"SmartFRZ {what} {len(ever)} of {len(report.layers)} layers: "
+        f"{report.backward_flops_saved / max(report.backward_flops, 1):.0%} of the backward FLOPs saved",
+        fontsize=11,
+        loc="left",
+    )
+    axes.set_xlabel("training steps")
+    return figure
+
+
+def _draw_layers(axes: Any, layers: Sequence[str], spans: Mapping[str, Sequence[tuple[int, int]]], steps: int) -> None:
+    """One bar for each layer, input at the top: from when to when it was frozen."""
+    for row, layer in enumerate(layers):
+        axes.broken_barh([(0, steps)], (row, 0.9), facecolor=ACTIVE)
+        axes.broken_barh([(start, end - start) for start, end in spans.get(layer, ())], (row, 0.9), facecolor=FROZEN)
+    every = max(1, len(layers) // 12)
+    axes.set_yticks([row + 0.45 for row in range(0, len(layers), every)], layers[::every], fontsize=7)
+    axes.set_ylim(len(layers), 0)
+    axes.set_xlim(0, steps)
+    axes.set_ylabel("layers, input at the top")
+    axes.legend(
+        handles=[Patch(color=ACTIVE, label="trained"), Patch(color=FROZEN, label="frozen")],
+        loc="upper right",
+        framealpha=1.0,
+    )
 
 
 def plot_demo(runs: "Sequence[Run]", path: Path) -> None:
@@ -28,26 +76,14 @@ def plot_demo(runs: "Sequence[Run]", path: Path) -> None:
     figure = Figure(figsize=(9, 7.5), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     count, steps = len(freezing.layers), freezing.num_steps
-    for row, layer in enumerate(freezing.layers):
-        at = freezing.frozen.get(layer, steps)
-        top.broken_barh([(0, at)], (row, 0.9), facecolor=ACTIVE)
-        top.broken_barh([(at, steps - at)], (row, 0.9), facecolor=FROZEN)
-    every = max(1, count // 12)
-    top.set_yticks([row + 0.45 for row in range(0, count, every)], freezing.layers[::every], fontsize=7)
-    top.set_ylim(count, 0)
-    top.set_xlim(0, steps)
-    top.set_ylabel("layers, input at the top")
+    spans = {layer: [(at, steps)] for layer, at in freezing.frozen.items()}
+    _draw_layers(top, freezing.layers, spans, steps)
     saved = 1 - freezing.seconds / full.seconds
     top.set_title(
         f"SmartFRZ froze {len(freezing.frozen)} of {count} layers: {saved:.0%} less training time, "
         f"{100 * (freezing.accuracy - full.accuracy):+.1f} points of accuracy",
         fontsize=11,
         loc="left",
-    )
-    top.legend(
-        handles=[Patch(color=ACTIVE, label="trained"), Patch(color=FROZEN, label="frozen")],
-        loc="upper right",
-        framealpha=1.0,
     )
     for run, colour, style in ((full, FULL, "--"), (freezing, FROZEN, "-")):
         points = [(step, 100 * value) for step, _, value in run.curve]

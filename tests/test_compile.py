@@ -11,7 +11,8 @@ from torch import nn  # noqa: E402
 from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 
 from smartfrz.adapters.torch import SmartFRZ  # noqa: E402
-from smartfrz.adapters.torch.compiling import COMPILED_STAGES, EagerHold  # noqa: E402
+from smartfrz.adapters.torch.compiling import EagerHold  # noqa: E402
+from smartfrz.predictor.controller import COMPILED_STAGES  # noqa: E402
 
 DEPTH = 16
 NAMES = [f"blocks.{i}.conv" for i in range(DEPTH)] + ["head"]

@@ -376,7 +376,7 @@ def test_a_generator_of_unknown_length():
 
     with pytest.raises(ValueError, match=r"steps=None and epochs=1, as with a generator.*record_every= to SmartFRZ"):
         make_model().fit(batches(), callbacks=[SmartFRZ(ScriptedPredictor())], verbose=0, shuffle=False)
-    callback = freezer(FREEZE_FIRST)
+    callback = freezer([{}, *FREEZE_FIRST], record_every=1, decide_every=4)
     make_model().fit(batches(), callbacks=[callback], verbose=0, shuffle=False)
     assert callback.frozen_layers == ["conv1"]
 
@@ -384,7 +384,7 @@ def test_a_generator_of_unknown_length():
 @pytest.mark.parametrize("mid_training", [False, True])
 def test_a_resumed_run_goes_on_as_an_uninterrupted_one(mid_training, tmp_path):
     predictor = ChangePredictor(make_info(tailored_size=16), scale=6.0)
-    options = {"predictor": predictor, "threshold": 0.8, "decide_every": 2, "patience": 2}
+    options = {"predictor": predictor, "threshold": 0.8, "decide_every": 2, "patience": 2, "total_steps": 48}
 
     def new_model():
         return make_model(keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.02, 48)))
@@ -463,15 +463,11 @@ def test_wrong_moments_and_models():
     model.trainable = False
     with pytest.raises(UnsupportedModelError, match="has 0 layers that can be trained"):
         fit(compiled(model), [freezer()])
-    spectral = keras.layers.SpectralNormalization(keras.layers.Dense(3))
-    model = compiled(keras.Sequential([keras.Input((5,)), keras.layers.Dense(4), spectral]))
-    with pytest.raises(UnsupportedModelError, match="SpectralNormalization, which changes its weights"):
-        fit(model, [freezer()], inputs=data(shape=(5,)))
 
 
 def test_arguments():
-    with pytest.raises(ValueError, match="`freeze_order` is 'cost_aware'; in Keras expected one of free, prefix"):
-        freezer(freeze_order="cost_aware")
+    with pytest.raises(ValueError, match="`freeze_order` is 'back'; expected one of free, prefix, cost_aware"):
+        freezer(freeze_order="back")
     with pytest.raises(ValueError, match="`threshold` is 2"):
         freezer(threshold=2)
     with pytest.raises(ValueError, match="`norm_batches` is -1"):

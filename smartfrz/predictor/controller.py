@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, cast
@@ -20,6 +21,9 @@ logger = logging.getLogger("smartfrz")
 STATE_VERSION = 2
 RECORDS_PER_STAGE = 2
 PATIENCE = 2
+# Where changing the frozen set has the model compiled again, which takes seconds to minutes, at most so
+# many freezing stages of a run freeze anything.
+COMPILED_STAGES = 4
 # A learning rate is taken for restarted once it is so many times its lowest value since something
 # froze, and no less than this share of its highest value so far.
 RESTART_RATIO = 2.0
@@ -419,6 +423,19 @@ class FreezeController:
         self._adapter.unfreeze(thawed)  # what froze after the state was taken
         if not self.dry_run:
             self._adapter.freeze(list(self.frozen))
+
+
+def stages_apart(info: PredictorInfo, total_steps: int | None, record_every: int, decide_every: int) -> int:
+    """`FreezeController.freeze_every` of a run in which at most `COMPILED_STAGES` stages freeze anything.
+
+    Args:
+        info: Of the predictor; says how many records a run has if its length is not known.
+        total_steps: Optimizer steps of the whole run.
+        record_every: In steps.
+        decide_every: In records.
+    """
+    records = 1.0 / info.record_fraction if total_steps is None else total_steps / record_every
+    return max(1, math.ceil(records / decide_every / COMPILED_STAGES))
 
 
 def require_version(state: dict[str, Any]) -> None:

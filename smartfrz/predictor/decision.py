@@ -18,6 +18,7 @@ Reason = Literal[
     "last_active_layer",  # somebody has to keep learning, in each optimizer
     "by_hand",  # thawed
     "learning_rate_raised",  # thawed
+    "moved_while_frozen",  # thawed: the training loop did not respect that it was frozen
 ]
 
 

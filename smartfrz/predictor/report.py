@@ -40,7 +40,8 @@ class Report:
         dry_run: Whether nothing was really frozen.
         reentrant: Whether the model uses reentrant gradient checkpointing, under which gradients
             must pass through the frozen prefix too.
-        num_compilations: Of `torch.compile`, in this process since SmartFRZ was made.
+        compiler: What compiles the model: `torch.compile`, or Keras its training function.
+        num_compilations: Of that, in this process since SmartFRZ was made.
         compile_seconds: That they took.
         num_recompilations: The part of them that came after layers first froze.
         recompile_seconds: That those took.
@@ -56,6 +57,7 @@ class Report:
     decision_seconds: float = 0.0
     dry_run: bool = False
     reentrant: bool = False
+    compiler: str = "torch.compile"
     num_compilations: int = 0
     compile_seconds: float = 0.0
     num_recompilations: int = 0
@@ -125,6 +127,19 @@ class Report:
                 (stopped.discard if action == "thaw" else stopped.add)(layer)
         return stopped
 
+    def frozen_spans(self) -> dict[str, list[tuple[int, int]]]:
+        """From which step to which each layer was frozen (in a dry run: would have been); by the user: throughout."""
+        spans = {layer: [(0, self.num_steps)] for layer in self.user_frozen}
+        since: dict[str, int] = {}
+        for step, action, layer in self.changes:
+            if action != "thaw":
+                since[layer] = step
+            elif layer in since:
+                spans.setdefault(layer, []).append((since.pop(layer), step))
+        for layer, step in since.items():
+            spans.setdefault(layer, []).append((step, self.num_steps))
+        return spans
+
     @property
     def backward_flops(self) -> int:
         """Of the layers over the whole run so far, without freezing, estimated from the first batch."""
@@ -144,6 +159,12 @@ class Report:
     def backward_flops_saved_by_interior(self) -> int:
         """The part saved behind a live layer: weight gradients only."""
         return self._savings[2]
+
+    def scalars(self) -> dict[str, float]:
+        """What joins the logs of a training framework: how many layers are frozen, and the share of backward saved."""
+        saved = self.backward_flops_saved / max(self.backward_flops, 1)  # in a dry run: what would have been saved
+        frozen = 0 if self.dry_run else len(self.frozen)
+        return {"smartfrz/frozen_layers": float(frozen), "smartfrz/backward_saved": round(saved, 4)}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for a log."""
@@ -204,7 +225,7 @@ class Report:
         )
         if self.num_compilations:
             lines.append(
-                f"torch.compile compiled {self.num_compilations} times in {self.compile_seconds:.1f} s; "
+                f"{self.compiler} compiled {self.num_compilations} times in {self.compile_seconds:.1f} s; "
                 f"{self.num_recompilations} times and {self.recompile_seconds:.1f} s of that after layers froze."
             )
         return "\n".join(lines)

@@ -4,10 +4,11 @@ import copy
 import json
 import os
 import time
+import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import keras
 import numpy as np
@@ -15,10 +16,19 @@ import numpy as np
 from smartfrz import zoo
 from smartfrz.adapters.keras.freezing import KerasAdapter, thaw_leftovers
 from smartfrz.adapters.keras.layers import CallRecorder, Layer, graph_run, group
+from smartfrz.adapters.keras.neighbours import Board, Saving, come_first
 from smartfrz.errors import StateError, UnsupportedModelError, UsageError
 from smartfrz.files import replacing
-from smartfrz.predictor.controller import PATIENCE, AsksPredictor, FreezeController, require_version, schedule
+from smartfrz.predictor.controller import (
+    PATIENCE,
+    AsksPredictor,
+    FreezeController,
+    require_version,
+    schedule,
+    stages_apart,
+)
 from smartfrz.predictor.decision import FreezeDecision
+from smartfrz.predictor.ordering import FreezeOrder, LayerCost
 from smartfrz.predictor.report import Report
 from smartfrz.predictor.runtime import Device
 
@@ -26,8 +36,11 @@ from smartfrz.predictor.runtime import Device
 class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
     """Freezes layers of a model while `fit` trains it, when the predictor says that they have converged.
 
-    Each `fit` starts anew, unless a state was loaded before. When training ends, everything that
-    this callback froze can be trained again.
+    Each `fit` starts anew, unless a state was loaded before, or `BackupAndRestore` is among the
+    callbacks and goes on with an interrupted run. When training ends, everything that this callback
+    froze can be trained again. With `TensorBoard` among the callbacks, confidences and a picture of
+    the layers are written there; `smartfrz/frozen_layers` and `smartfrz/backward_saved` join the
+    logs of every epoch.
 
     Args:
         predictor: A name of the zoo, the path of an ONNX file, or a loaded `Predictor`.
@@ -44,7 +57,10 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
         norm_batches: Steps before a freezing stage over which the statistics of a frozen batch norm
             are averaged. 0 keeps its moving statistics as they are.
         freeze_order: `"free"`: wherever the predictor is confident, as in the paper. `"prefix"`:
-            front to back only.
+            front to back only. `"cost_aware"`: as `"free"`, but a layer needs the more confidence the
+            less its freezing would save now. What layers cost is estimated from their shapes.
+        thaw_on_restart: Thaw every layer when the learning rate is raised to more than twice its
+            lowest value since anything froze (a restart of its schedule).
 
     Raises:
         PredictorFileError: If the predictor cannot be used.
@@ -70,12 +86,11 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
         seed: int = 0,
         device: Device = "auto",
         norm_batches: int = 24,
-        freeze_order: Literal["free", "prefix"] = "free",
+        freeze_order: FreezeOrder = "free",
+        thaw_on_restart: bool = False,
     ):
         super().__init__()
         self.predictor = zoo.load(predictor, device=device)
-        if freeze_order not in ("free", "prefix"):
-            raise ValueError(f"`freeze_order` is {freeze_order!r}; in Keras expected one of free, prefix.")
         if norm_batches < 0:
             raise ValueError(f"`norm_batches` is {norm_batches}; expected 0 or more steps.")
         info = self.predictor.info
@@ -92,12 +107,15 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
             "dry_run": dry_run,
             "seed": seed,
             "freeze_order": freeze_order,
+            "thaw_on_restart": thaw_on_restart,
         }
         self._norm_batches = norm_batches
         self._pending: dict[str, Any] | None = None
         self._training = False
         self._recorder: CallRecorder | None = None
         self._uncompiled = False
+        self._saving: Saving | None = None
+        self._board: Board | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -107,9 +125,12 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
         self._seconds = 0.0
         self._started: float | None = None
         self._iterations = 0  # batches that the optimizer has seen, those before this run included
+        self._begun = False
+        self._given_up = False
+        self._compiling = CompileClock()
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Learn the layers, if they can be known yet, and freeze what a loaded state says."""
+        """Undo what an interrupted run left behind, and get to know the other callbacks."""
         model = self._model
         if not isinstance(model, keras.Model):
             raise UnsupportedModelError(
@@ -117,24 +138,49 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
                 "trained by one process."
             )
         self._stop_watching()
+        self._let_go()
         thaw_leftovers(model)
-        state, self._pending = self._pending, None
         self._reset()
         self._run_options = self._schedule()
-        self._iterations = self._read_iterations()
         self._training = True
-        run = graph_run(model)
+        neighbours = come_first(self)
+        self._saving = Saving(neighbours, self.thawed, self.save, self._read_iterations)
+        self._board = Board(neighbours)
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """At the first: learn the layers, if they can be known yet, and freeze what a saved state says.
+
+        Not when training begins: `BackupAndRestore` loads its weights then, perhaps after us.
+        """
+        if self._begun or not self._training:
+            return
+        self._begun = True
+        self._compiling.made_anew(self._compiles)
+        self._iterations = self._read_iterations()
+        state, self._pending = self._pending, None
+        backup = self._saving.find_state(self._iterations) if self._saving else None
+        if state is None and backup is not None:
+            state = _read_state(backup)
+        if state is not None and not state["started"]:
+            state = None
+        run = graph_run(self._model)
         if state is not None:
-            self._restore(state, [Layer.from_dict(x) for x in state["layers"]] if run is None else group(model, run))
+            layers = [Layer.from_dict(x) for x in state["layers"]] if run is None else group(self._model, run)
+            self._restore(state, layers)
         elif run is not None:
-            self._control(group(model, run))
+            self._control(group(self._model, run))
         else:
             self._watch()
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Look at the clock."""
+        self._compiling.step_begins()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Record, decide and freeze, where it is time to."""
         if not self._training:
             raise UsageError("SmartFRZ was called outside of fit(). Pass it to fit(callbacks=[...]).")
+        self._compiling.step_ended()
         if self._started is None:
             self._started = time.perf_counter() - self._seconds
         if self._recorder is not None:
@@ -146,12 +192,55 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
             return
         before = self._iterations
         # Else every batch is one, and nobody has to wait for the device to tell.
-        self._iterations = self._read_iterations() if self._several or self._accumulation > 1 else before + 1
+        self._iterations = self._read_iterations() if self._must_ask else before + 1
         adapter.num_batches += self._iterations - before
         for _ in range(self._iterations // self._accumulation - before // self._accumulation):
-            controller.step()
-            self._snapshot_before_stage(controller, adapter)
+            self._step(controller, adapter)
         self._seconds = time.perf_counter() - self._started
+
+    def _step(self, controller: FreezeController, adapter: KerasAdapter) -> None:
+        """After one optimizer step."""
+        if self._given_up:
+            controller.num_steps += 1
+            return
+        self._check_frozen(controller, adapter)
+        if self._compiles and controller.freeze_every == 1:
+            controller.freeze_every = stages_apart(
+                self.predictor.info,
+                self._run_options["total_steps"],
+                controller.record_every,
+                controller.decide_every,
+            )
+        decisions = controller.step()
+        if controller.thaw_on_restart:
+            decisions = decisions + controller.observe_learning_rates([self._learning_rate()])
+        if any(decision.action in ("freeze", "thaw") for decision in decisions):
+            self._compiling.made_anew(self._compiles)
+        if decisions and self._board is not None:
+            self._board.stage(decisions, self.report())
+        self._snapshot_before_stage(controller, adapter)
+
+    def _check_frozen(self, controller: FreezeController, adapter: KerasAdapter) -> None:
+        """Freeze nothing any more in a run that trains frozen layers on."""
+        moved = adapter.moved()
+        if not moved:
+            return
+        self._given_up = True
+        controller.thaw(reason="moved_while_frozen")
+        self._compiling.made_anew(self._compiles)
+        warnings.warn(
+            f"SmartFRZ froze {moved[0]!r}{f' and {len(moved) - 1} more layers' if len(moved) > 1 else ''}, but the step "
+            f"after that changed it all the same: train_step of {type(self._model).__name__} or a layer keeps variables "
+            "of its own instead of model.trainable_variables. Everything was thawed, and nothing is frozen any more in "
+            "this run. In train_step compute gradients of self.trainable_variables and apply them with "
+            "self.optimizer.",
+            stacklevel=2,
+        )
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Join the logs of the epoch, which every callback and the history see."""
+        if self._training and logs is not None:
+            logs.update(self.report().scalars())
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Leave the model as it was found: what stayed frozen would pass for the user's own in the next run."""
@@ -159,6 +248,36 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
         self._training = False
         if self._adapter is not None:
             self._adapter.unfreeze(self._adapter.frozen_layers())
+        if self._board is not None:
+            self._board.close(self.report())
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._saving is not None:
+            self._saving.close()
+        self._saving = self._board = None
+
+    def thaw(self, layers: Sequence[str] | None = None) -> list[FreezeDecision]:
+        """Train frozen layers again, from another callback between two batches; they may freeze again later.
+
+        Their momenta are those of the moment at which they froze. The training function is made anew.
+
+        Args:
+            layers: Names among `frozen_layers`; all of them by default. Layers that you froze
+                yourself stay frozen.
+
+        Returns:
+            One decision for each layer that was thawed.
+
+        Raises:
+            ValueError: If a name is that of no layer, or of one that you froze yourself.
+        """
+        if self._controller is None or not self._training:
+            return []
+        decisions = self._controller.thaw(layers)
+        if decisions and not self._controller.dry_run:
+            self._compiling.made_anew(self._compiles)
+        return decisions
 
     @property
     def _optimizer(self) -> Any:
@@ -172,9 +291,28 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
         return int(getattr(self._optimizer, "gradient_accumulation_steps", None) or 1)
 
     @property
-    def _several(self) -> bool:
-        """Whether more than one batch passes between two calls."""
-        return int(self._model.steps_per_execution) > 1
+    def _must_ask(self) -> bool:
+        """Whether only the optimizer knows how many steps it took since the last call.
+
+        Several batches may have passed, not each of them a step; with a loss scale, a step is skipped
+        where gradients overflow.
+        """
+        several = int(self._model.steps_per_execution) > 1 or self._accumulation > 1
+        return several or self._optimizer is not self._model.optimizer
+
+    @property
+    def _compiles(self) -> bool:
+        """Whether changing the frozen set has a function traced or compiled again."""
+        model = self._model
+        return not model.run_eagerly and (keras.backend.backend() == "tensorflow" or bool(model.jit_compile))
+
+    def _learning_rate(self) -> float:
+        rate = self._optimizer._learning_rate
+        if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+            return float(keras.ops.convert_to_numpy(rate(self._iterations // self._accumulation)))
+        if keras.backend.backend() == "jax":
+            self._model.jax_state_sync()
+        return float(keras.ops.convert_to_numpy(rate.value))
 
     def _read_iterations(self) -> int:
         if keras.backend.backend() == "jax":
@@ -185,15 +323,16 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
         """The options of this run: how long it is, and records no closer than `fit` lets us look."""
         options = dict(self._options)
         params: dict[str, Any] = self.params or {}
-        if options["record_every"] is None and options["total_steps"] is None:
+        if options["total_steps"] is None:
             steps, epochs = params.get("steps"), params.get("epochs")
-            if not steps or not epochs:
+            if steps and epochs:
+                options["total_steps"] = max(1, int(steps) * int(epochs) // self._accumulation)
+            elif options["record_every"] is None:
                 raise ValueError(
                     f"SmartFRZ needs to know how long the run is, but fit() has steps={steps} and epochs={epochs}, as "
                     "with a generator of unknown length. Pass total_steps= or record_every= to SmartFRZ, or "
                     "steps_per_epoch= to fit()."
                 )
-            options["total_steps"] = max(1, int(steps) * int(epochs) // self._accumulation)
         apart = -(-int(self._model.steps_per_execution) // self._accumulation)
         if options["record_every"] is not None and options["record_every"] < apart:
             raise ValueError(
@@ -228,6 +367,7 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
         """Take control of these layers, as the controller's saved state says."""
         adapter = KerasAdapter(self._model, layers)
         controller = FreezeController(adapter, self.predictor, **self._run_options)
+        controller.costs = {x.name: LayerCost(*(x.forward_flops,) * 3) for x in layers}
         if state is not None:
             controller.load_state_dict(state)
         elif self._norm_batches:
@@ -303,6 +443,8 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
             self.layers,
             self._seconds,
             per_example=True,
+            compiler="Keras",
+            **self._compiling.facts(),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -354,14 +496,64 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
         Raises:
             StateError: If the file is of another kind, or damaged.
         """
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                state = _unpack(json.loads(str(file["state"])), file)
-        except (zipfile.BadZipFile, KeyError, ValueError, EOFError, AttributeError, TypeError) as error:
-            raise StateError(
-                f"{os.fspath(path)} holds no state of SmartFRZ ({error}); expected a file that SmartFRZ.save() wrote."
-            ) from error
-        self.load_state_dict(state)
+        self.load_state_dict(_read_state(path))
+
+
+class CompileClock:
+    """Counts how often the training function was made, and about how long that took.
+
+    A function is traced and compiled inside of its first call. What that call took beyond the next
+    one is the cost.
+    """
+
+    def __init__(self) -> None:
+        self._begin: float | None = None
+        self._first: float | None = None  # seconds of a first call, the second of which has not come yet
+        self._seconds: list[float] = []
+        self._new = False
+
+    def made_anew(self, compiles: bool) -> None:
+        """The next step is the first of a new function."""
+        self._new = self._new or compiles
+
+    def step_begins(self) -> None:
+        """Call before each step."""
+        self._begin = time.perf_counter()
+
+    def step_ended(self) -> None:
+        """Call after each step."""
+        if self._begin is None:
+            return
+        took = time.perf_counter() - self._begin
+        self._begin = None
+        if self._first is not None:
+            self._seconds[-1] = max(0.0, self._first - took)
+            self._first = None
+        if self._new:
+            self._new = False
+            self._first = took
+            self._seconds.append(took)
+
+    def facts(self) -> dict[str, Any]:
+        """For the report."""
+        return {
+            "num_compilations": len(self._seconds),
+            "compile_seconds": sum(self._seconds),
+            "num_recompilations": max(0, len(self._seconds) - 1),
+            "recompile_seconds": sum(self._seconds[1:]),
+        }
+
+
+def _read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `SmartFRZ.save` wrote."""
+    try:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+            state: dict[str, Any] = _unpack(json.loads(str(file["state"])), file)
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, AttributeError, TypeError) as error:
+        raise StateError(
+            f"{os.fspath(path)} holds no state of SmartFRZ ({error}); expected a file that SmartFRZ.save() wrote."
+        ) from error
+    return state
 
 
 _ARRAY = "__array__"

@@ -1,6 +1,7 @@
 """Freezing layers of a Keras model in the middle of `fit`. The traps of Keras and of its backends live here."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import keras
@@ -25,7 +26,7 @@ class KerasAdapter:
 
     Raises:
         StateError: If the model lacks a variable that a layer names.
-        UnsupportedModelError: If the model is not compiled, or trained on several devices.
+        UnsupportedModelError: If the model is not compiled, or trained by several processes.
     """
 
     def __init__(self, model: keras.Model, layers: list[Layer]):
@@ -33,12 +34,7 @@ class KerasAdapter:
             raise UnsupportedModelError(
                 f"{type(model).__name__} {model.name!r} has no optimizer. Call compile() first."
             )
-        replicas = getattr(getattr(model, "distribute_strategy", None), "num_replicas_in_sync", 1)
-        if replicas > 1 or keras.distribution.distribution() is not None:
-            raise UnsupportedModelError(
-                "The model is trained on several devices (tf.distribute or keras.distribution), which SmartFRZ does not "
-                "handle in Keras. Train on one."
-            )
+        _require_one_process(model)
         self._model = model
         self._named = named_layers(model)
         self._layers = {layer.name: layer for layer in layers}
@@ -64,7 +60,16 @@ class KerasAdapter:
                 (v, torch_axes(self._named[n.rpartition(":")[0]], len(v.shape))) for n, v in judged
             ]
         self._parts: dict[str, tuple[NDArray[np.int64], list[tuple[Any, Any]]]] = {}
+        around = {
+            x.name: [self._named.get(member.rpartition("/")[0]) for member in x.members if "/" in member]
+            for x in layers
+        }
+        self._spectral: dict[str, list[Any]] = {
+            name: [w for w in wrappers if isinstance(w, keras.layers.SpectralNormalization) and w.trainable]
+            for name, wrappers in around.items()
+        }
         self._frozen: set[str] = set()
+        self._watched: dict[str, NDArray[np.float32]] = {}
         self._lists: list[_OptimizerLists] = []
         self.num_batches = 0  # of training so far; who trains counts them, since Keras does not
         self._snapshots: dict[str, tuple[NDArray[np.float64], NDArray[np.float64], int]] = {}
@@ -96,16 +101,20 @@ class KerasAdapter:
 
     def tailored(self, positions: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[np.float32]]:
         """As `weights`, of several layers at once: a GPU is waited for once, not for every layer."""
+        return self._gather({layer: self._split(layer, indices) for layer, indices in positions.items()})
+
+    def _gather(self, parts: Mapping[str, list[tuple[Any, Any]]]) -> dict[str, NDArray[np.float32]]:
+        """The values of variables at positions, for each layer."""
         self.sync()
         picked = [
             keras.ops.cast(keras.ops.take(keras.ops.reshape(keras.ops.stop_gradient(v.value), (-1,)), where), "float32")
-            for layer, indices in positions.items()
-            for v, where in self._split(layer, indices)
+            for pieces in parts.values()
+            for v, where in pieces
         ]
         # A copy: on the PyTorch backend the array may share memory with the weights.
         joined = np.array(keras.ops.convert_to_numpy(keras.ops.concatenate(picked)), np.float32)
-        ends = np.cumsum([len(indices) for indices in positions.values()])
-        return dict(zip(positions, np.split(joined, ends[:-1]), strict=True))
+        ends = np.cumsum([sum(len(where) for _, where in pieces) for pieces in parts.values()])
+        return dict(zip(parts, np.split(joined, ends[:-1]), strict=True))
 
     def _split(self, layer: str, indices: NDArray[np.int64]) -> list[tuple[Any, Any]]:
         """Each of the layer's variables, with the positions in it."""
@@ -142,12 +151,34 @@ class KerasAdapter:
             for name in self._layers[layer].norms:
                 self._correct_statistics(name)
         self._switch(new, False)
+        self._watched |= self._gather({layer: self._pieces(layer) for layer in new})
 
     def unfreeze(self, layers: list[str]) -> None:
         """Train these layers again. Their momenta are those of the moment at which they froze."""
         old = [layer for layer in layers if layer in self._frozen]
         if old:
             self._switch(old, True)
+        for layer in old:
+            self._watched.pop(layer, None)
+
+    def moved(self) -> list[str]:
+        """Layers that have moved since they were frozen. Each is looked at once, at the first call after `freeze`.
+
+        They should not, and Keras' own training step does not touch them. One of the user's may do,
+        if it keeps its own list of variables; it would be taken for frozen and be trained.
+        """
+        if not self._watched:
+            return []
+        then, self._watched = self._watched, {}
+        now = self._gather({layer: self._pieces(layer) for layer in then})
+        return [layer for layer, values in then.items() if values.tobytes() != now[layer].tobytes()]
+
+    def _pieces(self, layer: str) -> list[tuple[Any, Any]]:
+        """Some values of everything that must not move while the layer is frozen: weights and statistics."""
+        norms = [self._named[name] for name in self._layers[layer].norms]
+        statistics = [v for norm in norms for v in (norm.moving_mean, norm.moving_variance)]
+        watched = self._variables[layer] + statistics + [wrapper.vector_u for wrapper in self._spectral[layer]]
+        return [(v, _spread(int(np.prod(v.shape)))) for v in watched if 0 not in v.shape]
 
     def frozen_layers(self) -> list[str]:
         """What `freeze` has frozen."""
@@ -161,6 +192,8 @@ class KerasAdapter:
                 member.trainable = trainable
             for variable in self._variables[layer]:  # the setter above thaws all that a layer owns
                 variable.trainable = trainable and any(variable is v for v in self._trainable[layer])
+            for wrapper in self._spectral[layer]:
+                _hold_spectral(wrapper, not trainable)
 
     def _switch(self, layers: list[str], trainable: bool) -> None:
         model, optimizer = self._model, self._model.optimizer
@@ -170,7 +203,8 @@ class KerasAdapter:
         self.sync()
         # An optimizer that is built after layers froze has no slots for them, and refuses them later.
         if not optimizer.built:
-            optimizer.build(model.trainable_variables)
+            with _scope(model):
+                optimizer.build(model.trainable_variables)
         if not self._lists:
             self._lists = [_OptimizerLists(o) for o in _with_inner(optimizer)]
         self.set_flags(layers, trainable)
@@ -209,8 +243,8 @@ class KerasAdapter:
 
     def _statistics(self, norm: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         layer = self._named[norm]
-        mean, variance = (keras.ops.convert_to_numpy(v.value) for v in (layer.moving_mean, layer.moving_variance))
-        return mean.astype(np.float64), variance.astype(np.float64)
+        mean, variance = (_replicas(v).mean(axis=0) for v in (layer.moving_mean, layer.moving_variance))
+        return mean, variance
 
     def _correct_statistics(self, norm: str) -> None:
         """Make the moving statistics those of the batches since the snapshot.
@@ -248,6 +282,63 @@ class KerasAdapter:
             for name, (mean, variance, ago) in state.items()
             if name in self._named
         }
+
+
+def _require_one_process(model: keras.Model) -> None:
+    """Refuse what has not been tried: one process, with any number of devices, is what SmartFRZ knows."""
+    strategy = getattr(model, "distribute_strategy", None)
+    backend = keras.backend.backend()
+    found = None
+    if backend == "tensorflow" and strategy is not None and strategy.num_replicas_in_sync > 1:
+        import tensorflow as tf
+
+        if not isinstance(strategy, tf.distribute.MirroredStrategy):
+            found = type(strategy).__name__
+    elif backend == "jax":
+        import jax
+
+        if jax.process_count() > 1:
+            found = f"JAX with {jax.process_count()} processes"
+    if found is not None:
+        raise UnsupportedModelError(
+            f"The model is trained by {found}, which SmartFRZ does not handle in Keras. Expected one process, with one "
+            "device or several: tf.distribute.MirroredStrategy, or keras.distribution on JAX. Train without SmartFRZ, or "
+            "in one process."
+        )
+
+
+def _scope(model: keras.Model) -> Any:
+    """Where variables of this model have to be made, to be on all of its devices."""
+    strategy = getattr(model, "distribute_strategy", None)
+    return nullcontext() if strategy is None else strategy.scope()
+
+
+def _replicas(variable: Any) -> NDArray[np.float64]:
+    """The variable's value on every device that has its own, stacked.
+
+    Under MirroredStrategy moving statistics differ from device to device, each from its part of the
+    batch, and reading the variable gives those of the first.
+    """
+    values = getattr(variable.value, "values", None)
+    values = [variable.value] if values is None or callable(values) else values
+    return np.stack([np.asarray(keras.ops.convert_to_numpy(value), np.float64) for value in values])
+
+
+def _spread(size: int, most: int = 256) -> NDArray[np.int32]:
+    """At most so many positions, from the first to the last."""
+    return np.unique(np.linspace(0, size - 1, min(size, most)).astype(np.int32))
+
+
+def _hold_spectral(wrapper: Any, hold: bool) -> None:
+    """Have a `SpectralNormalization` run as in inference, or as it is again.
+
+    In training mode it divides its weights by their spectral norm in every forward pass, whatever
+    `trainable` says: a frozen layer would go on moving.
+    """
+    if hold:
+        object.__setattr__(wrapper, "call", lambda inputs, training=False: type(wrapper).call(wrapper, inputs))
+    else:
+        vars(wrapper).pop("call", None)
 
 
 def thaw_leftovers(model: keras.Model) -> None:

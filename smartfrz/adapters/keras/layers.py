@@ -265,7 +265,7 @@ def group(model: keras.Model, run: Run) -> list[Layer]:
     """Join Keras layers to units that are frozen together.
 
     Raises:
-        UnsupportedModelError: If no layer with weights ran, or one changes its weights by itself.
+        UnsupportedModelError: If no layer with weights ran.
     """
     layers = named_layers(model)
     paths = {id(layer): path for path, layer in layers.items()}
@@ -278,6 +278,8 @@ def group(model: keras.Model, run: Run) -> list[Layer]:
     ran_set = set(ran)
     # A layer whose descendants own variables and run is a container, not a layer.
     containers = {a for path in ran if own_variables(layers[path]) for a in _ancestors(path, layers)}
+    # What a wrapper holds of the layer inside, as SpectralNormalization its kernel, is that layer's.
+    inside = {id(v) for path in ran if path not in containers for v in own_variables(layers[path])}
     belongs: dict[str, list[str]] = {path: [path] for path in ran}
     for path in layers:
         if path not in ran_set:  # used by the layer around it, without being called
@@ -290,12 +292,12 @@ def group(model: keras.Model, run: Run) -> list[Layer]:
     waiting = _Draft("")  # what containers own, and what runs before the first layer, joins the next one
     for path in ran:
         layer = layers[path]
-        if isinstance(layer, keras.layers.SpectralNormalization):
-            raise UnsupportedModelError(
-                f"Layer {path!r} is a SpectralNormalization, which changes its weights in every forward pass in training "
-                "mode, frozen or not. Use spectral normalization without SmartFRZ, or SmartFRZ without it."
-            )
-        owned = [(f"{p}:{i}", v) for p in belongs[path] for i, v in enumerate(own_variables(layers[p]))]
+        owned = [
+            (f"{p}:{i}", v)
+            for p in belongs[path]
+            for i, v in enumerate(own_variables(layers[p]))
+            if path not in containers or id(v) not in inside
+        ]
         norm = isinstance(layer, keras.layers.BatchNormalization)
         if not owned and not norm:
             continue

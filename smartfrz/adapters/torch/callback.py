@@ -52,11 +52,7 @@ class FreezingCallback:
 
     def _logs(self) -> dict[str, float]:
         """What joins the logs of the framework."""
-        report = self.report()
-        # in a dry run: what would have been saved
-        saved = report.backward_flops_saved / max(report.backward_flops, 1)
-        frozen = len(self.freezer.frozen_layers) if self.freezer else 0
-        return {"smartfrz/frozen_layers": float(frozen), "smartfrz/backward_saved": round(saved, 4)}
+        return self.report().scalars()
 
     def _begin(
         self,

@@ -10,9 +10,6 @@ import torch
 from torch._dynamo.callback import callback_handler
 
 logger = logging.getLogger("smartfrz")
-# With a compiled model, at most so many freezing stages of a run freeze anything: each one has the
-# model compiled again, which takes seconds to minutes.
-COMPILED_STAGES = 4
 
 
 class EagerHold:

@@ -1,6 +1,5 @@
 """`SmartFRZ`: layer freezing for a plain PyTorch training loop."""
 
-import math
 import os
 import time
 import weakref
@@ -13,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from smartfrz import zoo
-from smartfrz.adapters.torch.compiling import COMPILED_STAGES, CompileWatch, EagerHold
+from smartfrz.adapters.torch.compiling import CompileWatch, EagerHold
 from smartfrz.adapters.torch.costs import CostProfiler
 from smartfrz.adapters.torch.distributed import RANK_TIMEOUT, TrainingProcesses, processes_of, reshard
 from smartfrz.adapters.torch.freezing import TorchAdapter
@@ -21,7 +20,14 @@ from smartfrz.adapters.torch.layers import Layer, LayerTracer
 from smartfrz.adapters.torch.report import Report
 from smartfrz.adapters.torch.sharding import GradientWatch
 from smartfrz.errors import StateError, UsageError
-from smartfrz.predictor.controller import PATIENCE, AsksPredictor, FreezeController, require_version, schedule
+from smartfrz.predictor.controller import (
+    PATIENCE,
+    AsksPredictor,
+    FreezeController,
+    require_version,
+    schedule,
+    stages_apart,
+)
 from smartfrz.predictor.decision import FreezeDecision
 from smartfrz.predictor.ordering import FreezeOrder
 from smartfrz.predictor.runtime import Device
@@ -153,7 +159,9 @@ class SmartFRZ:
             self._started = time.perf_counter()
         self._finish_profile(controller)
         if self._compiling.compiled and controller.freeze_every == 1:
-            controller.freeze_every = self._stages_apart(controller)
+            controller.freeze_every = stages_apart(
+                self.predictor.info, self._options["total_steps"], controller.record_every, controller.decide_every
+            )
         decisions = controller.step()
         if controller.thaw_on_restart:
             rates = [float(group["lr"]) for optimizer in self._optimizers for group in optimizer.param_groups]
@@ -243,12 +251,6 @@ class SmartFRZ:
             self._profiler.close()
             self._profiler = None
             self._eager.release()
-
-    def _stages_apart(self, controller: FreezeController) -> int:
-        records = 1.0 / self.predictor.info.record_fraction
-        if self._options["total_steps"] is not None:
-            records = self._options["total_steps"] / controller.record_every
-        return max(1, math.ceil(records / controller.decide_every / COMPILED_STAGES))
 
     def close(self) -> None:
         """Remove the hooks that watch the first passes. Frozen layers stay frozen."""
