@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 from adapter_contract import same
-from numpy_adapter import ScriptedPredictor
+from numpy_adapter import ScriptedPredictor, script
 
 if "KERAS_BACKEND" not in os.environ:
     pytest.skip("run by test_keras_backends.py; or set KERAS_BACKEND", allow_module_level=True)
@@ -109,3 +109,50 @@ class Watch(keras.callbacks.Callback):
         """Layers that are not the same after batch `step`, counted from 0, as before it."""
         before, after = self.layers[step - 1], self.layers[step]
         return [layer for layer in LAYERS if not same(before[layer], after[layer])]
+
+
+def mlp(*sizes, **options):
+    """Dense layers "a", "b", "c" and so on with tanh, but none behind the last; not compiled."""
+    model = keras.Sequential([keras.Input((sizes[0],))])
+    for name, size in zip("abcdefgh", sizes[1:], strict=False):
+        model.add(keras.layers.Dense(size, "tanh", name=name, **options))
+    model.layers[-1].activation = keras.activations.linear
+    return drawn(model)
+
+
+def drawn(model, seed=0):
+    """The model with weights from this seed, the same on every backend."""
+    rng = np.random.default_rng(seed)
+    for variable in model.trainable_variables:
+        if len(variable.shape) >= 2:
+            scale = np.prod(variable.shape[:-1]) ** -0.5
+            variable.assign(rng.normal(0.0, scale, variable.shape).astype(np.float32))
+    return model
+
+
+class Record(keras.callbacks.Callback):
+    """All weights of the model, and all variables of its optimizer, after each batch. List it after SmartFRZ."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights, self.optimizer = [], []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.weights.append([read(v) for v in self.model.weights])
+        self.optimizer.append([read(v) for v in self.model.optimizer.variables])
+
+    def still(self, first, last=-1):
+        """Paths of the weights that are bit for bit the same after the batches `first` and `last`, from 0."""
+        pairs = zip(self.model.weights, self.weights[first], self.weights[last], strict=True)
+        return {v.path for v, before, after in pairs if before.tobytes() == after.tobytes()}
+
+
+def paths(*parts):
+    """Paths of all weights of these layers."""
+    return {v.path for part in parts for v in part.weights}
+
+
+def attach(layers, *stages, **options):
+    """A freezer that decides at every second step, and freezes at each stage the layers named for it."""
+    predictor = ScriptedPredictor(script(layers, *stages))
+    return freezer(predictor=predictor, **{"record_every": 1, "decide_every": 2} | options)

@@ -1,4 +1,4 @@
-"""Runs `test_keras_adapter.py` on every backend of Keras that is installed: one process can have one only."""
+"""Runs the tests of the Keras adapter on every backend that is installed: one process can have one only."""
 
 import importlib.util
 import os
@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 BACKENDS = ["tensorflow", "jax", "torch"]
+MODULES = ["test_keras_adapter.py", "test_keras_traps.py"]
+# Most of the time would go into making tiny models fast.
+CHEAP = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 
 def installed(*modules):
@@ -18,7 +21,7 @@ def installed(*modules):
 def run(backend, *arguments):
     return subprocess.run(
         [sys.executable, *arguments],
-        env=os.environ | {"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"},
+        env=os.environ | CHEAP | {"KERAS_BACKEND": backend},
         capture_output=True,
         text=True,
     )
@@ -29,8 +32,8 @@ def run(backend, *arguments):
 def test_adapter(backend):
     if not installed("keras", backend):
         pytest.skip(f"needs keras and {backend}")  # what SMARTFRZ_REQUIRED names was looked for before
-    tests = Path(__file__).with_name("test_keras_adapter.py")
-    result = run(backend, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests))
+    tests = [str(Path(__file__).with_name(module)) for module in MODULES]
+    result = run(backend, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
 

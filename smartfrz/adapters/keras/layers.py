@@ -245,6 +245,12 @@ def own_variables(layer: Any) -> list[Any]:
     return list(getattr(layer, "_trainable_variables", []))
 
 
+def _is_matrix(layer: Any, variable: Any) -> bool:
+    """Whether this variable of the layer is one that tailoring reads."""
+    # The biases of attention and of a GRU have two dimensions in Keras.
+    return len(variable.shape) >= 2 and variable is not getattr(layer, "bias", None)
+
+
 def find_variable(layers: dict[str, Any], name: str) -> Any:
     """The variable that `Layer.parameters` names.
 
@@ -292,19 +298,21 @@ def group(model: keras.Model, run: Run) -> list[Layer]:
     waiting = _Draft("")  # what containers own, and what runs before the first layer, joins the next one
     for path in ran:
         layer = layers[path]
-        owned = [
-            (f"{p}:{i}", v)
+        variables = [
+            (f"{p}:{i}", v, layers[p])
             for p in belongs[path]
             for i, v in enumerate(own_variables(layers[p]))
             if path not in containers or id(v) not in inside
         ]
+        owned = [(name, v) for name, v, _ in variables]
+        matrices = {name for name, v, owner in variables if _is_matrix(owner, v)}
         norm = isinstance(layer, keras.layers.BatchNormalization)
         if not owned and not norm:
             continue
         draft = next((holder[id(v)] for _, v in owned if id(v) in holder), None)  # tied weights
         if draft is None:
             draft = drafts[-1] if drafts and path not in containers else waiting
-            if path not in containers and not isinstance(layer, _NORMS) and any(len(v.shape) >= 2 for _, v in owned):
+            if path not in containers and not isinstance(layer, _NORMS) and matrices:
                 draft = _Draft(path)
                 drafts.append(draft)
                 draft.take(waiting)
@@ -313,6 +321,7 @@ def group(model: keras.Model, run: Run) -> list[Layer]:
         draft.members += belongs[path]
         new = [(name, v) for name, v in owned if id(v) not in holder]
         draft.parameters += new
+        draft.matrices |= matrices
         holder.update({id(v): draft for _, v in new})
         # With two calls in a step nobody knows how many batches its statistics are an average of.
         if norm and run.calls[layer] == 1:
@@ -344,6 +353,7 @@ class _Draft:
         self.name = name
         self.members: list[str] = []
         self.parameters: list[tuple[str, Any]] = []
+        self.matrices: set[str] = set()
         self.norms: list[str] = []
         self.flops = 0
 
@@ -351,10 +361,11 @@ class _Draft:
         """Take over all that another draft holds."""
         self.members += other.members
         self.parameters += other.parameters
+        self.matrices |= other.matrices
         self.norms += other.norms
 
     def layer(self) -> Layer:
-        matrices = [name for name, v in self.parameters if len(v.shape) >= 2]
+        matrices = [name for name, _ in self.parameters if name in self.matrices]
         # Embeddings that joined from a container are not what the layer is judged by.
         inside = [n for n in matrices if n.rpartition(":")[0] == self.name or n.startswith(f"{self.name}/")]
         return Layer(
@@ -369,7 +380,7 @@ class _Draft:
 
 def _forward_flops(layer: Any, shape: tuple[int | None, ...] | None) -> int:
     """Of one example: two for each weight at each place where it is used. Unknown sizes count as one."""
-    matrices = [v for v in own_variables(layer) if len(v.shape) >= 2]
+    matrices = [v for v in own_variables(layer) if _is_matrix(layer, v)]
     if not matrices or isinstance(layer, keras.layers.Embedding):
         return 0
     places = 1
@@ -388,8 +399,12 @@ def _forward_flops(layer: Any, shape: tuple[int | None, ...] | None) -> int:
 
 def _output_axes(layer: Any) -> list[int]:
     """Axes of the kernel of an `EinsumDense` that its output has."""
-    inputs, _, output = layer.equation.replace(" ", "").partition("->")
-    return [axis for axis, letter in enumerate(inputs.partition(",")[2]) if letter in output]
+    output = layer.equation.partition("->")[2]
+    return [axis for axis, letter in enumerate(_kernel_letters(layer)) if letter in output]
+
+
+def _kernel_letters(layer: Any) -> str:
+    return str(layer.equation.partition("->")[0].partition(",")[2].replace(" ", ""))
 
 
 def torch_axes(layer: Any, rank: int) -> tuple[int, ...]:
@@ -400,8 +415,9 @@ def torch_axes(layer: Any, rank: int) -> tuple[int, ...]:
     """
     axes = list(range(rank))
     name = type(layer).__name__
-    if isinstance(layer, keras.layers.EinsumDense) and rank >= 2:
-        outputs = _output_axes(layer)
+    if isinstance(layer, keras.layers.EinsumDense):
+        # The factors that LoRA adds have other axes than the kernel.
+        outputs = _output_axes(layer) if rank == len(_kernel_letters(layer)) else axes[-1:]
         return (*outputs, *(axis for axis in axes if axis not in outputs))
     if isinstance(layer, (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)):
         return (*axes[-2:], *axes[:-2])

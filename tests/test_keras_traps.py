@@ -1,0 +1,302 @@
+"""What users do to `fit` of Keras, with layers frozen in the middle. `test_keras_backends.py` runs it on each backend."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from keras_runs import (
+    WARNINGS,
+    Record,
+    attach,
+    compiled,
+    data,
+    fit,
+    keras,
+    mlp,
+    paths,
+)
+
+pytestmark = WARNINGS
+MLP = ["a", "b", "c"]
+FIVE = {"inputs": data(5, (5,)), "epochs": 1}
+
+
+def trained(optimizer, *stages, options=FIVE, **compile_options):
+    """A small network after five steps: the model, its freezer, and what was recorded."""
+    keras.utils.set_random_seed(0)
+    model, record = mlp(5, 6, 7, 3), Record()
+    compiled(model, optimizer, **compile_options)
+    callback = attach(MLP, *stages)
+    fit(model, [callback, record], **options)
+    return model, callback, record
+
+
+# Optimizers
+
+optimizers = keras.optimizers
+KINDS = {
+    "momentum": lambda **k: optimizers.SGD(0.05, momentum=0.9, **k),
+    "nesterov": lambda **k: optimizers.SGD(0.05, momentum=0.9, nesterov=True, weight_decay=0.1, **k),
+    "adam": lambda **k: optimizers.Adam(0.01, amsgrad=True, **k),
+    "adamw": lambda **k: optimizers.AdamW(0.01, weight_decay=0.1, **k),
+    "adamax": lambda **k: optimizers.Adamax(0.01, **k),
+    "nadam": lambda **k: optimizers.Nadam(0.01, **k),
+    "rmsprop": lambda **k: optimizers.RMSprop(0.01, momentum=0.9, centered=True, **k),
+    "adagrad": lambda **k: optimizers.Adagrad(0.01, **k),
+    "adadelta": lambda **k: optimizers.Adadelta(0.1, **k),
+    "ftrl": lambda **k: optimizers.Ftrl(0.01, **k),
+    "lion": lambda **k: optimizers.Lion(0.01, weight_decay=0.1, **k),
+    "lamb": lambda **k: optimizers.Lamb(0.01, **k),
+    "adafactor": lambda **k: optimizers.Adafactor(0.01, weight_decay=0.1, **k),
+    "muon": lambda **k: optimizers.Muon(0.01, exclude_layers=["c"], **k),
+    "schedule free": lambda **k: optimizers.ScheduleFreeAdamW(0.01, **k),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_weights_stay_and_slots_are_those_of_an_unfrozen_twin(kind):
+    model, callback, record = trained(KINDS[kind](), {"b"})
+    _, _, twin = trained(KINDS[kind]())
+    assert callback.report().frozen == {"b": 2}
+    frozen = paths(model.get_layer("b"))
+    for step in range(2, 5):
+        assert record.still(step - 1, step) == frozen
+    assert twin.still(1, 2) == set()
+    # Right after freezing both have the same gradients: slots move as in the twin, or not at all.
+    before, after, other = record.optimizer[1], record.optimizer[2], twin.optimizer[2]
+    kept = []
+    for index, arrays in enumerate(zip(before, after, other, strict=True)):
+        if arrays[0].tobytes() == arrays[1].tobytes() != arrays[2].tobytes():
+            kept.append(index)
+        else:
+            np.testing.assert_allclose(arrays[1], arrays[2], rtol=1e-5, atol=1e-7)
+    rest = KINDS[kind]()
+    rest.build([v for v in model.trainable_variables if v.path not in frozen])
+    assert 0 < len(kept) <= len(model.optimizer.variables) - len(rest.variables)
+    for index in kept:
+        np.testing.assert_array_equal(before[index], record.optimizer[-1][index])
+    assert model.optimizer.iterations == 5
+
+
+# Models
+
+layers = keras.layers
+
+
+@dataclass
+class Case:
+    """A model, examples for it, its layers by name in the order in which they run, and which of them freeze.
+
+    Attributes:
+        held: Makes a list of the Keras layers that the frozen ones consist of.
+        y: Targets; by default classes.
+        users: Paths of weights that the user froze.
+    """
+
+    model: keras.Model
+    x: np.ndarray | dict[str, np.ndarray]
+    names: list[str]
+    chosen: list[str]
+    held: Callable[[], list[keras.layers.Layer]]
+    y: np.ndarray | dict[str, np.ndarray] = field(default_factory=lambda: data(4)[1])
+    users: set[str] = field(default_factory=set)
+
+
+def rng():
+    return np.random.default_rng(0)
+
+
+def reals(*shape):
+    return rng().normal(0.3, 1.0, (32, *shape)).astype(np.float32)
+
+
+def words(length=5):
+    return rng().integers(0, 9, (32, length)).astype(np.int32)
+
+
+def convolutions():
+    inputs = keras.Input((8, 2))
+    x = layers.Conv1D(4, 3, activation="tanh", name="conv1d")(inputs)
+    x = layers.SeparableConv1D(4, 3, activation="tanh", padding="same", name="separable")(x)
+    x = layers.Conv1DTranspose(4, 3, activation="tanh", name="transposed")(x)
+    x = layers.Reshape((8, 4, 1))(x)
+    x = layers.DepthwiseConv2D(2, depth_multiplier=2, name="depthwise")(x)
+    x = layers.GroupNormalization(2, name="groups")(x)
+    x = layers.SpatialDropout2D(0.1)(x)
+    x = layers.Reshape((7, 3, 2, 1))(x)
+    x = layers.Conv3D(2, 2, activation="tanh", name="conv3d")(x)
+    x = layers.Reshape((2, 6, 2))(layers.Flatten()(x)[:, :24])
+    x = layers.ConvLSTM1D(2, 2, name="convlstm")(x)
+    x = layers.Dense(3, name="head")(layers.Flatten()(x))
+    model = keras.Model(inputs, x)
+    names = ["conv1d", "separable", "transposed", "depthwise", "conv3d", "convlstm", "head"]
+    chosen = ["separable", "depthwise", "convlstm"]
+    return Case(model, reals(8, 2), names, chosen, lambda: [model.get_layer(n) for n in [*chosen, "groups"]])
+
+
+def recurrent():
+    inputs = keras.Input((5,), dtype="int32")
+    x = layers.Embedding(9, 6, mask_zero=True, name="words")(inputs)
+    x = layers.Bidirectional(layers.LSTM(3, return_sequences=True, recurrent_dropout=0.1), name="both")(x)
+    x = layers.TimeDistributed(layers.Dense(6, "tanh"), name="each")(x)
+    x = layers.RNN([layers.GRUCell(5), layers.LSTMCell(4)], return_sequences=True, name="stack")(x)
+    x = layers.GRU(4, dropout=0.1, name="gru")(x)
+    model = keras.Model(inputs, layers.Dense(3, name="head")(x))
+    names = ["words", "both/forward_layer", "both/backward_layer", "each", "stack", "gru", "head"]
+    chosen = ["words", "both/backward_layer", "each", "stack"]
+    held = [model.get_layer(n) for n in ("words", "each", "stack")] + [model.get_layer("both").backward_layer]
+    return Case(model, words(), names, chosen, lambda: held)
+
+
+def transformer():
+    inputs = keras.Input((5,), dtype="int32")
+    table = layers.ReversibleEmbedding(9, 8, name="words")
+    x = table(inputs)
+    y = layers.MultiHeadAttention(2, 4, dropout=0.1, name="heads")(x, x)
+    x = layers.LayerNormalization(name="norm1")(layers.Add()([x, y]))
+    y = layers.GroupQueryAttention(4, 4, 2, name="groups")(x, x)
+    x = layers.RMSNormalization(name="norm2")(layers.Add()([x, y]))
+    y = layers.EinsumDense("abc,cd->abd", (None, 8), bias_axes="d", activation="gelu", name="einsum")(x)
+    x = layers.Add()([x, y])
+    x = table(x, reverse=True)
+    model = keras.Model(inputs, x[:, 0])
+    heads, groups = model.get_layer("heads"), model.get_layer("groups")
+    parts = ["query", "key", "value", "attention_output"]
+    names = ["words", *(f"heads/{p}_dense" if p != "attention_output" else "heads/output_dense" for p in parts)]
+    names += [f"groups/{p}_dense" for p in ("query", "key", "value", "output")] + ["einsum"]
+    chosen = ["words", "heads/query_dense", "groups/output_dense"]
+    held = [table, heads._query_dense, groups._output_dense, model.get_layer("norm2")]
+    return Case(model, words(), names, chosen, lambda: held)
+
+
+def siamese():
+    left, right = keras.Input((5,), name="left"), keras.Input((5,), name="right")
+    tower = keras.Sequential(
+        [layers.Dense(6, name="in"), layers.BatchNormalization(name="bn"), layers.Dense(4, name="out")], name="tower"
+    )
+    a, b = tower(left), tower(right)
+    both = layers.Concatenate()([a, b])
+    classes = layers.Dense(3, name="classes")(both)
+    distance = layers.Lambda(lambda ab: keras.ops.sum(keras.ops.abs(ab[0] - ab[1]), -1, keepdims=True), name="far")(
+        [a, b]
+    )
+    model = keras.Model(
+        {"left": left, "right": right}, {"classes": classes, "far": layers.Dense(1, name="scale")(distance)}
+    )
+    x = {"left": reals(5), "right": reals(5)[::-1].copy()}
+    y = {"classes": data(4)[1], "far": reals(1)}
+    names = ["tower/in", "tower/out", "classes", "scale"]
+    return Case(model, x, names, ["tower/in"], lambda: [tower.get_layer("in"), tower.get_layer("bn")], y)
+
+
+class Mixed(keras.Model):
+    """Lists, dictionaries and a nested sequential model, and returns a dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        self.by_name = {"up": layers.Dense(6, "tanh"), "down": layers.Dense(5, "tanh")}
+        self.rest = [layers.Dense(5, "tanh") for _ in range(2)]
+        self.inner = keras.Sequential([layers.Dense(5, "tanh", name="one"), layers.Dense(4, "tanh", name="two")])
+        self.heads = (layers.Dense(3), layers.Dense(3))
+
+    def call(self, x):
+        x = self.by_name["down"](self.by_name["up"](x))
+        for layer in self.rest:
+            x = x + layer(x)
+        x = self.inner(x)
+        return {"first": self.heads[0](x), "second": self.heads[1](x)}
+
+
+def subclassed():
+    keras.utils.set_random_seed(0)
+    model = Mixed()
+    names = ["by_name/up", "by_name/down", "rest/0", "rest/1", "inner/one", "inner/two", "heads/0", "heads/1"]
+    chosen = ["by_name/down", "rest/1", "inner/one", "heads/0"]
+    y = {"first": data(4)[1], "second": data(4)[1]}
+    return Case(
+        model,
+        reals(5),
+        names,
+        chosen,
+        lambda: [model.by_name["down"], model.rest[1], model.inner.layers[0], model.heads[0]],
+        y,
+    )
+
+
+class Counting(layers.Layer):
+    """Counts its calls, has weights of 0 and 1 element, and adds to the loss."""
+
+    def build(self, shape):
+        self.kernel = self.add_weight(shape=(shape[-1], shape[-1]), name="kernel")
+        self.one = self.add_weight(shape=(1, 1), initializer="ones", name="one")
+        self.none = self.add_weight(shape=(0, 3), name="none")
+        self.count = self.add_weight(shape=(), dtype="int32", trainable=False, initializer="zeros", name="count")
+
+    def call(self, x):
+        if self.trainable:
+            self.count.assign_add(1)
+        self.add_loss(0.01 * keras.ops.mean(keras.ops.square(x)))
+        return keras.ops.tanh(keras.ops.matmul(x, self.kernel)) * self.one
+
+
+def odd_layers():
+    normal = layers.Normalization(name="normal")
+    normal.adapt(reals(5))
+    model = keras.Sequential(
+        [
+            keras.Input((5,)),
+            normal,
+            layers.Dense(
+                6,
+                activity_regularizer="l2",
+                kernel_regularizer="l2",
+                kernel_constraint=keras.constraints.UnitNorm(),
+                name="dense",
+            ),
+            layers.PReLU(name="slope"),
+            layers.Dropout(0.2, name="dropout"),
+            Counting(name="counting"),
+            layers.GaussianNoise(0.1),
+            layers.Dense(1, kernel_regularizer="l1", name="narrow"),
+            layers.Dense(3, name="head"),
+        ]
+    )
+    names = ["dense", "counting", "narrow", "head"]
+    chosen = ["dense", "counting"]
+    held = [model.get_layer(n) for n in ("dense", "slope", "counting", "normal")]
+    return Case(model, reals(5), names, chosen, lambda: held)
+
+
+def with_lora():
+    inputs = keras.Input((5,), dtype="int32")
+    x = layers.Embedding(9, 8, name="words")(inputs)
+    attention = layers.MultiHeadAttention(2, 4, name="heads")
+    x = layers.GlobalAveragePooling1D()(attention(x, x))
+    model = keras.Model(inputs, layers.Dense(3, name="head")(layers.Dense(8, "tanh", name="dense")(x)))
+    model.get_layer("words").enable_lora(2)
+    attention._query_dense.enable_lora(2)
+    attention._output_dense.enable_lora(2)
+    model.get_layer("dense").enable_lora(2)
+    names = ["words", *(f"heads/{p}_dense" for p in ("query", "key", "value", "output")), "dense", "head"]
+    chosen = ["words", "heads/query_dense", "dense"]
+    held = [model.get_layer("words"), attention._query_dense, model.get_layer("dense")]
+    return Case(model, words(), names, chosen, lambda: held, users={attention._output_dense._kernel.path})
+
+
+MODELS = {f.__name__: f for f in (convolutions, recurrent, transformer, siamese, subclassed, odd_layers, with_lora)}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_models(kind):
+    keras.utils.set_random_seed(0)
+    case = MODELS[kind]()
+    callback, record = attach(case.names, case.chosen), Record()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    if isinstance(case.y, dict):
+        loss = {name: loss if targets.ndim == 1 else "mse" for name, targets in case.y.items()}
+    case.model.compile(optimizers.AdamW(0.01, weight_decay=0.1), loss)
+    fit(case.model, [callback, record], epochs=1, inputs=(case.x, case.y))
+    assert callback.layers == case.names
+    assert callback.frozen_layers == case.chosen
+    assert record.still(1) == paths(*case.held()) | case.users
