@@ -1,4 +1,4 @@
-"""Runs `test_keras_adapter.py` on every backend of Keras that is installed: one process can have one only."""
+"""Runs the other `test_keras_*.py` on every backend of Keras that is installed: one process can have one only."""
 
 import importlib.util
 import os
@@ -29,8 +29,9 @@ def run(backend, *arguments):
 def test_adapter(backend):
     if not installed("keras", backend):
         pytest.skip(f"needs keras and {backend}")  # what SMARTFRZ_REQUIRED names was looked for before
-    tests = Path(__file__).with_name("test_keras_adapter.py")
-    result = run(backend, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests))
+    here = Path(__file__)
+    tests = [str(path) for path in sorted(here.parent.glob("test_keras_*.py")) if path != here]
+    result = run(backend, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
 
