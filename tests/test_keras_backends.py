@@ -1,4 +1,4 @@
-"""Runs the tests of the Keras adapter on every backend that is installed: one process can have one only."""
+"""Runs the other `test_keras_*.py` on every backend of Keras that is installed: one process can have one only."""
 
 import importlib.util
 import os
@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+HERE = Path(__file__).parent
 BACKENDS = ["tensorflow", "jax", "torch"]
-MODULES = ["test_keras_adapter.py", "test_keras_traps.py"]
+ALONE = ["test_keras_backends.py", "test_keras_distribution.py"]
 # Most of the time would go into making tiny models fast.
 CHEAP = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
 
@@ -18,10 +19,10 @@ def installed(*modules):
     return all(importlib.util.find_spec(module) for module in modules)
 
 
-def run(backend, *arguments):
+def run(backend, *arguments, **environment):
     return subprocess.run(
         [sys.executable, *arguments],
-        env=os.environ | CHEAP | {"KERAS_BACKEND": backend},
+        env=os.environ | CHEAP | {"KERAS_BACKEND": backend} | environment,
         capture_output=True,
         text=True,
     )
@@ -30,10 +31,22 @@ def run(backend, *arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_adapter(backend):
+    tests = sorted(path.name for path in HERE.glob("test_keras_*.py") if path.name not in ALONE)
+    run_tests(backend, *tests)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+def test_two_devices(backend):
+    devices = {"SMARTFRZ_DEVICES": "2", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    run_tests(backend, "test_keras_distribution.py", **devices)
+
+
+def run_tests(backend, *tests, **environment):
     if not installed("keras", backend):
         pytest.skip(f"needs keras and {backend}")  # what SMARTFRZ_REQUIRED names was looked for before
-    tests = [str(Path(__file__).with_name(module)) for module in MODULES]
-    result = run(backend, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
+    paths = [str(HERE / name) for name in tests]
+    result = run(backend, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths, **environment)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
 

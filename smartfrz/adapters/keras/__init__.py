@@ -1,7 +1,7 @@
 """SmartFRZ for `model.fit` of Keras 3, on the TensorFlow, JAX and PyTorch backends."""
 
 try:
-    import keras as _keras  # noqa: F401
+    import keras as _keras
 except ImportError as error:
     from smartfrz.errors import MissingDependencyError
 
@@ -9,6 +9,12 @@ except ImportError as error:
         "smartfrz.adapters.keras needs Keras 3 and the backend that KERAS_BACKEND names (TensorFlow by default), which "
         f'cannot be imported: {error}. Install them with: pip install "smartfrz[keras]"'
     ) from error
+else:
+    # Before the rest: the modules below need what an old Keras does not have.
+    from smartfrz.adapters.keras import versions as _versions
+
+    _needed = _versions.private_attributes(_keras.backend.backend())
+    _versions.check_version(_keras.__version__, _versions.absent_attributes(_needed))
 
 from smartfrz.adapters.keras.callback import SmartFRZ as SmartFRZ
 from smartfrz.adapters.keras.freezing import KerasAdapter as KerasAdapter

@@ -1,0 +1,83 @@
+"""Which versions of Keras the adapter works with: freezing inside of `fit` needs private attributes of Keras."""
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from importlib import import_module
+
+from smartfrz.errors import MissingDependencyError
+
+OLDEST, NEWEST = (3, 12), (3, 15)  # that were tested; pyproject.toml has the same bounds
+
+# Where they are looked for, and what `layers`, `freezing` and `callback` use there.
+_EVERYWHERE = {
+    "keras.layers.Layer": ("_layers", "_trainable_variables"),
+    "keras.Model": ("make_train_function",),
+    "keras.Sequential": ("_functional",),
+    "keras.src.models.functional.Functional": ("operations", "_nodes_by_depth"),
+    "keras.optimizers.Optimizer": (
+        "_iterations",
+        "_trainable_variables",
+        "_trainable_variables_indices",
+        "_model_variables_moving_average",
+        "_var_key",
+    ),
+}
+_OF_BACKEND = {"jax": {"keras.src.backend.jax.trainer.JAXTrainer": ("jax_state_sync", "_jax_state")}}
+
+
+def private_attributes(backend: str) -> dict[str, tuple[str, ...]]:
+    """The attributes that the adapter needs on this backend, by the full name of their class."""
+    return _EVERYWHERE | _OF_BACKEND.get(backend, {})
+
+
+def absent_attributes(needed: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Those of the needed attributes that the installed Keras does not have, as `Class.attribute`.
+
+    Nothing is made: a first layer or optimizer would have the backend take its devices.
+    """
+    absent = []
+    for path, attributes in needed.items():
+        module, _, name = path.rpartition(".")
+        try:
+            known = _attributes(getattr(import_module(module), name))
+        except (ImportError, AttributeError):
+            known = set()
+        absent += [f"{name}.{attribute}" for attribute in attributes if attribute not in known]
+    return absent
+
+
+def _attributes(kind: type) -> set[str]:
+    """Names of a class, and those that its methods use: attributes of instances are set in there."""
+    names: set[str] = set()
+    for base in kind.__mro__:
+        for name, value in vars(base).items():
+            names.add(name)
+            code = getattr(inspect.unwrap(value), "__code__", None) if callable(value) else None
+            names.update(code.co_names if code else ())
+    return names
+
+
+def check_version(found: str, absent: list[str]) -> None:
+    """Refuse a Keras that lacks what freezing needs; warn of one that was not tested.
+
+    Args:
+        found: The version of Keras, as in `"3.15.1"`.
+        absent: What `absent_attributes` returned.
+
+    Raises:
+        MissingDependencyError: If anything is absent.
+    """
+    oldest, newest = (".".join(map(str, version)) for version in (OLDEST, NEWEST))
+    install = f'pip install "keras>={oldest},<{NEWEST[0]}.{NEWEST[1] + 1}"'
+    if absent:
+        raise MissingDependencyError(
+            f"smartfrz.adapters.keras needs private attributes that Keras {found} does not have: {', '.join(absent)}. "
+            f"It was tested with Keras {oldest} to {newest}. Install one of these: {install}"
+        )
+    if not OLDEST <= tuple(int(part) for part in found.split(".")[:2]) <= NEWEST:
+        warnings.warn(
+            f"smartfrz.adapters.keras was tested with Keras {oldest} to {newest}; found {found}, which has the private "
+            f"attributes that freezing needs, but may use them in another way. To be safe: {install}",
+            stacklevel=2,
+        )
