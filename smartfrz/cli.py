@@ -29,6 +29,13 @@ def main() -> None:
 
 
 @main.command()
+@click.option(
+    "--framework",
+    type=click.Choice(["torch", "keras"]),
+    default="torch",
+    show_default=True,
+    help="Keras runs on the backend that KERAS_BACKEND names.",
+)
 @click.option("--data", default="mnist", show_default=True, help="mnist, digits, fashion-mnist, or a folder of images.")
 @click.option("--output", "-o", default="demo-output", show_default=True, type=click.Path(path_type=Path))
 @click.option("--epochs", default=4, show_default=True, type=click.IntRange(min=1))
@@ -37,7 +44,7 @@ def main() -> None:
 @click.option("--seed", default=0, show_default=True)
 @click.option("--predictor", default="smartfrz-base", show_default=True, help="A zoo name or an ONNX file.")
 @click.option("--threshold", type=click.FloatRange(0, 1, min_open=True), help="Default: the predictor's own.")
-def demo(output: Path, **options: Any) -> None:
+def demo(framework: str, output: Path, **options: Any) -> None:
     """Fine-tune an ImageNet network fully and with SmartFRZ, and compare.
 
     OUTPUT gets the figures (demo.json) and a picture (demo.png).
@@ -53,6 +60,10 @@ def demo(output: Path, **options: Any) -> None:
         ) from error
     from smartfrz.demo import DemoOptions, run_demo, save, table
 
+    if framework == "keras":
+        from smartfrz import demo_keras
+
+        run_demo = demo_keras.run_demo
     columns = (
         TextColumn("training both runs in turns"),
         BarColumn(),
@@ -68,6 +79,8 @@ def demo(output: Path, **options: Any) -> None:
     for row in rows:
         shown.add_row(*row)
     Console(width=120).print(shown)
+    if framework == "keras":
+        click.echo(demo_keras.notes(runs))
     for path in save(runs, chosen, output):
         click.echo(f"wrote {path}")
 

