@@ -9,7 +9,7 @@ from smartfrz.errors import MissingDependencyError
 
 OLDEST, NEWEST = (3, 12), (3, 15)  # that were tested; pyproject.toml has the same bounds
 
-# Where they are looked for, and what `layers`, `freezing` and `callback` use there.
+# Where they are looked for, and what the other modules use there.
 _EVERYWHERE = {
     "keras.layers.Layer": ("_layers", "_trainable_variables"),
     "keras.Model": ("make_train_function",),
@@ -22,6 +22,9 @@ _EVERYWHERE = {
         "_model_variables_moving_average",
         "_var_key",
     ),
+    "keras.callbacks.CallbackList": ("callbacks",),
+    "keras.callbacks.ModelCheckpoint": ("_save_model",),
+    "keras.callbacks.BackupAndRestore": ("_save_model", "backup_dir"),
 }
 _OF_BACKEND = {"jax": {"keras.src.backend.jax.trainer.JAXTrainer": ("jax_state_sync", "_jax_state")}}
 
