@@ -42,7 +42,7 @@ slow_jit = pytest.mark.skipif(
 )
 
 
-def make_model(optimizer="sgd", seed=0, momentum=0.9, jit_compile=False, steps_per_execution=1, **options):
+def make_model(optimizer="sgd", seed=0, momentum=0.9, jit_compile="auto", steps_per_execution=1, **options):
     keras.utils.set_random_seed(seed)
     inputs = keras.Input((7, 7, 2))
     x = keras.layers.Conv2D(4, 3, use_bias=False, name="conv1")(inputs)
@@ -58,7 +58,7 @@ def make_model(optimizer="sgd", seed=0, momentum=0.9, jit_compile=False, steps_p
     return compiled(model, optimizer, jit_compile, steps_per_execution, **options)
 
 
-def compiled(model, optimizer="sgd", jit_compile=False, steps_per_execution=1, **options):
+def compiled(model, optimizer="sgd", jit_compile="auto", steps_per_execution=1, **options):
     if isinstance(optimizer, str):
         optimizer = OPTIMIZERS[optimizer](**options)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

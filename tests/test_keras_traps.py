@@ -6,15 +6,26 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 from keras_runs import (
+    BACKEND,
+    FREEZE_FIRST,
+    FREEZE_TWO,
+    LAYERS,
+    STEPS,
     WARNINGS,
     Record,
+    Watch,
     attach,
     compiled,
     data,
     fit,
+    freezer,
     keras,
+    make_model,
     mlp,
+    not_on_torch,
     paths,
+    read,
+    slow_jit,
 )
 
 pytestmark = WARNINGS
@@ -22,12 +33,13 @@ MLP = ["a", "b", "c"]
 FIVE = {"inputs": data(5, (5,)), "epochs": 1}
 
 
-def trained(optimizer, *stages, options=FIVE, **compile_options):
+def trained(optimizer, *stages, options=FIVE, record_every=1, **compile_options):
     """A small network after five steps: the model, its freezer, and what was recorded."""
     keras.utils.set_random_seed(0)
     model, record = mlp(5, 6, 7, 3), Record()
-    compiled(model, optimizer, **compile_options)
-    callback = attach(MLP, *stages)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss, **compile_options)
+    callback = attach(MLP, *stages, record_every=record_every)
     fit(model, [callback, record], **options)
     return model, callback, record
 
@@ -300,3 +312,241 @@ def test_models(kind):
     assert callback.layers == case.names
     assert callback.frozen_layers == case.chosen
     assert record.still(1) == paths(*case.held()) | case.users
+
+
+# Options of compile(), of the optimizer, and of precision
+
+
+def excluding(optimizer, *names):
+    optimizer.exclude_from_weight_decay(var_names=list(names))
+    return optimizer
+
+
+EMA = {"use_ema": True, "ema_momentum": 0.5}
+# With averages, Keras itself cannot call a compiled fit() twice on JAX.
+NOT_COMPILED = {"jit_compile": False}
+WAYS = {  # optimizer, options of compile(), batches in a step
+    "clipped by norm": lambda: (KINDS["adam"](clipnorm=0.1), {}, 1),
+    "clipped by value": lambda: (KINDS["momentum"](clipvalue=0.01), {"run_eagerly": True}, 1),
+    "no decay of biases": lambda: (excluding(KINDS["adamw"](global_clipnorm=0.1), "bias"), {}, 1),
+    "overwritten by averages": lambda: (KINDS["nesterov"](ema_overwrite_frequency=2, **EMA), NOT_COMPILED, 1),
+    "averages of accumulated": lambda: (KINDS["adam"](gradient_accumulation_steps=2, **EMA), NOT_COMPILED, 2),
+    "compilation as Keras likes": lambda: (KINDS["muon"](), {"jit_compile": "auto"}, 1),
+    "compiled": lambda: (KINDS["lion"](), {"jit_compile": True}, 1),
+}
+
+
+@pytest.mark.parametrize("way", [pytest.param(w, marks=slow_jit) if w == "compiled" else w for w in WAYS])
+def test_ways_to_train(way):
+    optimizer, compile_options, batches = WAYS[way]()
+    options = FIVE | {"inputs": data(5 * batches, (5,))}
+    model, callback, record = trained(optimizer, {"b"}, options=options, **compile_options)
+    assert callback.report().frozen == {"b": 2}
+    assert callback.report().num_steps == 5
+    frozen = paths(model.get_layer("b"))
+    for step in range(2, 5):
+        first, second = batches * step - 1, batches * (step + 1) - 1
+        assert record.still(first, second) == frozen
+    assert model.optimizer.iterations == 5
+    # at the end of fit Keras puts the averages in the place of the weights: not of frozen ones
+    last = dict(zip([v.path for v in model.weights], record.weights[-1], strict=True))
+    assert {v.path for v in model.weights if np.array_equal(read(v), last[v.path])} >= frozen
+    fit(model, [again := Record()], **FIVE)
+    assert again.still(0, batches) == set()
+
+
+@not_on_torch
+@pytest.mark.parametrize("count", [2, 3])
+def test_steps_per_execution(count):
+    options = FIVE | {"inputs": data(4 * count, (5,))}
+    model, callback, record = trained(
+        KINDS["adam"](), {"b"}, options=options, record_every=count, steps_per_execution=count
+    )
+    assert callback.report().num_steps == model.optimizer.iterations == 4 * count
+    assert callback.report().frozen == {"b": 2 * count}
+    assert record.still(0, 1) == set()
+    assert record.still(1) == paths(model.get_layer("b"))
+
+
+POLICIES = ["mixed_bfloat16", "mixed_float16", "bfloat16", "float64"]
+
+
+@pytest.fixture
+def policy(request):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(request.param)
+    yield request.param
+    keras.config.set_dtype_policy(before)
+
+
+@pytest.mark.parametrize("policy", POLICIES, indirect=True)
+def test_precisions(policy):
+    if policy == "float64" and BACKEND == "jax":
+        pytest.skip("JAX has no float64, unless the whole process is set to it")
+    # 1 - 0.999 is 0 in bfloat16, so Adam's steps are.
+    model, watch = make_model("sgd" if policy == "bfloat16" else "adamw"), Watch()
+    dtype = policy if "mixed" not in policy else "float32"
+    assert {v.dtype for v in model.trainable_variables} == {dtype}
+    callback = freezer(FREEZE_TWO)
+    fit(model, [callback, watch])
+    assert callback.report().frozen == {"conv1": 6, "conv2": 12}
+    # Not all of the live ones move at every step: bfloat16 is too coarse for small ones.
+    for first, last, live in ((6, 11, LAYERS[1:]), (12, 15, LAYERS[2:])):
+        moved = [watch.moved(step) for step in range(first, last + 1)]
+        assert set().union(*moved) == set(live)
+    # What the predictor gets are samples of the weights themselves, in float32.
+    history, _ = callback.predictor.calls[0]
+    seen, kernel = history[0, -1], watch.layers[5]["conv1"][0].astype(np.float32)
+    assert seen.dtype == np.float32
+    assert np.isin(seen, kernel).all()
+    assert len(np.unique(seen)) > 4
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16"], indirect=True)
+def test_batches_that_overflow_under_loss_scaling(policy):
+    optimizer = optimizers.LossScaleOptimizer(KINDS["adam"](), initial_scale=2.0**20)
+    model, watch = make_model(optimizer), Watch()
+    callback = freezer(FREEZE_FIRST)
+    fit(model, [callback, watch])
+    skipped = 2 * STEPS - int(optimizer.iterations)
+    assert 0 < skipped < STEPS
+    assert callback.report().num_steps == 2 * STEPS  # a batch is a step, skipped or not
+    assert callback.report().frozen == {"conv1": 6}
+    for step in range(6, 2 * STEPS):
+        assert "conv1" not in watch.moved(step)
+    assert watch.moved(2 * STEPS - 1) == LAYERS[1:]
+
+
+def test_several_optimizers_in_one():
+    averaging = KINDS["adam"](ema_overwrite_frequency=2, **EMA)
+    several = optimizers.MultiOptimizer(optimizers.OptimizerMap(KINDS["momentum"](), {"a|b": averaging}))
+    options = FIVE | {"inputs": data(7, (5,))}
+    model, callback, record = trained(several, {"b"}, {"a"}, options=options, **NOT_COMPILED)
+    assert callback.frozen_layers == ["b", "a"]
+    assert record.still(1, 3) == paths(model.get_layer("b"))
+    assert record.still(3) == paths(model.get_layer("a"), model.get_layer("b"))
+    fit(model, [again := Record()], **FIVE)
+    assert again.still(0) == set()
+    assert several.iterations == 12
+
+
+# Callbacks of Keras beside ours
+
+
+def test_learning_rates_go_on_whatever_sets_them():
+    schedule = optimizers.schedules.PiecewiseConstantDecay([3, 6], [0.1, 0.05, 0.01])
+    model, callback, _ = trained(optimizers.SGD(schedule, momentum=0.9), {"b"})
+    assert callback.frozen_layers == ["b"]
+    np.testing.assert_allclose(float(model.optimizer.learning_rate), 0.05, rtol=1e-6)
+
+    rates = []
+
+    class Rates(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            rates.append(float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)))
+
+    model = compiled(mlp(5, 6, 7, 3), KINDS["adam"]())
+    callbacks = [
+        attach(MLP, {"b"}),
+        record := Record(),
+        Rates(),
+        keras.callbacks.LearningRateScheduler(lambda epoch, rate: 0.02 if epoch == 1 else rate),
+        keras.callbacks.ReduceLROnPlateau(monitor="loss", patience=0, min_delta=100.0, factor=0.5),
+    ]
+    fit(model, callbacks, epochs=3, inputs=data(3, (5,)))
+    np.testing.assert_allclose(rates, [0.01] * 3 + [0.02] * 3 + [0.01] * 3, rtol=1e-6)
+    assert record.still(1) == paths(model.get_layer("b"))
+
+
+def test_early_stopping_restores_all_weights_and_leaves_nothing_frozen():
+    model, record = compiled(mlp(5, 6, 7, 3), optimizers.SGD(0.5)), Record()
+    x, y = data(3, (5,))
+    stop = keras.callbacks.EarlyStopping("loss", patience=2, restore_best_weights=True, mode="max", start_from_epoch=0)
+    callback = attach(MLP, {"b"}, {"a"})
+    fit(model, [callback, record, stop], epochs=5, inputs=(x, y))
+    assert callback.frozen_layers == ["b", "a"]
+    assert stop.stopped_epoch == 2
+    # what it restores is of before the second layer froze: on_train_end is later
+    for variable, best in zip(model.weights, record.weights[2], strict=True):
+        np.testing.assert_array_equal(read(variable), best)
+    assert all(layer.trainable for layer in model.layers)
+    fit(model, [again := Record()], epochs=1, inputs=(x, y))
+    assert again.still(0) == set()
+
+
+@pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer:UserWarning")
+def test_files_written_while_layers_are_frozen(tmp_path):
+    model, record = compiled(mlp(5, 6, 7, 3), KINDS["adam"]()), Record()
+    ours = attach(MLP, {"b"})
+    checkpoint = keras.callbacks.ModelCheckpoint
+    callbacks = [
+        ours,
+        record,
+        checkpoint(tmp_path / "{epoch}.weights.h5", save_weights_only=True),
+        checkpoint(tmp_path / "{epoch}.keras"),
+        keras.callbacks.CSVLogger(tmp_path / "log.csv"),
+        keras.callbacks.TerminateOnNaN(),
+        keras.callbacks.BackupAndRestore(tmp_path / "backup"),
+    ]
+    inputs = data(3, (5,))
+    fit(model, callbacks, epochs=3, inputs=inputs)
+    assert ours.frozen_layers == ["b"]
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 4
+    for epoch in (1, 2, 3):
+        expected = record.weights[3 * epoch - 1]
+        fresh = compiled(mlp(5, 6, 7, 3), KINDS["adam"]())
+        fresh.load_weights(tmp_path / f"{epoch}.weights.h5")
+        whole = keras.saving.load_model(tmp_path / f"{epoch}.keras")
+        for loaded in (fresh, whole):
+            arrays = [read(v) for v in loaded.weights]
+            assert all(np.array_equal(a, b) for a, b in zip(arrays, expected, strict=True))
+        # docs/keras.md: such a file has frozen flags; its weights are right
+        assert whole.get_layer("b").trainable == (epoch > 3)
+    model.load_weights(tmp_path / "1.weights.h5")
+    fit(model, [again := attach(MLP, {"c"}), record := Record()], epochs=1, inputs=inputs)
+    assert again.frozen_layers == ["c"]
+    assert record.still(1) == paths(model.get_layer("c"))
+
+
+def test_averages_that_are_swapped_in_for_validation():
+    # On PyTorch Keras' swap would need copies; see below.
+    model, record = compiled(mlp(5, 6, 7, 3), KINDS["adam"](**EMA)), Record()
+    seen = []
+
+    class AtTest(keras.callbacks.Callback):
+        def on_test_begin(self, logs=None):
+            seen.append([read(v) for v in self.model.weights])
+
+    inputs = data(3, (5,))
+    swap = keras.callbacks.SwapEMAWeights()
+    callback = attach(MLP, {"b"})
+    fit(model, [callback, record, swap, AtTest()], epochs=3, inputs=inputs, validation_data=inputs)
+    assert callback.frozen_layers == ["b"]
+    assert record.still(1) == paths(model.get_layer("b"))
+    for epoch, arrays in enumerate(seen):
+        trained_ = record.weights[3 * epoch + 2]
+        swapped = {v.path for v, a, b in zip(model.weights, arrays, trained_, strict=True) if not np.array_equal(a, b)}
+        assert swapped == paths(*model.layers) - paths(model.get_layer("b"))
+
+
+def test_weights_read_evaluated_and_predicted_in_the_middle_of_an_epoch():
+    model = compiled(mlp(5, 6, 7, 3), KINDS["adam"]())
+    x, y = data(5, (5,))
+    norms, losses = [], []
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            norms.append(float(np.linalg.norm(self.model.get_layer("a").get_weights()[0])))
+
+        def on_epoch_end(self, epoch, logs=None):
+            losses.append(self.model.evaluate(x, y, verbose=0))
+            assert self.model.predict(x[:3], verbose=0).shape == (3, 3)
+
+    look = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: norms.append(logs["loss"]))
+    callback = attach(MLP, {"b"})
+    fit(model, [look, callback, Look(), record := Record()], epochs=2, inputs=(x, y))
+    assert callback.frozen_layers == ["b"]
+    assert record.still(1) == paths(model.get_layer("b"))
+    assert len(set(norms)) == 20
+    assert np.isfinite(losses).all()
+    np.testing.assert_allclose(model.evaluate(x, y, verbose=0), losses[-1], rtol=1e-6)

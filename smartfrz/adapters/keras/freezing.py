@@ -210,8 +210,9 @@ class KerasAdapter:
         self.set_flags(layers, trainable)
         self._frozen = self._frozen.difference(layers) if trainable else self._frozen.union(layers)
         # JAX applies gradients to exactly the variables of the optimizer's list, and raises if there
-        # are fewer. An EMA writes its averages into every variable of that list, on any backend.
-        if jax or any(lists.averages is not None for lists in self._lists):
+        # are fewer; so does an optimizer of several optimizers, on any backend. An EMA writes its
+        # averages into every variable of that list, on any backend.
+        if jax or hasattr(optimizer, "optimizers") or any(lists.averages is not None for lists in self._lists):
             live = {id(v) for v in model.trainable_variables}
             for lists in self._lists:
                 lists.keep(live)
@@ -349,9 +350,10 @@ def thaw_leftovers(model: keras.Model) -> None:
 
 
 def _with_inner(optimizer: Any) -> list[Any]:
-    """The optimizer, and the one that a `LossScaleOptimizer` (mixed_float16) passes the work on to."""
+    """The optimizer, and those that a `LossScaleOptimizer` (mixed_float16) or `MultiOptimizer` passes the work on to."""
     inner = getattr(optimizer, "inner_optimizer", None)
-    return [optimizer] if inner is None else [optimizer, *_with_inner(inner)]
+    passed_to = getattr(optimizer, "optimizers", []) if inner is None else [inner]
+    return [optimizer, *(each for one in passed_to for each in _with_inner(one))]
 
 
 class _OptimizerLists:
@@ -365,7 +367,8 @@ class _OptimizerLists:
         self._optimizer = optimizer
         self.variables = list(optimizer._trainable_variables)
         self._index = dict(optimizer._trainable_variables_indices)
-        self.averages = list(optimizer._model_variables_moving_average) if optimizer.use_ema else None
+        averages = getattr(optimizer, "_model_variables_moving_average", None)  # none yet, if it trains nothing
+        self.averages = list(averages) if optimizer.use_ema and averages is not None else None
 
     def keep(self, live: set[int]) -> None:
         """Cut the lists down to the variables with these ids."""
