@@ -4,7 +4,7 @@ VENV ?= .venv
 # The plain requirement would bring gigabytes of CUDA; a CPU build is enough for demo and tests.
 TORCH ?= torch==2.13.0
 # The tests run Keras on each of its backends.
-KERAS ?= keras==3.15.1 tensorflow-cpu==2.21.0 jax==0.10.2
+KERAS ?= keras==3.15.1 tensorflow-cpu==2.21.0 jax==0.10.2 tensorboard
 RUN := $(VENV)/bin/python -m
 DATA ?= $(SMARTFRZ_DATA)
 RUNS ?= runs

@@ -269,3 +269,35 @@ def test_a_damaged_backup_of_the_state_is_told(tmp_path):
     callback = change_freezer()
     fit(decaying_model(), [backup, callback], epochs=3)
     assert callback.report().num_steps == STEPS
+
+
+def test_a_shared_batch_norm_has_seen_several_batches_in_a_step():
+    def make():
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((5,))
+        dense, norm = keras.layers.Dense(5, name="dense"), keras.layers.BatchNormalization(momentum=0.9, name="norm")
+        outputs = keras.layers.Dense(3, name="head")(norm(dense(norm(dense(inputs)))))
+        return compiled(keras.Model(inputs, outputs)), norm
+
+    def statistics(norm):
+        return [read(v).astype(np.float64) for v in (norm.moving_mean, norm.moving_variance)]
+
+    class Keep(keras.callbacks.Callback):
+        def __init__(self, norm):
+            super().__init__()
+            self.norm, self.values = norm, []
+
+        def on_train_batch_end(self, batch, logs=None):
+            assert self.model is not None  # on JAX, asking for it gives the variables their values back
+            self.values.append(statistics(self.norm))
+
+    model, norm = make()
+    callback = freezer([{"dense": 0.9, "head": 0.1}])
+    fit(model, [callback], inputs=data(shape=(5,)))
+    assert callback.frozen_layers == ["dense"]
+    twin, same_norm = make()
+    plain = Keep(same_norm)
+    fit(twin, [plain], inputs=data(shape=(5,)))
+    share = 0.9 ** (2 * 4)  # two calls in each of four steps
+    for mine, before, after in zip(statistics(norm), plain.values[1], plain.values[5], strict=True):
+        np.testing.assert_allclose(mine, (after - share * before) / (1 - share), rtol=1e-4, atol=1e-5)

@@ -148,7 +148,7 @@ class KerasAdapter:
             return
         self.sync()  # before the flags change: see `_switch`
         for layer in new:
-            for name in self._layers[layer].norms:
+            for name in dict.fromkeys(self._layers[layer].norms):
                 self._correct_statistics(name)
         self._switch(new, False)
         self._watched |= self._gather({layer: self._pieces(layer) for layer in new})
@@ -175,7 +175,7 @@ class KerasAdapter:
 
     def _pieces(self, layer: str) -> list[tuple[Any, Any]]:
         """Some values of everything that must not move while the layer is frozen: weights and statistics."""
-        norms = [self._named[name] for name in self._layers[layer].norms]
+        norms = [self._named[name] for name in dict.fromkeys(self._layers[layer].norms)]
         statistics = [v for norm in norms for v in (norm.moving_mean, norm.moving_variance)]
         watched = self._variables[layer] + statistics + [wrapper.vector_u for wrapper in self._spectral[layer]]
         return [(v, _spread(int(np.prod(v.shape)))) for v in watched if 0 not in v.shape]
@@ -259,7 +259,8 @@ class KerasAdapter:
         if norm not in self._snapshots or not layer.trainable:
             return
         mean, variance, batches_before = self._snapshots[norm]
-        old_share = float(layer.momentum) ** (self.num_batches - batches_before)
+        calls = sum(x.norms.count(norm) for x in self._layers.values())  # in one step
+        old_share = float(layer.momentum) ** (calls * (self.num_batches - batches_before))
         if not 0.0 <= old_share < 1.0:  # no batch since
             return
         recent = [

@@ -33,7 +33,7 @@ class Layer:
         members: Names of the Keras layers that are frozen with it, itself included.
         parameters: Every variable that is frozen with it: a layer's name, a colon, and an index.
         weights: The variables that tailoring reads: those with two or more dimensions.
-        norms: Members that are batch norms with moving statistics, run once in a step.
+        norms: Members that are batch norms with moving statistics, each as often as it runs in a step.
         forward_flops: Floating point operations of the forward pass of one example.
     """
 
@@ -323,9 +323,8 @@ def group(model: keras.Model, run: Run) -> list[Layer]:
         draft.parameters += new
         draft.matrices |= matrices
         holder.update({id(v): draft for _, v in new})
-        # With two calls in a step nobody knows how many batches its statistics are an average of.
-        if norm and run.calls[layer] == 1:
-            draft.norms.append(path)
+        if norm:
+            draft.norms += [path] * round(run.calls[layer])
         draft.flops += _forward_flops(layer, run.shapes.get(id(layer)))
     if drafts:
         drafts[-1].take(waiting)

@@ -17,6 +17,7 @@ _EVERYWHERE = {
     "keras.src.models.functional.Functional": ("operations", "_nodes_by_depth"),
     "keras.optimizers.Optimizer": (
         "_iterations",
+        "_learning_rate",
         "_trainable_variables",
         "_trainable_variables_indices",
         "_model_variables_moving_average",
