@@ -154,5 +154,5 @@ def paths(*parts):
 
 def attach(layers, *stages, **options):
     """A freezer that decides at every second step, and freezes at each stage the layers named for it."""
-    predictor = ScriptedPredictor(script(layers, *stages))
+    predictor = options.pop("predictor", None) or ScriptedPredictor(script(layers, *stages))
     return freezer(predictor=predictor, **{"record_every": 1, "decide_every": 2} | options)

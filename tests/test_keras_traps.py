@@ -1,5 +1,7 @@
 """What users do to `fit` of Keras, with layers frozen in the middle. `test_keras_backends.py` runs it on each backend."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -27,19 +29,23 @@ from keras_runs import (
     read,
     slow_jit,
 )
+from numpy_adapter import ChangePredictor, ScriptedPredictor, make_info, script
+
+from smartfrz.adapters.keras import SmartFRZ
+from smartfrz.errors import UnknownPredictorError, UnsupportedModelError, UsageError
 
 pytestmark = WARNINGS
 MLP = ["a", "b", "c"]
 FIVE = {"inputs": data(5, (5,)), "epochs": 1}
 
 
-def trained(optimizer, *stages, options=FIVE, record_every=1, **compile_options):
+def trained(optimizer, *stages, options=FIVE, record_every=1, dry_run=False, **compile_options):
     """A small network after five steps: the model, its freezer, and what was recorded."""
     keras.utils.set_random_seed(0)
     model, record = mlp(5, 6, 7, 3), Record()
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss, **compile_options)
-    callback = attach(MLP, *stages, record_every=record_every)
+    callback = attach(MLP, *stages, record_every=record_every, dry_run=dry_run)
     fit(model, [callback, record], **options)
     return model, callback, record
 
@@ -550,3 +556,256 @@ def test_weights_read_evaluated_and_predicted_in_the_middle_of_an_epoch():
     assert len(set(norms)) == 20
     assert np.isfinite(losses).all()
     np.testing.assert_allclose(model.evaluate(x, y, verbose=0), losses[-1], rtol=1e-6)
+
+
+# Data, and what happens around fit()
+
+
+class Batches(keras.utils.PyDataset):
+    def __init__(self, x, y):
+        super().__init__(workers=2, use_multiprocessing=False)
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return len(self.x) // 8
+
+    def __getitem__(self, index):
+        part = slice(8 * index, 8 * index + 8)
+        return self.x[part], self.y[part]
+
+
+def tf_dataset(x, y):
+    tensorflow = pytest.importorskip("tensorflow")
+    return tensorflow.data.Dataset.from_tensor_slices((x, y)).batch(8)
+
+
+def torch_loader(x, y):
+    torch = pytest.importorskip("torch")
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.tensor(x), torch.tensor(y)), 8)
+
+
+@pytest.mark.parametrize("source", [Batches, tf_dataset, torch_loader])
+def test_sources_of_data(source):
+    x, y = data(5, (5,))
+    model, record = compiled(mlp(5, 6, 7, 3)), Record()
+    predictor = ScriptedPredictor(script(MLP, {"b"}), info=make_info(record_fraction=0.2))
+    callback = SmartFRZ(predictor, patience=1)  # the length of the run is known: five steps
+    model.fit(source(x, y), callbacks=[callback, record], verbose=0, shuffle=False)
+    assert callback.report().frozen == {"b": 2}
+    assert record.still(1) == paths(model.get_layer("b"))
+
+
+def test_validation_split_and_weights_of_classes_and_samples():
+    x, y = data(5, (5,))
+    model, record = compiled(mlp(5, 6, 7, 3)), Record()
+    callback = attach(MLP, {"b"})
+    history = fit(model, [callback, record], inputs=(x, y), epochs=2, validation_split=0.2, class_weight={1: 2.0})
+    assert callback.report().num_steps == 8
+    assert record.still(1) == paths(model.get_layer("b"))
+    assert len(history.history["val_loss"]) == 2
+    fit(model, [again := attach(MLP, {"a"})], inputs=(x, y), epochs=1, sample_weight=np.linspace(0, 1, len(x)))
+    assert again.frozen_layers == ["a"]
+
+
+def test_a_loop_of_train_on_batch_is_refused_with_a_hint():
+    model, callback = compiled(mlp(5, 6, 7, 3)), attach(MLP, {"b"})
+    x, y = data(1, (5,))
+    callbacks = keras.callbacks.CallbackList([callback], model=model)
+    model.train_on_batch(x, y)
+    with pytest.raises(UsageError, match=r"called outside of fit\(\)\. Pass it to fit\(callbacks="):
+        callbacks.on_train_batch_end(0)
+    assert callback.frozen_layers == []
+    assert str(callback.report())
+
+
+class Stop(keras.callbacks.Callback):
+    """Ends the run after three batches with this error."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 2:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("of another callback")])
+@pytest.mark.parametrize("compile_again", [False, True])
+def test_a_run_after_an_interrupted_one(error, compile_again):
+    model, first = compiled(mlp(5, 6, 7, 3), KINDS["adam"]()), attach(MLP, {"b"})
+    with pytest.raises(type(error)):
+        fit(model, [first, Stop(error)], **FIVE)
+    assert first.frozen_layers == ["b"]
+    assert not model.get_layer("b").trainable  # until the next run with SmartFRZ
+    if compile_again:
+        compiled(model, KINDS["adam"]())
+        # Its optimizer was built without the frozen layers, before a callback could do anything about it.
+        with pytest.raises(UsageError, match=r"compile\(\) was called while \['b'\] were frozen.*Call it again"):
+            fit(model, [attach(MLP, {"a"})], **FIVE)
+        compiled(model, KINDS["adam"]())
+    again, record = attach(MLP, {"a"}), Record()
+    fit(model, [again, record], **FIVE)
+    assert record.still(0, 1) == set()
+    assert record.still(1) == paths(model.get_layer("a"))
+    assert all(layer.trainable for layer in model.layers)
+
+
+def test_one_callback_and_one_model_again_and_again():
+    model, callback = (
+        compiled(mlp(5, 6, 7, 3), KINDS["adam"]()),
+        freezer(predictor=ChangePredictor(), threshold=0.01, record_every=1, decide_every=2),
+    )
+    x, y = data(3, (5,))
+    functions, sizes = [], []
+    for _ in range(5):
+        fit(model, [callback], epochs=1, inputs=(x, y))
+        assert callback.frozen_layers
+        functions.append(weakref.ref(model.train_function))
+        sizes.append((len(model.optimizer.variables), len(model.variables)))
+    assert len(set(sizes)) == 1
+    gc.collect()
+    assert sum(function() is not None for function in functions) == 1  # those of earlier runs are gone
+    other = compiled(mlp(5, 8, 3))
+    fit(other, [callback], epochs=1, inputs=(x, y))
+    assert callback.layers == ["a", "b"]
+
+
+def test_weights_set_and_model_compiled_between_two_runs():
+    model, callback = compiled(mlp(5, 6, 7, 3), KINDS["adam"]()), attach(MLP, {"b"})
+    started = model.get_weights()
+    fit(model, [callback], **FIVE)
+    model.set_weights(started)
+    compiled(model, KINDS["momentum"]())
+    fit(model, [callback := attach(MLP, {"c"}), record := Record()], **FIVE)
+    assert callback.frozen_layers == ["c"]
+    assert record.still(1) == paths(model.get_layer("c"))
+
+
+def test_a_clone_made_while_layers_are_frozen():
+    clones = []
+
+    class Clone(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 3:
+                clones.append(keras.models.clone_model(self.model))
+                with callback.thawed():
+                    clones.append(keras.models.clone_model(self.model))
+
+    model, callback = compiled(mlp(5, 6, 7, 3)), attach(MLP, {"b"})
+    fit(model, [callback, Clone(), record := Record()], **FIVE)
+    assert record.still(1) == paths(model.get_layer("b"))
+    assert [clone.get_layer("b").trainable for clone in clones] == [False, True]
+
+
+# Models that cannot be frozen, or not wholly
+
+
+def test_a_model_of_one_layer_and_one_that_the_user_froze():
+    for names, match in (
+        ([], r"has 1 layers that can be trained, \['a'\]; SmartFRZ needs at least two"),
+        (["a", "b"], "has 1 layers"),
+        (MLP, "has 0 layers"),
+    ):
+        model = mlp(5, 6, 7, 3) if names else mlp(5, 3)
+        for name in names:
+            model.get_layer(name).trainable = False
+        compiled(model)
+        with pytest.raises(UnsupportedModelError, match=match):
+            fit(model, [attach(MLP)], **FIVE)
+        assert [layer.name for layer in model.layers if not layer.trainable] == names
+
+
+def test_models_that_are_not_built_or_not_compiled():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.layers.Dense(6, "tanh", name="a"),
+            keras.layers.Dense(7, "tanh", name="b"),
+            keras.layers.Dense(3, name="c"),
+        ]
+    )
+    with pytest.raises(ValueError, match="compile"):
+        fit(model, [attach(MLP, {"b"})], **FIVE)
+    callback, record = attach(MLP, {"b"}), Record()
+    fit(compiled(model), [callback, record], **FIVE)
+    assert callback.layers == MLP
+    assert record.still(1) == paths(model.get_layer("b"))
+
+
+def test_a_quantized_layer_is_not_one_of_ours():
+    model = mlp(5, 6, 7, 3)
+    model.get_layer("b").quantize("int8")
+    callback, record = attach(["a", "c"], {"a"}), Record()
+    fit(compiled(model), [callback, record], **FIVE)
+    assert callback.layers == ["a", "c"]
+    b = model.get_layer("b")
+    assert record.still(1) == paths(model.get_layer("a"), b)
+
+
+def test_dropout_goes_on_drawing_as_in_an_unfrozen_twin():
+    x, y = data(1, (5,))
+    inputs = np.tile(x, (5, 1)), np.tile(y, 5)
+    losses = []
+    for stages in ([{"a"}], []):
+        keras.utils.set_random_seed(0)
+        dropout = keras.layers.Dropout(0.5, seed=1, name="dropout")
+        model = keras.Sequential(
+            [keras.Input((5,)), keras.layers.Dense(6, name="a"), dropout, keras.layers.Dense(3, name="b")]
+        )
+        compiled(model, optimizers.SGD(0.0))
+        note = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: losses.append(logs["loss"]))
+        fit(model, [attach(["a", "b"], *stages), note], epochs=1, inputs=inputs)
+    np.testing.assert_allclose(losses[:5], losses[5:], rtol=1e-6)
+    assert len(set(losses[:5])) == 5
+
+
+def test_weights_that_are_not_numbers(caplog):
+    model = compiled(mlp(5, 6, 7, 3), optimizers.SGD(0.1))
+    x, y = data(5, (5,))
+    x[20] = np.nan  # in the third batch
+    callback = freezer(predictor=ChangePredictor(), record_every=1, decide_every=2, threshold=1.0)
+    fit(model, [callback], epochs=1, inputs=(x, y))
+    assert callback.frozen_layers == []
+    assert {event.reason for event in callback.events if event.step == 4} == {"not_finite"}
+    assert "hold NaN or infinity at step 4" in caplog.text
+    fit(compiled(mlp(5, 6, 7, 3)), [callback, keras.callbacks.TerminateOnNaN()], epochs=1, inputs=(x, y))
+    assert callback.report().num_steps == 3
+
+
+# Arguments
+
+
+def test_lengths_that_are_not_those_of_the_run():
+    for options, steps in (({"record_every": 100}, 5), ({"total_steps": 1}, 5), ({"total_steps": 10**6}, 5)):
+        callback = SmartFRZ(ChangePredictor(), **options)
+        fit(compiled(mlp(5, 6, 7, 3)), [callback], **FIVE)
+        assert callback.report().num_steps == steps
+        assert bool(callback.events) == (options == {"total_steps": 1})
+        assert str(callback.report())
+
+
+@pytest.mark.parametrize("window", [2, 40])
+def test_a_predictor_with_another_window(window):
+    callback = attach(MLP, {"b"}, predictor=ScriptedPredictor(script(MLP, {"b"}), info=make_info(window=window)))
+    fit(compiled(mlp(5, 6, 7, 3)), [callback], **FIVE)
+    assert callback.predictor.calls[-1][0].shape[1] <= window
+    assert callback.frozen_layers == ["b"]
+
+
+def test_wrong_arguments():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'model'"):
+        SmartFRZ(model=1)
+    with pytest.raises(UnknownPredictorError, match="smartfrz-bse"):
+        SmartFRZ("smartfrz-bse")
+    for name, value in (("record_every", 0), ("decide_every", 1.5), ("patience", 0), ("total_steps", -3)):
+        with pytest.raises(ValueError, match=f"`{name}` is {value}; expected an integer of at least 1"):
+            SmartFRZ(ScriptedPredictor(), **{name: value})
+
+
+def test_dry_runs_leave_no_trace():
+    _, callback, record = trained(KINDS["adam"](), {"b"}, dry_run=True)
+    _, _, plain = trained(KINDS["adam"]())
+    assert callback.report().frozen == {"b": 2}
+    for mine, other in zip(record.weights[-1], plain.weights[-1], strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-6)

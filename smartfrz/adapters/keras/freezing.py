@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smartfrz.adapters.keras.layers import Layer, find_variable, from_torch_positions, named_layers, torch_axes
-from smartfrz.errors import UnsupportedModelError
+from smartfrz.errors import UnsupportedModelError, UsageError
 
 _ADAPTER = "_smartfrz_adapter"
 
@@ -184,6 +184,10 @@ class KerasAdapter:
         """What `freeze` has frozen."""
         return [layer for layer in self._layers if layer in self._frozen]
 
+    def trained_by(self, optimizer: Any) -> bool:
+        """Whether this is the optimizer for which the layers were frozen."""
+        return any(lists.belongs_to(optimizer) for lists in self._lists)
+
     def set_flags(self, layers: Iterable[str], trainable: bool) -> None:
         """Set `trainable` of layers and variables, without telling `fit`; see `SmartFRZ.thawed`."""
         for layer in layers:
@@ -344,10 +348,25 @@ def _hold_spectral(wrapper: Any, hold: bool) -> None:
 
 
 def thaw_leftovers(model: keras.Model) -> None:
-    """Thaw what a run that was interrupted has left frozen: it would pass for the user's own."""
+    """Thaw what a run that was interrupted has left frozen: it would pass for the user's own.
+
+    Raises:
+        UsageError: If the model was compiled in between. The layers are thawed all the same.
+    """
     adapter = vars(model).get(_ADAPTER)
-    if adapter is not None:
-        adapter.unfreeze(adapter.frozen_layers())
+    if adapter is None:
+        return
+    frozen = adapter.frozen_layers()
+    if adapter.trained_by(model.optimizer):
+        adapter.unfreeze(frozen)
+        return
+    adapter.set_flags(frozen, True)
+    vars(model).pop(_ADAPTER)
+    # fit() has built the optimizer by now, and it takes no more variables.
+    raise UsageError(
+        f"compile() was called while {frozen} were frozen by a run that was interrupted, so that the new optimizer does "
+        "not know them. They can be trained again now. Call it again, and then fit()."
+    )
 
 
 def _with_inner(optimizer: Any) -> list[Any]:
@@ -370,6 +389,10 @@ class _OptimizerLists:
         self._index = dict(optimizer._trainable_variables_indices)
         averages = getattr(optimizer, "_model_variables_moving_average", None)  # none yet, if it trains nothing
         self.averages = list(averages) if optimizer.use_ema and averages is not None else None
+
+    def belongs_to(self, optimizer: Any) -> bool:
+        """Whether they are this optimizer's."""
+        return self._optimizer is optimizer
 
     def keep(self, live: set[int]) -> None:
         """Cut the lists down to the variables with these ids."""
