@@ -45,6 +45,7 @@ bench: $(VENV)/.installed
 	$(RUN) benchmarks.batch_norm
 	$(RUN) benchmarks.equal_time
 	$(RUN) benchmarks.freeze_order
+	$(RUN) benchmarks.keras_fit --backends torch
 
 predictor: $(VENV)/.installed
 	$(VENV)/bin/python recipes/fetch.py

@@ -80,7 +80,8 @@ def plot_demo(runs: "Sequence[Run]", path: Path) -> None:
     _draw_layers(top, freezing.layers, spans, steps)
     saved = 1 - freezing.seconds / full.seconds
     top.set_title(
-        f"SmartFRZ froze {len(freezing.frozen)} of {count} layers: {saved:.0%} less training time, "
+        f"SmartFRZ froze {len(freezing.frozen)} of {count} layers: {abs(saved):.0%} {'less' if saved >= 0 else 'more'} "
+        "training time, "
         f"{100 * (freezing.accuracy - full.accuracy):+.1f} points of accuracy",
         fontsize=11,
         loc="left",

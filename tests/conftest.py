@@ -51,3 +51,20 @@ def predictor_file(tiny_model, tiny_info, tmp_path_factory):
     path = tmp_path_factory.mktemp("predictor") / "tiny.onnx"
     export(tiny_model, tiny_info, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def eager_predictor(tmp_path_factory):
+    """A predictor of the usual size that freezes whatever it is asked about, with a record at each of nine steps."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("onnxscript")
+    from smartfrz.predictor.contract import PredictorInfo
+    from smartfrz.predictor.export import export
+    from smartfrz.predictor.model import FreezePredictor
+
+    info = PredictorInfo("eager", 1024, 30, "motion", threshold=0.01, record_fraction=1 / 9)
+    path = tmp_path_factory.mktemp("predictor") / "eager.onnx"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        export(FreezePredictor(info.tailored_size, info.representation), info, path)
+    return str(path)

@@ -16,9 +16,6 @@ from smartfrz.cli import main
 from smartfrz.demo import DemoOptions, Run, load_data, run_demo, save, table
 from smartfrz.errors import MissingDependencyError, RecipeError
 from smartfrz.plots import plot_demo
-from smartfrz.predictor.contract import PredictorInfo
-from smartfrz.predictor.export import export
-from smartfrz.predictor.model import FreezePredictor
 
 # Three steps an epoch and a record at each; the stages with at least four records are the steps 4, 6 and 8, and a layer
 # freezes at its second.
@@ -28,18 +25,8 @@ COLORS = {"active": (0xF2, 0xB1, 0x34), "frozen": (0x2F, 0x66, 0x90)}
 
 
 @pytest.fixture(scope="module")
-def predictor(tmp_path_factory):
-    """A predictor of the usual size that freezes whatever it is asked about."""
-    torch.manual_seed(0)
-    info = PredictorInfo("eager", 1024, 30, "motion", threshold=0.01, record_fraction=1 / STEPS)
-    path = tmp_path_factory.mktemp("predictor") / "eager.onnx"
-    export(FreezePredictor(info.tailored_size, info.representation), info, path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def options(predictor):
-    return dataclasses.replace(SMALL, predictor=predictor)
+def options(eager_predictor):
+    return dataclasses.replace(SMALL, predictor=eager_predictor)
 
 
 @pytest.fixture(scope="module")
@@ -137,10 +124,10 @@ def test_without_freezing_both_runs_are_the_same_run(options, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_command_on_a_folder_of_pictures(tmp_path, predictor):
+def test_the_command_on_a_folder_of_pictures(tmp_path, eager_predictor):
     folder = write_pictures(tmp_path / "pictures", number=35)
     arguments = ["demo", "--data", folder, "--output", tmp_path / "out", "--epochs", 4, "--num-test", 10]
-    result = CliRunner().invoke(main, [str(a) for a in (*arguments, "--num-train", 64, "--predictor", predictor)])
+    result = CliRunner().invoke(main, [str(a) for a in (*arguments, "--num-train", 64, "--predictor", eager_predictor)])
     assert result.exit_code == 0, result.output
     assert "test accuracy" in result.stdout
     assert re.search(r"full training +│ +\d+\.\d\d%", result.stdout)
@@ -174,6 +161,16 @@ def test_the_table():
     assert full == ("full training", "90.00%", "100.0", "4.00", "0.00 s", "80 to 80 MiB")
     assert freezing == ("SmartFRZ", "89.50%", "70.0", "3.00", "0.70 s", "80 to 50 MiB")
     assert difference == ("difference", "-0.50 points", "-30.0%", "-25.0%", "1.0% of training", "")
+
+
+def test_the_table_without_measured_activations():
+    runs = made_up_runs()
+    for run in runs:
+        run.activation_bytes = {}
+    header, full, _, difference = table(runs)
+    assert header[-1] == "deciding"
+    assert full == ("full training", "90.00%", "100.0", "4.00", "0.00 s")
+    assert difference[-1] == "1.0% of training"
 
 
 def test_the_figures_are_saved(tmp_path):
