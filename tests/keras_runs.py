@@ -80,7 +80,9 @@ def fit(model, callbacks, epochs=2, initial_epoch=0, inputs=None, **options):
 
 def freezer(script=(), **options):
     predictor = options.pop("predictor", None) or ScriptedPredictor(list(script))
-    return SmartFRZ(predictor, **{"record_every": 2, "decide_every": 3, "patience": 1, "norm_batches": 4} | options)
+    # Nothing pays in runs of a few steps.
+    defaults = {"record_every": 2, "decide_every": 3, "patience": 1, "norm_batches": 4, "recompile_steps": 0}
+    return SmartFRZ(predictor, **defaults | options)
 
 
 def read(variable):

@@ -11,6 +11,7 @@ from numpy_adapter import ChangePredictor, NumpyAdapter, ScriptedPredictor, make
 
 from smartfrz.errors import StateError, UnsupportedModelError
 from smartfrz.predictor.controller import RECORDS_PER_STAGE, FreezeController, schedule
+from smartfrz.predictor.ordering import LayerCost
 from smartfrz.predictor.tailoring import tailoring_positions
 
 SIZES = {"a": 40, "b": (5, 4), "c": 3}
@@ -113,6 +114,26 @@ def test_steps_return_the_decisions_of_a_stage_and_nothing_between():
         ("c", "keep", pytest.approx(0.1)),
     ]
     assert controller.events == decisions
+
+
+@pytest.mark.parametrize(("steps_per_change", "frozen"), [(0.0, {"a": 2}), (1.9, {"a": 2}), (2.1, {}), (100.0, {})])
+def test_nothing_freezes_that_saves_less_than_changing_the_frozen_set_costs(steps_per_change, frozen):
+    script = [{"a": 0.9, "b": 0.2, "c": 0.1}]
+    controller, adapter, _ = controller_of(script, total_steps=10)
+    controller.costs = {"a": LayerCost(1, 1, 1), "b": LayerCost(1, 1, 1), "c": LayerCost(1, 1, 1)}
+    controller.steps_per_change = steps_per_change
+    run(controller, adapter, 2)
+    # Of 3 forward and 5 backward, two are saved (the gradients of a and of b's input) in each of 8 steps: 2 steps.
+    assert controller.frozen == frozen
+    assert controller.events[0].reason == ("confident" if frozen else "grouped")
+
+
+def test_without_costs_or_a_length_of_the_run_everything_pays():
+    for options, costs in (({}, dict.fromkeys("abc", LayerCost(1, 1, 1))), ({"total_steps": 10}, {})):
+        controller, adapter, _ = controller_of([{"a": 0.9, "b": 0.2, "c": 0.1}], **options)
+        controller.costs, controller.steps_per_change = costs, 1000.0
+        run(controller, adapter, 2)
+        assert controller.frozen == {"a": 2}
 
 
 def test_frozen_layers_are_neither_recorded_nor_asked_about():

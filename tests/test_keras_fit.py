@@ -28,7 +28,7 @@ from keras_runs import (
 )
 from numpy_adapter import ChangePredictor, make_info
 
-from smartfrz.adapters.keras import SmartFRZ
+from smartfrz.adapters.keras.callback import CompileClock
 from smartfrz.errors import StateError
 from smartfrz.predictor.controller import COMPILED_STAGES
 
@@ -162,7 +162,7 @@ class OneMoreAtEveryStage:
 def test_few_freezing_stages_where_each_compiles_and_the_report_says_what_that_took():
     layers = [keras.layers.Dense(4, name=f"dense{i}") for i in range(12)]
     model = compiled(keras.Sequential([keras.Input((5,)), *layers]), jit_compile=BACKEND == "jax")
-    callback = SmartFRZ(OneMoreAtEveryStage(), record_every=2, decide_every=1, patience=1)
+    callback = freezer(predictor=OneMoreAtEveryStage(), decide_every=1)
     fit(model, [callback], epochs=3, inputs=data(shape=(5,)))
     stages = sorted(set(callback.report().frozen.values()))
     assert 2 <= len(stages) <= COMPILED_STAGES
@@ -173,6 +173,34 @@ def test_few_freezing_stages_where_each_compiles_and_the_report_says_what_that_t
     assert report.num_compilations == 1 + len(stages)
     assert 0.0 < report.recompile_seconds < report.compile_seconds < report.seconds + 60.0
     assert f"Keras compiled {1 + len(stages)} times" in str(report)
+
+
+def test_nothing_freezes_that_saves_less_than_compiling_costs():
+    script = [{"conv1": 0.9, "conv2": 0.9, "head": 0.1}]
+    callback = freezer(script, recompile_steps=1000)
+    fit(make_model(), [callback])
+    reasons = [event.reason for event in callback.events[:2]]
+    if BACKEND == "torch":  # where nothing is compiled
+        assert (callback.frozen_layers, reasons) == (["conv1", "conv2"], ["confident", "confident"])
+    else:
+        assert (callback.frozen_layers, reasons) == ([], ["grouped", "grouped"])
+
+
+def test_what_compiling_costs_is_measured_in_steps(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("smartfrz.adapters.keras.callback.time.perf_counter", lambda: now)
+    clock = CompileClock()
+    assert clock.cost == 0.0
+    for seconds, new in ((5.0, True), (0.1, False), (0.15, False), (0.1, False), (3.1, True), (0.1, False)):
+        clock.made_anew(new)
+        clock.call_begins()
+        now += seconds
+        clock.call_ended()
+    assert clock.cost == 64.0  # 49 steps, as a power of two
+    facts = clock.facts()
+    assert (facts["num_compilations"], facts["num_recompilations"]) == (2, 1)
+    assert facts["compile_seconds"] == pytest.approx(7.9)
+    assert facts["recompile_seconds"] == pytest.approx(3.0)
 
 
 def test_the_state_beside_a_backup_belongs_to_what_is_restored(tmp_path):

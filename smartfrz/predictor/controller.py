@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -14,11 +15,11 @@ from smartfrz.errors import StateError, UnsupportedModelError
 from smartfrz.predictor.contract import PredictorInfo
 from smartfrz.predictor.decision import FreezeDecision, Reason, decide
 from smartfrz.predictor.history import EncodedHistory, Encodes, WeightHistory
-from smartfrz.predictor.ordering import ORDERS, FreezeOrder, LayerCost, Ordering
+from smartfrz.predictor.ordering import ORDERS, FreezeOrder, LayerCost, Ordering, backward_cost
 from smartfrz.predictor.tailoring import tailoring_positions
 
 logger = logging.getLogger("smartfrz")
-STATE_VERSION = 2
+STATE_VERSION = 3
 RECORDS_PER_STAGE = 2
 PATIENCE = 2
 # Where changing the frozen set has the model compiled again, which takes seconds to minutes, at most so
@@ -157,6 +158,10 @@ class FreezeController:
         # Freezing stages per one at which anything is frozen: where freezing itself is expensive.
         self.freeze_every = 1
         self.costs: dict[str, LayerCost] = {}
+        # What changing the frozen set costs, in training steps: nothing is frozen that saves less in the rest
+        # of the run. Needs `costs`, and a run of known length.
+        self.steps_per_change = 0.0
+        self.total_steps = total_steps
         self.patience = int(patience)  # not a NumPy integer: torch.load(weights_only=True) refuses those
         self.dry_run = dry_run
         self.seed = int(seed)
@@ -261,7 +266,8 @@ class FreezeController:
         elif asked:
             answer = self._predictor.predict(*self._history.windows(asked))
             confidence = dict(zip(asked, answer[0][:, 1].tolist(), strict=True))
-        decisions, streaks = decide(
+        make = partial(
+            decide,
             active,
             confidence,
             excused,
@@ -271,10 +277,23 @@ class FreezeController:
             ordering=Ordering(self._adapter.all_layers(), self.threshold, self.freeze_order, self.costs),
             patience=self.patience,
             dry_run=self.dry_run,
-            hold=self.num_records // self.decide_every % self.freeze_every != 0,
             keep_one_of=self._keep_one_of,
         )
+        decisions, streaks = make(hold=self.num_records // self.decide_every % self.freeze_every != 0)
+        if not self._pays(active, [decision.layer for decision in decisions if decision.action != "keep"]):
+            decisions, streaks = make(hold=True)
         return {"decisions": [dataclasses.asdict(decision) for decision in decisions], "streaks": streaks}
+
+    def _pays(self, active: list[str], chosen: list[str]) -> bool:
+        """Whether freezing these layers now saves more in the rest of the run than changing the frozen set costs."""
+        if not (chosen and self.steps_per_change and self.costs and self.total_steps):
+            return True
+        layers = self._adapter.all_layers()
+        stopped = set(layers).difference(active)
+        now = backward_cost(layers, stopped, self.costs)[0]
+        then = backward_cost(layers, stopped.union(chosen), self.costs)[0]
+        step = now + sum(self.costs[layer].forward for layer in layers)
+        return (self.total_steps - self.num_steps) * (now - then) >= self.steps_per_change * step
 
     def thaw(self, layers: Sequence[str] | None = None, reason: Reason = "by_hand") -> list[FreezeDecision]:
         """Train layers again that this controller froze; they may freeze again later.
@@ -360,6 +379,7 @@ class FreezeController:
             "predictor": self._predictor.sha256,
             "layers": list(self._layers),
             "schedule": {name: getattr(self, name) for name in _SCHEDULE},
+            "total_steps": self.total_steps,
             "num_steps": self.num_steps,
             "num_records": self.num_records,
             "frozen": dict(self.frozen),
@@ -409,6 +429,7 @@ class FreezeController:
             layer: tailoring_positions(layer, self._adapter.num_weights(layer), info.tailored_size, seed=self.seed)
             for layer in self._layers
         }
+        self.total_steps = state["total_steps"]
         self.num_steps = state["num_steps"]
         self.num_records = state["num_records"]
         thawed = [layer for layer in self.frozen if layer not in state["frozen"]]
@@ -460,6 +481,7 @@ _SCHEDULE = (
     "seed",
     "freeze_order",
     "freeze_every",
+    "steps_per_change",
     "thaw_on_restart",
 )
 

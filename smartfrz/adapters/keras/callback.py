@@ -2,10 +2,13 @@
 
 import copy
 import json
+import math
 import os
+import statistics
 import time
 import warnings
 import zipfile
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -61,6 +64,9 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
             less its freezing would save now. What layers cost is estimated from their shapes.
         thaw_on_restart: Thaw every layer when the learning rate is raised to more than twice its
             lowest value since anything froze (a restart of its schedule).
+        recompile_steps: What making the training function anew costs, in training steps. Nothing is
+            frozen that saves less in the rest of the run. By default it is measured at the first
+            step. 0: freeze whatever has converged.
 
     Raises:
         PredictorFileError: If the predictor cannot be used.
@@ -88,11 +94,16 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
         norm_batches: int = 24,
         freeze_order: FreezeOrder = "free",
         thaw_on_restart: bool = False,
+        recompile_steps: float | None = None,
     ):
         super().__init__()
         self.predictor = zoo.load(predictor, device=device)
         if norm_batches < 0:
             raise ValueError(f"`norm_batches` is {norm_batches}; expected 0 or more steps.")
+        if recompile_steps is not None and not recompile_steps >= 0.0:
+            raise ValueError(
+                f"`recompile_steps` is {recompile_steps}; expected 0 or more steps, or None to measure it."
+            )
         info = self.predictor.info
         # complain now, not when training begins; how long the run is shows then
         schedule(info, total_steps or 1, record_every, decide_every, threshold, patience, freeze_order)
@@ -110,6 +121,7 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
             "thaw_on_restart": thaw_on_restart,
         }
         self._norm_batches = norm_batches
+        self._recompile_steps = recompile_steps
         self._pending: dict[str, Any] | None = None
         self._training = False
         self._recorder: CallRecorder | None = None
@@ -174,13 +186,13 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Look at the clock."""
-        self._compiling.step_begins()
+        self._compiling.call_begins()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Record, decide and freeze, where it is time to."""
         if not self._training:
             raise UsageError("SmartFRZ was called outside of fit(). Pass it to fit(callbacks=[...]).")
-        self._compiling.step_ended()
+        self._compiling.call_ended()
         if self._started is None:
             self._started = time.perf_counter() - self._seconds
         if self._recorder is not None:
@@ -204,13 +216,8 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
             controller.num_steps += 1
             return
         self._check_frozen(controller, adapter)
-        if self._compiles and controller.freeze_every == 1:
-            controller.freeze_every = stages_apart(
-                self.predictor.info,
-                self._run_options["total_steps"],
-                controller.record_every,
-                controller.decide_every,
-            )
+        if self._compiles:
+            self._spare_compilations(controller)
         decisions = controller.step()
         if controller.thaw_on_restart:
             decisions = decisions + controller.observe_learning_rates([self._learning_rate()])
@@ -219,6 +226,18 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
         if decisions and self._board is not None:
             self._board.stage(decisions, self.report())
         self._snapshot_before_stage(controller, adapter)
+
+    def _spare_compilations(self, controller: FreezeController) -> None:
+        """Tell the controller, before its first freezing stage, that changing the frozen set has its price."""
+        if controller.freeze_every == 1:
+            controller.freeze_every = stages_apart(
+                self.predictor.info, controller.total_steps, controller.record_every, controller.decide_every
+            )
+        if controller.num_steps + 1 == controller.record_every * controller.decide_every:
+            steps = self._recompile_steps
+            if steps is None:
+                steps = self._compiling.cost * int(self._model.steps_per_execution) / self._accumulation
+            controller.steps_per_change = float(steps)
 
     def _check_frozen(self, controller: FreezeController, adapter: KerasAdapter) -> None:
         """Freeze nothing any more in a run that trains frozen layers on."""
@@ -502,45 +521,57 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
 class CompileClock:
     """Counts how often the training function was made, and about how long that took.
 
-    A function is traced and compiled inside of its first call. What that call took beyond the next
-    one is the cost.
+    A function is traced and compiled inside of its first call. What that takes beyond other calls is the cost.
     """
 
     def __init__(self) -> None:
-        self._begin: float | None = None
-        self._first: float | None = None  # seconds of a first call, the second of which has not come yet
-        self._seconds: list[float] = []
+        self._begun = self._ended = 0.0
         self._new = False
+        self._first: list[float] = []  # seconds of the first call of each function
+        self._others: deque[float] = deque(maxlen=64)
 
     def made_anew(self, compiles: bool) -> None:
-        """The next step is the first of a new function."""
+        """The next call is the first of a new function."""
         self._new = self._new or compiles
 
-    def step_begins(self) -> None:
-        """Call before each step."""
-        self._begin = time.perf_counter()
+    def call_begins(self) -> None:
+        """Look at the clock before each call of the training function."""
+        self._begun = time.perf_counter()
 
-    def step_ended(self) -> None:
-        """Call after each step."""
-        if self._begin is None:
-            return
-        took = time.perf_counter() - self._begin
-        self._begin = None
-        if self._first is not None:
-            self._seconds[-1] = max(0.0, self._first - took)
-            self._first = None
+    def call_ended(self) -> None:
+        """Look at the clock after it."""
+        now = time.perf_counter()
         if self._new:
             self._new = False
-            self._first = took
-            self._seconds.append(took)
+            self._first.append(now - self._begun)
+        elif self._ended:
+            # From end to end: on JAX a call returns before the device is done, and the next one waits for it.
+            self._others.append(now - self._ended)
+        self._ended = now
+
+    @property
+    def usual(self) -> float:
+        """Seconds of a call that compiles nothing; 0 if there was none yet."""
+        return statistics.median(self._others) if self._others else 0.0
+
+    @property
+    def cost(self) -> float:
+        """What making the training function cost at the first time, in calls; rounded to a power of two.
+
+        What is decided by it should not depend on how busy the machine is.
+        """
+        if not self._first or not self.usual:
+            return 0.0
+        return 2.0 ** round(math.log2(max(1.0, self._first[0] / self.usual - 1.0)))
 
     def facts(self) -> dict[str, Any]:
         """For the report."""
+        seconds = [max(0.0, first - self.usual) for first in self._first]
         return {
-            "num_compilations": len(self._seconds),
-            "compile_seconds": sum(self._seconds),
-            "num_recompilations": max(0, len(self._seconds) - 1),
-            "recompile_seconds": sum(self._seconds[1:]),
+            "num_compilations": len(seconds),
+            "compile_seconds": sum(seconds),
+            "num_recompilations": max(0, len(seconds) - 1),
+            "recompile_seconds": sum(seconds[1:]),
         }
 
 
