@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from smartfrz.predictor.tailoring import tailoring_positions
+
 
 @dataclass
 class Case:
@@ -36,6 +38,34 @@ class AdapterContract:
     @pytest.fixture
     def case(self) -> Case:
         raise NotImplementedError
+
+    def half(self, dtype: str) -> tuple[Any, str, np.ndarray]:
+        """An adapter, a layer whose weights have that dtype, and these weights, flattened, as float32."""
+        raise NotImplementedError
+
+    dtypes: tuple[str, ...] = ("float16", "bfloat16")
+
+    def test_weights_of_half_precision_are_read_as_they_are(self):
+        for dtype in self.dtypes:
+            adapter, layer, flat = self.half(dtype)
+            indices = np.arange(len(flat))
+            read = adapter.weights(layer, indices)
+            assert read.dtype == np.float32
+            np.testing.assert_array_equal(read, flat)
+            assert len(np.unique(flat)) > 2
+            np.testing.assert_array_equal(adapter.tailored({layer: indices})[layer], flat)
+
+    @pytest.mark.parametrize("more", [0.3, 1.0, 7.5])
+    def test_samples_of_layers_smaller_and_larger_than_the_tailored_size(self, case, more):
+        sizes = {layer: len(case.flat_weights(layer)) for layer in case.layers}
+        indices = {x: tailoring_positions(x, n, max(1, int(more * n)), seed=3) for x, n in sizes.items()}
+        case.train_step()
+        together = case.adapter.tailored(indices)
+        assert list(together) == case.layers
+        for layer in case.layers:
+            expected = case.flat_weights(layer)[indices[layer]]
+            np.testing.assert_array_equal(together[layer], expected)
+            np.testing.assert_array_equal(case.adapter.weights(layer, indices[layer]), expected)
 
     def test_layers_are_in_execution_order_and_stay_so(self, case):
         assert case.adapter.layers() == case.layers
@@ -100,3 +130,33 @@ class AdapterContract:
         before = [case.everything(layer) for layer in case.layers]
         case.adapter.unfreeze(case.layers)
         assert all(same(b, case.everything(layer)) for b, layer in zip(before, case.layers, strict=True))
+
+    def test_layers_frozen_one_after_another_thawed_in_part_and_frozen_again(self, case):
+        first, second, *rest = case.layers
+        frozen = set()
+        for change, layers in [
+            (case.adapter.freeze, [first]),
+            (case.adapter.freeze, [second]),
+            (case.adapter.unfreeze, [first]),
+            (case.adapter.freeze, [first, second]),
+            (case.adapter.unfreeze, [first, second, *rest]),
+        ]:
+            change(layers)
+            frozen = frozen.union(layers) if change == case.adapter.freeze else frozen.difference(layers)
+            before = {layer: case.everything(layer) for layer in case.layers}
+            for _ in range(2):
+                case.train_step()
+            moved = [layer for layer in case.layers if not same(before[layer], case.everything(layer))]
+            assert moved == [layer for layer in case.layers if layer not in frozen]
+
+    def test_the_caller_s_lists_and_indices_stay_as_they_were(self, case):
+        layers, indices = [case.layers[0]], np.arange(3)
+        case.adapter.weights(layers[0], indices)
+        case.adapter.freeze(layers)
+        case.train_step()
+        case.adapter.unfreeze(layers)
+        assert layers == [case.layers[0]]
+        np.testing.assert_array_equal(indices, np.arange(3))
+        names = case.adapter.layers()
+        names.clear()
+        assert case.adapter.layers() == case.layers

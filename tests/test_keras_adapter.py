@@ -56,6 +56,12 @@ class TestKerasAdapter(AdapterContract):
             train_step=train_step,
         )
 
+    def half(self, dtype):
+        model = keras.Sequential([keras.Input((4,), dtype=dtype), keras.layers.Dense(3, name="a", dtype=dtype)])
+        kernel = keras.ops.convert_to_numpy(keras.ops.cast(compiled(model).layers[0].kernel, "float32"))
+        assert model.layers[0].kernel.dtype == dtype
+        return KerasAdapter(model, trace_layers(model)), "a", np.array(kernel).T.ravel()
+
 
 @pytest.mark.parametrize(
     ("optimizer", "options", "jit_compile", "stages"),

@@ -112,6 +112,11 @@ class TestTorchAdapter(AdapterContract):
             train_step=loop.train_step,
         )
 
+    def half(self, dtype):
+        model = nn.Sequential(nn.Linear(4, 3)).to(getattr(torch, dtype))
+        layers = trace_layers(model, torch.zeros(1, 4, dtype=getattr(torch, dtype)))
+        return TorchAdapter(model, [], layers), "0", model[0].weight.detach().float().flatten().numpy().copy()
+
 
 def test_one_trajectory_gives_the_same_decisions_in_numpy_and_torch():
     sizes = {"0": (5, 6), "1": (4, 5), "2": (3, 4)}
