@@ -284,6 +284,7 @@ def group(model: keras.Model, run: Run) -> list[Layer]:
     ran_set = set(ran)
     # A layer whose descendants own variables and run is a container, not a layer.
     containers = {a for path in ran if own_variables(layers[path]) for a in _ancestors(path, layers)}
+    inside = {id(v) for path in ran if path not in containers for v in own_variables(layers[path])}
     belongs: dict[str, list[str]] = {path: [path] for path in ran}
     for path in layers:
         if path not in ran_set:  # used by the layer around it, without being called
@@ -302,7 +303,8 @@ def group(model: keras.Model, run: Run) -> list[Layer]:
                 "mode, frozen or not. Use spectral normalization without SmartFRZ, or SmartFRZ without it."
             )
         variables = [(f"{p}:{i}", v, layers[p]) for p in belongs[path] for i, v in enumerate(own_variables(layers[p]))]
-        owned = [(name, v) for name, v, _ in variables]
+        # A model that keeps a list of its layers' variables owns them as well, as Keras sees it.
+        owned = [(name, v) for name, v, _ in variables if path not in containers or id(v) not in inside]
         matrices = {name for name, v, owner in variables if _is_matrix(owner, v)}
         norm = isinstance(layer, keras.layers.BatchNormalization)
         if not owned and not norm:
