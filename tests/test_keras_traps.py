@@ -472,6 +472,8 @@ def test_early_stopping_restores_all_weights_and_leaves_nothing_frozen():
     fit(model, [callback, record, stop], epochs=5, inputs=(x, y))
     assert callback.frozen_layers == ["b", "a"]
     assert stop.stopped_epoch == 2
+    assert record.still(1) == paths(model.get_layer("b"))
+    assert record.still(3) == paths(model.get_layer("b"), model.get_layer("a"))
     # what it restores is of before the second layer froze: on_train_end is later
     for variable, best in zip(model.weights, record.weights[2], strict=True):
         np.testing.assert_array_equal(read(variable), best)
@@ -619,14 +621,15 @@ def test_a_loop_of_train_on_batch_is_refused_with_a_hint():
 
 
 class Stop(keras.callbacks.Callback):
-    """Ends the run after three batches with this error."""
+    """Ends the run with this error after so many batches."""
 
-    def __init__(self, error):
+    def __init__(self, error, batches=3):
         super().__init__()
-        self.error = error
+        self.error, self.left = error, batches
 
     def on_train_batch_end(self, batch, logs=None):
-        if batch == 2:
+        self.left -= 1
+        if not self.left:
             raise self.error
 
 
@@ -680,6 +683,28 @@ def test_weights_set_and_model_compiled_between_two_runs():
     fit(model, [callback := attach(MLP, {"c"}), record := Record()], **FIVE)
     assert callback.frozen_layers == ["c"]
     assert record.still(1) == paths(model.get_layer("c"))
+
+
+def test_two_models_that_share_layers_and_what_a_summary_says():
+    """One is trained after the other: what froze in the first is trained in the second."""
+    inputs = keras.Input((5,))
+    trunk = mlp(5, 6, 7)
+    first = compiled(keras.Model(inputs, keras.layers.Dense(3, name="one")(trunk(inputs))))
+    second = compiled(keras.Model(inputs, keras.layers.Dense(3, name="two")(trunk(inputs))))
+    counts = []
+
+    class Summary(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            lines = []
+            self.model.summary(print_fn=lines.append, expand_nested=True)
+            counts.append(next(line for line in "\n".join(lines).splitlines() if "Non-trainable params" in line))
+
+    names = [f"{trunk.name}/a", f"{trunk.name}/b", "one"]
+    fit(first, [attach(names, {names[0]}), record := Record(), Summary()], **FIVE)
+    assert record.still(1) == paths(trunk.get_layer("a"))
+    assert ["36" in count for count in counts] == [False, True, True, True, True]  # 5 * 6 + 6
+    fit(second, [again := Record()], **FIVE)
+    assert again.still(0, 1) == set()
 
 
 def test_a_clone_made_while_layers_are_frozen():
@@ -809,3 +834,168 @@ def test_dry_runs_leave_no_trace():
     assert callback.report().frozen == {"b": 2}
     for mine, other in zip(record.weights[-1], plain.weights[-1], strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-6)
+
+
+# Training steps and loops of the user's own
+
+
+def loss_of(y, logits):
+    return keras.ops.mean(keras.losses.sparse_categorical_crossentropy(y, logits, from_logits=True))
+
+
+class Stepping(keras.Model):
+    """The `train_step` of Keras' guides, for each backend.
+
+    Args:
+        remember: Whether it gathers what it trains once and for all, as some write it.
+    """
+
+    def __init__(self, remember=False):
+        super().__init__()
+        self.a = keras.layers.Dense(6, "tanh")
+        self.b = keras.layers.Dense(7, "tanh")
+        self.c = keras.layers.Dense(3)
+        self.remember = remember
+
+    def build(self, shape):
+        for layer, size in ((self.a, shape[-1]), (self.b, 6), (self.c, 7)):
+            layer.build((None, size))
+        self.remembered = self.trainable_variables if self.remember else []
+
+    def call(self, x):
+        return self.c(self.b(self.a(x)))
+
+    def train_step(self, *arguments):
+        return getattr(self, BACKEND)(*arguments)
+
+    def tensorflow(self, batch):
+        import tensorflow
+
+        x, y = batch
+        with tensorflow.GradientTape() as tape:
+            loss = loss_of(y, self(x, training=True))
+        trained_ = self.remembered or self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, trained_), trained_)
+        return {"loss": loss}
+
+    def torch(self, batch):
+        x, y = batch
+        self.zero_grad()
+        loss = loss_of(y, self(x, training=True))
+        loss.backward()
+        trained_ = self.remembered or self.trainable_variables
+        self.optimizer.apply([v.value.grad for v in trained_], trained_)
+        return {"loss": loss}
+
+    def jax(self, state, batch):
+        import jax
+
+        trainable, rest, own, metrics = state
+        x, y = batch
+
+        def stateless(trainable):
+            logits, new_rest = self.stateless_call(trainable, rest, x, training=True)
+            return loss_of(y, logits), new_rest
+
+        (loss, rest), gradients = jax.value_and_grad(stateless, has_aux=True)(trainable)
+        trainable, own = self.optimizer.stateless_apply(own, gradients, trainable)
+        return {"loss": loss}, (trainable, rest, own, metrics)
+
+
+def test_a_train_step_of_the_users_own():
+    keras.utils.set_random_seed(0)
+    model, callback, record = compiled(Stepping(), KINDS["adam"]()), attach(MLP, {"b"}), Record()
+    fit(model, [callback, record], **FIVE)
+    assert callback.layers == MLP
+    assert callback.frozen_layers == ["b"]
+    for step in range(2, 5):
+        assert record.still(step - 1, step) == paths(model.b)
+    assert model.optimizer.iterations == 5
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="a train_step is given its variables on JAX")
+@pytest.mark.xfail(
+    BACKEND == "tensorflow",
+    strict=True,
+    raises=AssertionError,
+    reason="a train_step that keeps a list of variables goes on training them",
+)
+def test_a_train_step_that_remembers_its_variables():
+    keras.utils.set_random_seed(0)
+    model, callback, record = compiled(Stepping(remember=True), KINDS["adam"]()), attach(MLP, {"b"}), Record()
+    fit(model, [callback, record], **FIVE)
+    assert callback.frozen_layers == ["b"]
+    assert record.still(1) == paths(model.b)
+
+
+class Adversaries(keras.Model):
+    """A generator and a discriminator, each with an optimizer."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = mlp(2, 6, 5)
+        self.judge = mlp(5, 7, 1)
+
+    def compile(self, first, second):
+        super().compile()
+        self.first, self.second = first, second
+
+    def call(self, x):
+        return self.judge(self.generator(x[:, :2]))
+
+    def losses_of(self, x):
+        made, real = self(x), self.judge(x)
+        both = keras.ops.concatenate([keras.ops.zeros_like(made), keras.ops.ones_like(real)])
+        judged = keras.losses.binary_crossentropy(both, keras.ops.concatenate([made, real]), from_logits=True)
+        fooled = keras.losses.binary_crossentropy(keras.ops.ones_like(made), made, from_logits=True)
+        return keras.ops.mean(judged), keras.ops.mean(fooled)
+
+    def train_step(self, x):
+        pairs = (self.judge, self.first), (self.generator, self.second)
+        if BACKEND == "tensorflow":
+            import tensorflow
+
+            with tensorflow.GradientTape(persistent=True) as tape:
+                losses = self.losses_of(x)
+            for loss, (part, optimizer) in zip(losses, pairs, strict=True):
+                optimizer.apply(tape.gradient(loss, part.trainable_variables), part.trainable_variables)
+        else:
+            for number, (part, optimizer) in enumerate(pairs):
+                self.zero_grad()
+                losses = self.losses_of(x)
+                losses[number].backward()
+                optimizer.apply([v.value.grad for v in part.trainable_variables], part.trainable_variables)
+        return {"judged": losses[0], "fooled": losses[1]}
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="Keras hands a train_step on JAX the state of one optimizer only")
+def test_two_networks_with_an_optimizer_each():
+    keras.utils.set_random_seed(0)
+    model, record = Adversaries(), Record()
+    model.compile(KINDS["adam"](), KINDS["adam"]())
+    names = ["generator/a", "generator/b", "judge/a", "judge/b"]
+    callback = attach(names, {"generator/a", "judge/b"})
+    x = data(5, (5,))[0]
+    model.fit(x, batch_size=8, verbose=0, callbacks=[callback, record], shuffle=False)
+    assert callback.layers == names
+    assert record.still(1) == paths(model.generator.get_layer("a"), model.judge.get_layer("b"))
+    assert record.still(0, 1) == set()
+    assert model.first.iterations == model.second.iterations == 5
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the steps that a backup loads are counted as taken")
+def test_a_backup_that_is_loaded_after_our_start(tmp_path):
+    """It sets the optimizer's count, which is looked at where gradients are accumulated."""
+    inputs = data(12, (5,))
+
+    def run(*others):
+        model = compiled(mlp(5, 6, 7, 3), KINDS["adam"](gradient_accumulation_steps=2))
+        fit(model, [callback := attach(MLP), *others], epochs=2, inputs=inputs)
+        return callback.report().num_steps
+
+    def backup():
+        return keras.callbacks.BackupAndRestore(tmp_path / "backup")
+
+    with pytest.raises(KeyboardInterrupt):
+        run(backup(), Stop(KeyboardInterrupt(), batches=13))
+    assert run(backup()) == 6  # the second epoch

@@ -284,7 +284,8 @@ def group(model: keras.Model, run: Run) -> list[Layer]:
     ran_set = set(ran)
     # A layer whose descendants own variables and run is a container, not a layer.
     containers = {a for path in ran if own_variables(layers[path]) for a in _ancestors(path, layers)}
-    # What a wrapper holds of the layer inside, as SpectralNormalization its kernel, is that layer's.
+    # What a wrapper holds of the layer inside (SpectralNormalization its kernel), or a model of its layers in a
+    # list of variables, is the inner layer's, though Keras tracks it as the outer one's.
     inside = {id(v) for path in ran if path not in containers for v in own_variables(layers[path])}
     belongs: dict[str, list[str]] = {path: [path] for path in ran}
     for path in layers:
