@@ -2,8 +2,8 @@
 
 EfficientNet-Lite0 with ImageNet weights on 3,000 CIFAR-10 pictures (in the folder that SMARTFRZ_DATA
 names), 4 epochs of SGD, batch 32, cosine schedule, no augmentation; 2,000 test pictures. 64 px; 32 px on
-JAX, since XLA takes ten times as long as the others for depthwise convolutions on a CPU. One process
-and one thread for each backend and seed; in it both methods take turns of ten steps.
+JAX, where a step takes more than ten times as long on a CPU (depthwise convolutions in XLA). One
+process and one thread for each backend and seed; in it both methods take turns of ten steps.
 
 Prints one JSON line a run, and then a table: means and standard deviations over seeds, and of the
 difference to full training of the same seed. `seconds` is training with everything that freezing costs,

@@ -120,15 +120,15 @@ def test_the_error_of_one_run_reaches_the_caller_and_ends_the_other():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not installed("keras", "tensorflow"), reason="needs keras and tensorflow")
+@pytest.mark.skipif(not installed("keras", "torch"), reason="needs keras and torch")
 def test_the_command(tmp_path, eager_predictor):
     arguments = ["demo", "--framework", "keras", "--data", "digits", "--output", str(tmp_path), "--epochs", "4"]
     arguments += ["--num-train", "64", "--num-test", "20", "--predictor", eager_predictor]
-    process = run("tensorflow", "-c", COMMAND, *arguments)
+    process = run("torch", "-c", COMMAND, *arguments)
     assert process.returncode == 0, process.stderr[-6000:]
     assert "full training" in process.stdout
     assert "activations, " not in process.stdout
-    assert "Keras on tensorflow. Not counted:" in process.stdout
+    assert "Keras on torch. Not counted:" in process.stdout
     assert f"wrote {tmp_path / 'demo.png'}" in process.stdout
     assert json.loads((tmp_path / "demo.json").read_text())["options"]["data"] == "digits"
 
