@@ -873,7 +873,7 @@ class Stepping(keras.Model):
 
         x, y = batch
         with tensorflow.GradientTape() as tape:
-            loss = loss_of(y, self(x, training=True))
+            loss = loss_of(y, self(x))
         trained_ = self.remembered or self.trainable_variables
         self.optimizer.apply(tape.gradient(loss, trained_), trained_)
         return {"loss": loss}
@@ -881,7 +881,7 @@ class Stepping(keras.Model):
     def torch(self, batch):
         x, y = batch
         self.zero_grad()
-        loss = loss_of(y, self(x, training=True))
+        loss = loss_of(y, self(x))
         loss.backward()
         trained_ = self.remembered or self.trainable_variables
         self.optimizer.apply([v.value.grad for v in trained_], trained_)
@@ -894,7 +894,7 @@ class Stepping(keras.Model):
         x, y = batch
 
         def stateless(trainable):
-            logits, new_rest = self.stateless_call(trainable, rest, x, training=True)
+            logits, new_rest = self.stateless_call(trainable, rest, x)
             return loss_of(y, logits), new_rest
 
         (loss, rest), gradients = jax.value_and_grad(stateless, has_aux=True)(trainable)
