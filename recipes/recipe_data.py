@@ -80,14 +80,14 @@ def mnist(size=32, num_train=4000, num_test=1000, augment=False):
     return _pair((pixels[:4000], labels[:4000]), (pixels[4000:], labels[4000:]), size, num_train, num_test, augment)
 
 
-def _archive(name, split, number):
+def archive(name, split, number=None):
     from PIL import Image
 
     path = Path(os.environ.get("SMARTFRZ_DATA", ".")) / f"{name}.npz"
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: set SMARTFRZ_DATA to the folder that holds {name}.npz")
-    archive = np.load(path)
-    blob, offsets, labels = (archive[f"{split}_{part}"] for part in ("jpeg", "off", "y"))
+    stored = np.load(path)
+    blob, offsets, labels = (stored[f"{split}_{part}"] for part in ("jpeg", "off", "y"))
     chosen = np.random.default_rng(0).permutation(len(labels))[:number]
     pictures = [Image.open(io.BytesIO(blob[offsets[i] : offsets[i + 1]].tobytes())).convert("RGB") for i in chosen]
     return pictures, labels[chosen]
@@ -96,7 +96,7 @@ def _archive(name, split, number):
 def _photos(name, splits, size, num_train, num_test, augment):
     made = []
     for split, number in zip(splits, (num_train, num_test), strict=True):
-        pictures, labels = _archive(name, split, number)
+        pictures, labels = archive(name, split, number)
         made.append((np.stack([np.asarray(p.resize((size, size))) for p in pictures]), labels))
     return _pair(*made, size, num_train, num_test, augment)
 

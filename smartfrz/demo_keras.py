@@ -55,7 +55,10 @@ def run_demo(options: DemoOptions, progress: Callable[[float, str], None] = lamb
     torch.manual_seed(options.seed)
     network = pretrained_network(int(train[1].max()) + 1)
     with ExitStack() as stack:
-        trainers = [stack.enter_context(Trainer(method, network, train, test, options)) for method in (FULL, FREEZING)]
+        trainers = []
+        for method in (FULL, FREEZING):
+            model = keras_network(network, options.image_size, options.seed)
+            trainers.append(stack.enter_context(Trainer(method, model, train, test, options)))
         take_turns(trainers, progress)
         runs = [trainer.run for trainer in trainers]
         report = trainers[1].report()
@@ -111,18 +114,17 @@ class Trainer(keras.callbacks.Callback):  # type: ignore[misc]
 
     Args:
         method: `full training` or `SmartFRZ`.
-        network: The PyTorch network whose weights training starts from; it stays as it is.
+        model: What to train; not compiled.
         train: Pictures and labels as from `as_arrays`.
         test: As `train`.
         options: Of the run; `data`, `num_train`, `num_test` and `image_size` are not read.
     """
 
-    def __init__(self, method: str, network: nn.Module, train: Split, test: Split, options: DemoOptions):
+    def __init__(self, method: str, model: keras.Model, train: Split, test: Split, options: DemoOptions):
         super().__init__()
         self.run = KerasRun(method)
         batches = _Batches(train, options.batch_size, options.seed)
         self.total_steps = round(len(batches) * options.epochs)
-        model = keras_network(network, train[0].shape[1], options.seed)
         rate = keras.optimizers.schedules.CosineDecay(options.learning_rate, self.total_steps)
         model.compile(
             keras.optimizers.SGD(rate, momentum=0.9, weight_decay=1e-5),

@@ -61,7 +61,10 @@ def failing():
     bad = np.zeros((32, 32, 32, 1), np.float32), np.zeros(32, np.int64)
     network = pretrained_network(10)
     options = DemoOptions(epochs=20, batch_size=16)
-    trainers = [Trainer(method, network, data, good, options) for method, data in ((FULL, good), (FREEZING, bad))]
+    trainers = [
+        Trainer(method, keras_network(network, 32), data, good, options)
+        for method, data in ((FULL, good), (FREEZING, bad))
+    ]
     try:
         with trainers[0], trainers[1]:
             take_turns(trainers, lambda done, text: None)
