@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-BACKENDS = ["tensorflow", "jax", "torch"]
 ALONE = ["test_keras_backends.py", "test_keras_distribution.py"]
 # Most of the time would go into making tiny models fast.
 CHEAP = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -28,18 +27,34 @@ def run(backend, *arguments, **environment):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_adapter(backend):
-    tests = sorted(path.name for path in HERE.glob("test_keras_*.py") if path.name not in ALONE)
-    run_tests(backend, *tests)
+class OnBackend:
+    """One class for each backend: `pytest --dist loadscope` runs them side by side."""
+
+    backend: str
+
+    @pytest.mark.slow
+    def test_adapter(self):
+        tests = sorted(path.name for path in HERE.glob("test_keras_*.py") if path.name not in ALONE)
+        run_tests(self.backend, *tests)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
-def test_two_devices(backend):
-    devices = {"SMARTFRZ_DEVICES": "2", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    run_tests(backend, "test_keras_distribution.py", **devices)
+class OnTwoDevices(OnBackend):
+    @pytest.mark.slow
+    def test_two_devices(self):
+        devices = {"SMARTFRZ_DEVICES": "2", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        run_tests(self.backend, "test_keras_distribution.py", **devices)
+
+
+class TestOnTensorFlow(OnTwoDevices):
+    backend = "tensorflow"
+
+
+class TestOnJax(OnTwoDevices):
+    backend = "jax"
+
+
+class TestOnTorch(OnBackend):
+    backend = "torch"
 
 
 def run_tests(backend, *tests, **environment):
