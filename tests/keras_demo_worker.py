@@ -4,6 +4,7 @@ python keras_demo_worker.py predictor.onnx output-folder
 python keras_demo_worker.py failing
 """
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -12,10 +13,12 @@ import keras
 import numpy as np
 import torch
 
+from smartfrz import demo_keras
+from smartfrz.adapters.keras import SmartFRZ
 from smartfrz.demo import FREEZING, FULL, DemoOptions, pretrained_network, save, table, take_turns
 from smartfrz.demo_keras import Trainer, keras_network, notes, run_demo
 
-# Four steps an epoch, eleven in all: more than a turn. All layers but the last freeze at step 6.
+# Four steps an epoch, eleven in all: more than a turn.
 SMALL = {"data": "digits", "epochs": 2.75, "num_train": 64, "num_test": 60, "image_size": 32, "batch_size": 16}
 to_numpy = keras.ops.convert_to_numpy
 
@@ -83,6 +86,8 @@ def small_demo(predictor, output):
         noting(self, epoch, logs)
 
     Trainer.on_epoch_end = spy
+    # In eleven steps no freezing pays for compiling anew.
+    demo_keras.SmartFRZ = functools.partial(SmartFRZ, recompile_steps=0)
     options = DemoOptions(**SMALL, predictor=predictor)
     runs = run_demo(options, lambda done, text: shown.append((done, text)))
     files = [path.name for path in save(runs, options, Path(output))]

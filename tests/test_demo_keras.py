@@ -59,9 +59,10 @@ def test_the_run_with_smartfrz_freezes_and_saves(result):
     assert (full["method"], freezing["method"]) == ("full training", "SmartFRZ")
     assert full["num_steps"] == freezing["num_steps"] == 11
     assert full["frozen"] == {}
-    assert set(freezing["frozen"].values()) == {6}
+    # Where freezing means to compile anew, only every second stage may.
+    assert set(freezing["frozen"].values()) == {6 if result.backend == "torch" else 8}
     assert set(freezing["frozen"]) == set(freezing["layers"]) - {"classifier"}
-    assert freezing["backward_flops"] < 0.6 * full["backward_flops"]
+    assert freezing["backward_flops"] < 0.8 * full["backward_flops"]
     assert 0 < freezing["decision_seconds"] < freezing["seconds"]
     assert full["decision_seconds"] == 0
     assert all(run["first_step_seconds"] > 0 < run["cpu_seconds"] for run in result.runs)
@@ -76,7 +77,7 @@ def test_both_runs_are_measured_at_the_same_steps_and_equal_until_something_free
         assert all(0 <= value <= 1 for value in accuracies)
     full, freezing = result.losses.values()
     assert full[0] == pytest.approx(freezing[0], rel=1e-4)
-    assert full[1] != pytest.approx(freezing[1], rel=1e-4)
+    assert full[2] != pytest.approx(freezing[2], rel=1e-4)
 
 
 @pytest.mark.slow
@@ -103,7 +104,7 @@ def test_the_picture(result):
     assert result.files == ["demo.json", "demo.png"]
     with Image.open(result.output / "demo.png") as picture:
         assert picture.format == "PNG"
-    assert covered(result.output / "demo.png", COLORS["frozen"]) > 0.1
+    assert covered(result.output / "demo.png", COLORS["frozen"]) > 0.05  # without any: 0.03
     assert covered(result.output / "demo.png", COLORS["active"]) > 0.1
 
 
