@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+BACKENDS = ["tensorflow", "jax", "torch"]
 ALONE = ["test_keras_backends.py", "test_keras_distribution.py"]
 # Most of the time would go into making tiny models fast.
 CHEAP = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
