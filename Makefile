@@ -21,14 +21,14 @@ help:
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) pip install -q --disable-pip-version-check "$(TORCH)" -e ".[build,demo,hf,lightning,cpu]" peft $(KERAS) \
-		pytest hypothesis ruff mypy
+		pytest pytest-xdist hypothesis ruff mypy
 	touch $@
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/smartfrz demo
 
 test: $(VENV)/.installed
-	$(RUN) pytest
+	$(RUN) pytest -n auto --dist loadscope
 
 lint: $(VENV)/.installed
 	$(RUN) ruff check .
