@@ -345,7 +345,7 @@ def test_going_back_to_an_earlier_state_thaws_what_froze_since():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 99}, "version 99; this version of smartfrz reads 2"),
+        ({"version": 99}, "version 99; this version of smartfrz reads 3"),
         ({"predictor": "ab" * 32}, r"predictor abababababab\.\.\..*Resume with the same predictor file"),
         ({"layers": ["a", "b", "x"]}, r"they differ in \['c', 'x'\].*Resume with the same model"),
         ({"layers": ["a", "b"]}, r"2 layers, this one has 3; they differ in \['c'\]"),
