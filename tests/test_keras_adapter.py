@@ -460,6 +460,8 @@ def test_states_that_do_not_fit(tmp_path):
 def test_wrong_moments_and_models():
     with pytest.raises(UsageError, match="called outside of fit"):
         freezer().on_train_batch_end(0)
+    with pytest.raises(UsageError, match="given several SmartFRZ callbacks; expected one"):
+        fit(make_model(), [freezer(), freezer()])
     with pytest.raises(UnsupportedModelError, match="has no optimizer"):
         KerasAdapter(keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)]), [])
     model = compiled(keras.Sequential([keras.Input((5,)), keras.layers.LayerNormalization(), keras.layers.ReLU()]))

@@ -154,8 +154,12 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
         thaw_leftovers(model)
         self._reset()
         self._run_options = self._schedule()
-        self._training = True
         neighbours = come_first(self)
+        if sum(isinstance(callback, SmartFRZ) for callback in neighbours) > 1:
+            raise UsageError(
+                "fit() was given several SmartFRZ callbacks; expected one: each would undo what others froze."
+            )
+        self._training = True
         self._saving = Saving(neighbours, self.thawed, self.save, self._read_iterations)
         self._board = Board(neighbours)
 
