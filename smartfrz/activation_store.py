@@ -286,6 +286,10 @@ class ActivationStore:
             self.discard([key])
         return key in self._memory or key in self._slots
 
+    def has(self, key: int, fingerprint: int) -> bool:
+        """Whether there is a row of this key that was computed from inputs of this fingerprint."""
+        return key in self and self.fingerprints[key] == fingerprint
+
     @property
     def memory_bytes(self) -> int:
         """Of memory that the rows take."""
