@@ -141,6 +141,9 @@ class _Codec:
         # Channels: the first axis of pictures, the last one of tokens
         self._axis = 0 if len(field.shape) >= 3 else len(field.shape) - 1
         self._channels = field.shape[self._axis] if len(field.shape) >= 2 else 1
+        if self.kind == "int8" and size <= 8 * self._channels:
+            # the two numbers of each channel would take more than they spare
+            self.kind = "float16" if field.carrier.itemsize > 2 else "exact"
         self.num_bytes = {
             "exact": size * field.carrier.itemsize,
             "float16": 2 * size,
@@ -235,7 +238,7 @@ class ActivationStore:
         budget: Bytes that may be used.
         dtype: How floating point fields are kept. `float32`: as they come, whatever their dtype.
             `float16`, `bfloat16`: rounded. `int8`: 255 steps between the least and the largest
-            value of each channel of each sample.
+            value of each channel of each sample; `float16` where a channel has no more than 8 values.
         folder: Where files with names go.
         identity: What the rows depend on: plain data. Needed with a folder.
         slab_bytes: Size of one file.

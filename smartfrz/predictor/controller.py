@@ -153,6 +153,7 @@ class FreezeController:
         # Freezing stages per one at which anything is frozen: where freezing itself is expensive.
         self.freeze_every = 1
         self.costs: dict[str, LayerCost] = {}
+        self.prefix_is_cached = False  # then closing a prefix saves its forward pass, too
         self.patience = int(patience)  # not a NumPy integer: torch.load(weights_only=True) refuses those
         self.dry_run = dry_run
         self.seed = int(seed)
@@ -264,7 +265,9 @@ class FreezeController:
             self._streaks,
             step=self.num_steps,
             timestamp=self.num_records - 1,
-            ordering=Ordering(self._adapter.all_layers(), self.threshold, self.freeze_order, self.costs),
+            ordering=Ordering(
+                self._adapter.all_layers(), self.threshold, self.freeze_order, self.costs, self.prefix_is_cached
+            ),
             patience=self.patience,
             dry_run=self.dry_run,
             hold=self.num_records // self.decide_every % self.freeze_every != 0,

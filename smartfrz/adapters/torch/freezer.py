@@ -168,6 +168,7 @@ class SmartFRZ:
         self._finish_profile(controller)
         if self._compiling.compiled and controller.freeze_every == 1:
             controller.freeze_every = self._stages_apart(controller)
+        controller.prefix_is_cached = self._cache is not None and not self._cache.off
         decisions = controller.step()
         if controller.thaw_on_restart:
             rates = [float(group["lr"]) for optimizer in self._optimizers for group in optimizer.param_groups]

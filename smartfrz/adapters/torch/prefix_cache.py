@@ -99,7 +99,7 @@ class _Kept:
     cut: Cut
     store: ActivationStore
     state: Any  # of the prefix, when the first row was kept
-    content: int
+    content: tuple[int, int]  # of its parameters and its buffers
     error: float = 0.0
 
 
@@ -431,7 +431,8 @@ class CachedPrefix:
             self.switch_off(f"activations of this dtype cannot be kept ({error})")
             return
         rounding = ERRORS[self._options.dtype]
-        now = _Kept(cut, store, _state_of(cut), content([*cut.parameters, *cut.buffers()]), rounding)
+        values = content(cut.parameters), content(cut.buffers())
+        now = _Kept(cut, store, _state_of(cut), values, rounding)
         previous = self._now
         row_seconds, says = self._measured(now, finder, keys, prints, forward, args, kwargs)
         if not says.startswith("starts"):
@@ -575,8 +576,11 @@ def _is_valid(kept: _Kept) -> bool:
     if state == kept.state:
         return True
     trained = any(p.requires_grad for p in kept.cut.parameters) or any(norm.training for norm in kept.cut.norms)
-    # Weights that were swapped for a moment, those of an average for example, are written again.
-    if trained or content([*kept.cut.parameters, *kept.cut.buffers()]) != kept.content:
+    # Weights that were swapped for a moment, those of an average for example, are written again; and
+    # DistributedDataParallel writes the buffers at every step.
+    if trained or (state[0] != kept.state[0] and content(kept.cut.parameters) != kept.content[0]):
+        return False
+    if content(kept.cut.buffers()) != kept.content[1]:
         return False
     kept.state = state
     return True
