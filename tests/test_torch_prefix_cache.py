@@ -802,3 +802,38 @@ def test_the_report():
     assert cached.freezer.report().to_dict()["cache"]["hits"] == use(cached).hits
     cached.freezer.close()
     assert "is not in use: it was closed" in str(cached.freezer.report())
+
+
+class Biased(nn.Module):
+    """A bias that the first layer computes for every sample alike crosses the cut, and is written into behind it."""
+
+    class First(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), self.bias.detach()[None] * 1.0
+
+    class Second(nn.Linear):
+        def forward(self, x, bias):
+            bias += 1
+            return super().forward(x + bias)
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = self.First(5, 6), self.Second(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.third(self.second(*self.first(x)))
+
+
+def test_what_is_alike_for_every_sample_is_not_spoilt_by_the_layer_that_gets_it():
+    options = {"make": Biased, "layers": ["first", "second", "third"], "stages": ({"first"},), "dataset": data((5,))}
+    plain, cached = run(**options), run(always(), **options)
+    assert_same_curve(plain, cached)
+    assert list(cached.freezer._cache._now.cut.constants) == [1]
+    assert use(cached).misses == SAMPLES
+
+
+def test_a_last_batch_of_one_sample():
+    options = {"dataset": data(samples=17), "epochs": 6}
+    plain, cached = run(**options), run(always(), **options)
+    assert_same_curve(plain, cached)
+    assert use(cached).misses == 17

@@ -299,7 +299,7 @@ class CachedPrefix:
             self._keep(now, left, keys, prints, found[-1][1])
         counts.hits += len(hits)
         counts.misses += len(left)
-        return _merged(now.cut, found, batch) | now.cut.constants
+        return _merged(now.cut, found, batch) | now.cut.copied_constants()
 
     def _compute(
         self,
@@ -320,7 +320,7 @@ class CachedPrefix:
         walk = Walk(
             len(padded),
             start=older.cut if older else None,
-            given=(given or {}) | (older.cut.constants if older else {}),
+            given=(given or {}) | (older.cut.copied_constants() if older else {}),
             stop=now.cut,
         )
         args, kwargs = pick((args, kwargs), batch, padded)
@@ -488,7 +488,7 @@ class CachedPrefix:
         def with_cache() -> None:
             signature((args, kwargs), batch)
             fingerprints((args, kwargs), batch)
-            given = _read(now, keys) | cut.constants
+            given = _read(now, keys) | cut.copied_constants()
             Walk(batch, start=cut, given=given).run(forward, args, kwargs)
 
         without, with_it = seconds(lambda: forward(*args, **kwargs)), seconds(with_cache)

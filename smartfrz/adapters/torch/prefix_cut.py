@@ -207,6 +207,10 @@ class Cut:
         self.norms = [module for module in modules if isinstance(module, _NormBase)]
         self.tensors = self.buffers()
 
+    def copied_constants(self) -> dict[int, torch.Tensor]:
+        """For one pass: the cut module may write into what it is given."""
+        return {index: value.clone() for index, value in self.constants.items()}
+
     def buffers(self) -> list[torch.Tensor]:
         """Of the skipped modules, as they are now."""
         return [b for found in self.inner.values() for m in found for b in m._buffers.values() if b is not None]
@@ -622,7 +626,7 @@ class CutFinder:
         from_start, from_input = Walk(self.batch, stop=start), Walk(self.batch, stop=stop)
         self.aside(lambda: from_start.run(self._forward, args, kwargs))
         self.aside(lambda: from_input.run(self._forward, args, kwargs))
-        given = {index: from_start.captured[index] for index in start.kept} | start.constants
+        given = {index: from_start.captured[index] for index in start.kept} | start.copied_constants()
         between = Walk(self.batch, start=start, given=given, stop=stop)
         self.aside(lambda: between.run(self._forward, args, kwargs), seed=1)
         if not all(is_close(between.captured[index], from_input.captured[index]) for index in stop.kept):
