@@ -299,6 +299,21 @@ def test_memory_and_disk():
     assert use(cached).disk_bytes > 0
 
 
+def test_a_full_disk_in_a_run(caplog):
+    """The system refuses the file: a limit on the size of files stands for the full disk."""
+    resource = pytest.importorskip("resource")
+    plain, before = run(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10 * 2**20, before[1]))
+    try:
+        cached = run(always(memory=9 * 400, disk="100MB"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert_same_curve(plain, cached)
+    assert (use(cached).memory_bytes, use(cached).disk_bytes) == (9 * 400, 0)
+    assert caplog.text.count("The activation cache gets no more room in") == 1
+    assert use(cached).hits > SAMPLES
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-3), ("bfloat16", 2e-2), ("int8", 2e-2)])
 def test_rounded_activations(dtype, tolerance):
     plain, cached = run(), run(always(dtype=dtype))

@@ -28,10 +28,11 @@ from smartfrz.errors import UsageError
 FLOPS_PER_BYTE = {"cpu": 50.0, "cuda": 2000.0}
 TRIALS = 12
 _PLAIN_VALUES = (type(None), bool, int, float, str, torch.dtype, torch.device)
-_like = torch.ops.aten
+_aten = torch.ops.aten
+# Their results do not depend on the values of their argument
 _VALUELESS = {
     op.default
-    for op in (_like.zeros_like, _like.ones_like, _like.full_like, _like.new_zeros, _like.new_ones, _like.new_full)
+    for op in (_aten.zeros_like, _aten.ones_like, _aten.full_like, _aten.new_zeros, _aten.new_ones, _aten.new_full)
 }
 
 
@@ -82,8 +83,8 @@ class Missing(torch.Tensor):
         if any(value is tensor for value in (*written, kwargs.get("out")) for tensor in real):
             walk.refuse(f"before the cut {func} writes what a skipped module returned into another tensor")
         if func in _VALUELESS:
-            blank = [torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape) for t in (first,)]
-            return func(*blank, *args[1:], **kwargs)
+            blank = torch.zeros((), dtype=first.dtype, device=first.device).expand(first.shape)
+            return func(blank, *args[1:], **kwargs)
         device = kwargs.get("device") or first.device
         if "device" in kwargs:
             kwargs["device"] = torch.device("meta")
@@ -99,6 +100,7 @@ class Missing(torch.Tensor):
         def wrapped(value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
                 return value
+            # An operation in place returns what it was given.
             return given.get(id(value)) if id(value) in given else Missing(value, torch.device(device), walk)
 
         return tree_map(wrapped, output)
