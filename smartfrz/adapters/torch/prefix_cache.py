@@ -28,6 +28,8 @@ from smartfrz.predictor.report import CacheUse
 logger = logging.getLogger("smartfrz")
 SEARCHES = 4  # in vain, after which no cut is looked for any more
 AUDIT_EVERY = 64  # batches with hits
+WORTH = 0.95  # of a forward pass without a cache is what one with it may take, or it is not started
+PAUSE = 20.0  # between two searches, in durations of the last one: checking cuts takes a twentieth of the time at most
 # What rounding may change of a kept value, and again on the way to a later cut, as a share of the largest one
 ERRORS = {"float32": 0.0, "float16": 4e-3, "bfloat16": 3e-2, "int8": 3e-2}
 COMPRESSION = {"float32": 1.0, "float16": 0.5, "bfloat16": 0.5, "int8": 0.3}
@@ -159,6 +161,7 @@ class CachedPrefix:
         self._flops: dict[str, int] = {}
         self._search_due = False
         self._in_vain = 0
+        self._not_before = 0.0
         self._counts = _Counts()
         self._row_seconds = 0.0  # of the prefix's forward pass
         self._reason = "no layer is frozen yet"
@@ -257,8 +260,12 @@ class CachedPrefix:
                     "to one length"
                 )
                 return None
-        if self._search_due or (self._now is not None and not _is_valid(self._now)):
+        invalid = self._now is not None and not _is_valid(self._now)
+        if invalid or (self._search_due and time.perf_counter() >= self._not_before):
+            began = time.perf_counter()
             self._search(keys, prints, inputs, forward, args, kwargs)
+            if self._options.profile:
+                self._not_before = time.perf_counter() + PAUSE * (time.perf_counter() - began)
         self._counts.overhead += time.perf_counter() - start
         now = self._now
         if now is None or inputs != self._signature or _wants_gradient((args, kwargs)):
@@ -497,7 +504,7 @@ class CachedPrefix:
             f"{now.store.row_bytes:,} bytes a sample; forward pass of {batch} samples {1000 * without:.1f} ms, with the "
             f"cache {1000 * with_it:.1f} ms"
         )
-        if self._options.profile and with_it >= without:
+        if self._options.profile and with_it > WORTH * without:
             return 0.0, f"would not pay: {facts}"
         return prefix / batch, f"starts at {cut.name!r}: {facts}"
 
