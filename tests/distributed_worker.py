@@ -24,7 +24,7 @@ from numpy_adapter import ChangePredictor, ScriptedPredictor, make_info
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from smartfrz.adapters.torch import SmartFRZ
+from smartfrz.adapters.torch import PrefixCache, SmartFRZ
 from smartfrz.adapters.torch import distributed as ours
 from smartfrz.adapters.torch.layers import LayerReader, trace_layers
 from smartfrz.errors import SmartFRZError
@@ -206,6 +206,33 @@ VARIANTS = {
 }
 for name, options in VARIANTS.items():
     SCENARIOS[f"variant_{name}"] = lambda rank, world, options=options: Run(rank, **options).train().result()
+
+
+@scenario
+def prefix_cache(rank, world):
+    """With and without: each rank has eight samples, until the ranks exchange them."""
+    results = {}
+    for name, cache in (("plain", None), ("cached", PrefixCache("1MB", profile=False))):
+        run = Run(rank, hook=False, cache=cache)
+        losses = []
+        for number in range(20):
+            owner = rank if number < 16 else (rank + 1) % world
+            half = number % 2
+            inputs, targets = batch(half, owner)
+            ids = [8 * owner + 4 * half + row for row in range(4)]
+            run.model.train()
+            with run.freezer.batch(ids):
+                loss = nn.functional.cross_entropy(run.forward(inputs), targets)
+            loss.backward()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            run.freezer.step()
+            losses.append(loss.item())
+        results[name] = run.result() | {"losses": losses}
+        if cache is not None:
+            use = run.freezer.report().cache
+            results["use"] = {"cut": use.cut, "hits": use.hits, "misses": use.misses, "advanced": use.advanced}
+    return results
 
 
 @scenario

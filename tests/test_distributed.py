@@ -37,6 +37,7 @@ ON_TWO = [
     *["fsdp", "different_data_fsdp", "placements"],
     *["step_on_0_only", "step_on_1_only", "steps_end_on_1", "failing_predictor", "thaw_on_0_only", "wrong_states"],
     *[f"unlike_{name}" for name in ("layers", "width", "order", "options", "predictor")],
+    "prefix_cache",
     "train",
 ]
 ON_FOUR = [
@@ -158,6 +159,14 @@ def test_frozen_layers_drop_out_of_what_is_reduced_and_the_rest_trains_as_with_g
             assert result["elements"] == elements()
     final = results[0]["log"][-1]["head"]["weights"]
     assert len({entry["head"]["weights"] for entry in results[0]["log"]}) == STEPS, final
+
+
+def test_each_rank_caches_what_it_sees(two):
+    for result in of(two, "prefix_cache"):
+        assert result["cached"]["losses"] == pytest.approx(result["plain"]["losses"], abs=1e-5)
+        assert result["cached"]["weights"] == pytest.approx(result["plain"]["weights"], abs=1e-5)
+        # conv1 is frozen from the 7th batch on, conv2 from the 13th; the last four are of the other rank
+        assert result["use"] == {"cut": "head", "hits": 16 + 8 + 8, "misses": 8 + 8, "advanced": 8}
 
 
 def test_four_ranks(four):

@@ -12,6 +12,7 @@ FRAMEWORK_FREE = [
     "smartfrz",
     "smartfrz.errors",
     "smartfrz.files",
+    "smartfrz.activation_store",
     "smartfrz.cli",
     "smartfrz.zoo",
     "smartfrz.adapters",
@@ -29,9 +30,10 @@ FRAMEWORK_FREE = [
 MAY_IMPORT = {
     "errors.py": [],
     "files.py": [],
+    "activation_store.py": ["errors", "files"],
     "predictor": ["errors", "files", "predictor"],
     "zoo": ["predictor", "errors"],
-    "adapters/torch": ["adapters.torch", "predictor", "zoo", "errors"],
+    "adapters/torch": ["adapters.torch", "activation_store", "predictor", "zoo", "errors"],
     "adapters/keras": ["adapters.keras", "predictor", "zoo", "errors", "files"],
     "dataset_builder": [
         "dataset_builder",

@@ -47,6 +47,25 @@ def test_savings_are_the_difference_of_two_backward_passes(drawn):
         assert value == pytest.approx(now[0] - backward_cost(layers, stopped | {layer}, table)[0], abs=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("stopped", "expected"),
+    [
+        ("", {"a": 5 + 1, "b": 4, "c": 6, "d": 8}),
+        ("b", {"a": 2 + 3 + 5 + 2, "c": 6, "d": 8}),  # and the forward passes of "a" and "b"
+        ("abc", {"d": 8 + 1}),
+        ("ac", {"b": 4 + 5 + 7 + 2, "d": 8}),
+    ],
+)
+def test_closing_a_prefix_that_is_cached_saves_its_forward_pass_too(stopped, expected):
+    assert savings(LAYERS, stopped, COSTS, cached=True) == expected
+
+
+def test_a_cache_lowers_the_bar_of_the_layer_that_blocks_a_prefix():
+    plain, cached = (Ordering(LAYERS, 0.7, "cost_aware", COSTS, cached=cached).bars("b") for cached in (False, True))
+    assert cached["a"] < plain["a"]
+    assert {layer: cached[layer] for layer in "cd"} == {layer: plain[layer] for layer in "cd"}
+
+
 def test_bars_stay_near_the_threshold():
     ordering = Ordering(LAYERS, 0.7, "cost_aware", {**COSTS, "c": LayerCost(0.0, 0.0, 0.0)})
     bars = ordering.bars(())

@@ -12,7 +12,7 @@ import pytest
 import smartfrz
 from smartfrz import errors
 
-ADAPTER_NAMES = ["Layer", "Report", "SmartFRZ", "TorchAdapter", "trace_layers"]
+ADAPTER_NAMES = ["Layer", "PrefixCache", "Report", "SmartFRZ", "TorchAdapter", "trace_layers"]
 
 KERAS_NAMES = ["KerasAdapter", "Layer", "Report", "SmartFRZ", "trace_layers"]
 

@@ -162,6 +162,7 @@ class FreezeController:
         # of the run. Needs `costs`, and a run of known length.
         self.steps_per_change = 0.0
         self.total_steps = total_steps
+        self.prefix_is_cached = False  # then closing a prefix saves its forward pass, too
         self.patience = int(patience)  # not a NumPy integer: torch.load(weights_only=True) refuses those
         self.dry_run = dry_run
         self.seed = int(seed)
@@ -274,7 +275,9 @@ class FreezeController:
             self._streaks,
             step=self.num_steps,
             timestamp=self.num_records - 1,
-            ordering=Ordering(self._adapter.all_layers(), self.threshold, self.freeze_order, self.costs),
+            ordering=Ordering(
+                self._adapter.all_layers(), self.threshold, self.freeze_order, self.costs, self.prefix_is_cached
+            ),
             patience=self.patience,
             dry_run=self.dry_run,
             keep_one_of=self._keep_one_of,

@@ -68,14 +68,22 @@ def backward_cost(
     return remaining, prefix, interior
 
 
-def savings(layers: Sequence[str], stopped: Collection[str], costs: Mapping[str, LayerCost]) -> dict[str, float]:
-    """What each trained layer would save of a backward pass, if it were frozen as the next one."""
+def savings(
+    layers: Sequence[str], stopped: Collection[str], costs: Mapping[str, LayerCost], cached: bool = False
+) -> dict[str, float]:
+    """What each trained layer would save of a backward pass, if it were frozen as the next one.
+
+    With `cached`, of both passes: the outputs of a frozen prefix are kept, and it does not run forward either.
+    """
     stopped = set(stopped)
     live = [index for index, layer in enumerate(layers) if layer not in stopped]
     saved = {layers[index]: costs[layers[index]].weight_gradient for index in live}
     if live:
         next_live = live[1] if len(live) > 1 else len(layers) - 1
         saved[layers[live[0]]] += sum(costs[layer].input_gradient for layer in layers[live[0] + 1 : next_live + 1])
+        if cached:
+            end = live[1] if len(live) > 1 else len(layers)
+            saved[layers[live[0]]] += sum(costs[layer].forward for layer in layers[live[0] : end])
     return saved
 
 
@@ -92,12 +100,14 @@ class Ordering:
             its weight gradient and needs more confidence; a live layer that blocks a long frozen
             prefix saves the input gradients of all of it, and needs less.
         costs: What each layer costs; needed for `cost_aware`, which is `free` without.
+        cached: Whether the outputs of a frozen prefix are kept, so that closing it saves its forward pass, too.
     """
 
     layers: Sequence[str]
     threshold: float
     order: FreezeOrder = "free"
     costs: Mapping[str, LayerCost] = field(default_factory=dict)
+    cached: bool = False
 
     def bars(self, stopped: Collection[str]) -> dict[str, float]:
         """The confidence that each layer has to reach while the `stopped` ones are frozen."""
@@ -108,7 +118,7 @@ class Ordering:
         if fair <= 0.0:
             return bars
         logit = math.log(self.threshold / (1.0 - self.threshold))
-        for layer, saved in savings(self.layers, stopped, self.costs).items():
+        for layer, saved in savings(self.layers, stopped, self.costs, self.cached).items():
             lower = LOGITS_PER_DOUBLING * math.log2(max(saved / fair, 1e-6))
             bars[layer] = 1.0 / (1.0 + math.exp(min(max(lower, -MOST_LOGITS), MOST_LOGITS) - logit))
         return bars

@@ -1,7 +1,7 @@
 """What SmartFRZ did in a run."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, Protocol
@@ -22,6 +22,40 @@ class ReportedLayer(Protocol):
     def forward_flops(self) -> int:
         """Floating point operations of its forward pass."""
         ...
+
+
+@dataclass(frozen=True)
+class CacheUse:
+    """What an activation cache did in a run.
+
+    Attributes:
+        cut: The module whose inputs are kept; None if nothing is kept.
+        reason: Why nothing is kept.
+        hits: Samples whose prefix was not run.
+        misses: Samples that were computed since the cache began.
+        advanced: Samples that were computed from what was kept at an earlier cut.
+        memory_bytes: Of memory in use.
+        disk_bytes: Of disk in use.
+        seconds_saved: Forward passes of prefixes that were not run, less what the cache itself cost.
+    """
+
+    cut: str | None = None
+    reason: str | None = None
+    hits: int = 0
+    misses: int = 0
+    advanced: int = 0
+    memory_bytes: int = 0
+    disk_bytes: int = 0
+    seconds_saved: float = 0.0
+
+    def __str__(self) -> str:
+        state = f"keeps the inputs of {self.cut!r}" if self.cut is not None else f"is not in use: {self.reason}"
+        moved = f"{self.advanced} advanced, " if self.advanced else ""
+        return (
+            f"The activation cache {state}. {self.hits} samples read, {moved}{self.misses} computed; "
+            f"{self.memory_bytes / 1e6:.1f} MB of memory and {self.disk_bytes / 1e6:.1f} MB of disk; "
+            f"{self.seconds_saved:.1f} s of forward passes saved, its own cost deducted."
+        )
 
 
 @dataclass(frozen=True)
@@ -46,6 +80,7 @@ class Report:
         num_recompilations: The part of them that came after layers first froze.
         recompile_seconds: That those took.
         per_example: Whether the layers' FLOPs are those of one example instead of one batch.
+        cache: What the activation cache did, if there is one.
     """
 
     layers: Sequence[ReportedLayer] = field(default_factory=list)
@@ -63,6 +98,7 @@ class Report:
     num_recompilations: int = 0
     recompile_seconds: float = 0.0
     per_example: bool = False
+    cache: CacheUse | None = None
 
     @classmethod
     def of(
@@ -186,6 +222,7 @@ class Report:
             "recompile_seconds": self.recompile_seconds,
             "per_example": self.per_example,
             "dry_run": self.dry_run,
+            "cache": None if self.cache is None else asdict(self.cache),
         }
 
     def __str__(self) -> str:
@@ -228,6 +265,8 @@ class Report:
                 f"{self.compiler} compiled {self.num_compilations} times in {self.compile_seconds:.1f} s; "
                 f"{self.num_recompilations} times and {self.recompile_seconds:.1f} s of that after layers froze."
             )
+        if self.cache is not None:
+            lines.append(str(self.cache))
         return "\n".join(lines)
 
     def _share(self, flops: int) -> str:

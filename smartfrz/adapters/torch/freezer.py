@@ -4,10 +4,12 @@ import os
 import time
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -17,6 +19,7 @@ from smartfrz.adapters.torch.costs import CostProfiler
 from smartfrz.adapters.torch.distributed import RANK_TIMEOUT, TrainingProcesses, processes_of, reshard
 from smartfrz.adapters.torch.freezing import TorchAdapter
 from smartfrz.adapters.torch.layers import Layer, LayerTracer
+from smartfrz.adapters.torch.prefix_cache import CachedPrefix, PrefixCache
 from smartfrz.adapters.torch.report import Report
 from smartfrz.adapters.torch.sharding import GradientWatch
 from smartfrz.errors import StateError, UsageError
@@ -61,6 +64,8 @@ class SmartFRZ:
             lowest value since layers froze, as in warm restarts.
         rank_timeout: Where several processes train together (`torch.distributed`): seconds to wait
             for one that does not come to a freezing stage.
+        cache: Keeps what a frozen prefix computes, so that it need not run again for the same
+            samples; say with `batch` which these are.
 
     Raises:
         PredictorFileError: If the predictor cannot be used.
@@ -94,6 +99,7 @@ class SmartFRZ:
         freeze_order: FreezeOrder = "free",
         thaw_on_restart: bool = False,
         rank_timeout: float = RANK_TIMEOUT,
+        cache: PrefixCache | None = None,
     ):
         self.predictor = zoo.load(predictor, device=device)
         # complain now, not after the first batch
@@ -102,6 +108,11 @@ class SmartFRZ:
             raise ValueError(f"`norm_batches` is {norm_batches}; expected 0 or more batches.")
         if not rank_timeout > 0:
             raise ValueError(f"`rank_timeout` is {rank_timeout!r}; expected a positive number of seconds.")
+        if cache is not None and isinstance(model, nn.DataParallel):
+            raise ValueError(
+                "SmartFRZ received `cache` and a model in nn.DataParallel, whose copies run at once; expected one copy in "
+                "each process. Use DistributedDataParallel."
+            )
         self._given = weakref.ref(model)
         self._model = model = _unwrapped(model)
         reshard(model)
@@ -122,6 +133,9 @@ class SmartFRZ:
         self._norm_batches = norm_batches
         self._compiling = CompileWatch()
         self._eager = EagerHold()
+        self._cache: CachedPrefix | None = None
+        if cache is not None:
+            self._cache = CachedPrefix(cache, model, dist.get_rank() if _in_a_group() else None)
         self._tracer: LayerTracer | None = None
         self._profiler: CostProfiler | None = None
         self._gradient_hook: GradientWatch | None = None
@@ -162,12 +176,13 @@ class SmartFRZ:
             controller.freeze_every = stages_apart(
                 self.predictor.info, self._options["total_steps"], controller.record_every, controller.decide_every
             )
+        controller.prefix_is_cached = self._cache is not None and not self._cache.off
         decisions = controller.step()
         if controller.thaw_on_restart:
             rates = [float(group["lr"]) for optimizer in self._optimizers for group in optimizer.param_groups]
             decisions = decisions + controller.observe_learning_rates(rates)
         if any(decision.action in ("freeze", "thaw") for decision in decisions):
-            self._compiling.frozen_set_changed()
+            self._frozen_set_changed()
         self._snapshot_before_stage(controller)
         self._seconds = time.perf_counter() - self._started
         return decisions
@@ -192,8 +207,42 @@ class SmartFRZ:
             return []
         decisions = self._controller.thaw(layers)
         if decisions and not self._controller.dry_run:
-            self._compiling.frozen_set_changed()
+            self._frozen_set_changed()
         return decisions
+
+    def batch(self, ids: Any) -> AbstractContextManager[None]:
+        """While it lasts, forward passes of the model are of these samples: `with freezer.batch(ids): ...`.
+
+        The forward pass belongs inside; what follows may lie inside or outside. Forward passes in
+        eval mode, and outside of it, run as if there were no cache. Without a cache it does nothing.
+
+        Args:
+            ids: An integer for each sample of the batch, the same one at every epoch: a sequence, an
+                array or a tensor `[batch]`. `PrefixCache.indexed` yields them.
+
+        Raises:
+            TypeError: If `ids` are not integers.
+            ValueError: In the forward pass, if the batch is not of as many samples.
+        """
+        if self._cache is None:
+            return nullcontext()
+        if self._cache.active and self._compiling.compiled:
+            # A compiled model would be compiled anew at every batch.
+            self._cache.switch_off("torch.compile is in use in this process, and the cache cannot cut a compiled model")
+        return self._cache.batch(ids)
+
+    def _frozen_set_changed(self) -> None:
+        self._compiling.frozen_set_changed()
+        self._look_for_a_cut()
+
+    def _look_for_a_cut(self) -> None:
+        # The first passes of a run are watched, module by module, by others.
+        if self._cache is not None and self._controller is not None and self._profiler is None:
+            if self._reentrant:
+                self._cache.switch_off(
+                    "gradients pass through the frozen prefix under reentrant gradient checkpointing"
+                )
+            self._cache.frozen_set_changed({layer.name: layer.forward_flops for layer in self._all_layers})
 
     def _start(self) -> FreezeController:
         if self._tracer is None or not self._tracer.done or not self._saw_gradient:
@@ -239,10 +288,11 @@ class SmartFRZ:
             controller.load_state_dict(state)
         self._all_layers, self._adapter, self._controller = layers, adapter, controller
         self._reentrant = reentrant
-        self.close()
+        self._stop_watching()
         if controller.freeze_order == "cost_aware" and not controller.costs:
             self._eager.acquire()
             self._profiler = CostProfiler(self._model, self._all_layers, repeats=1, passes=3)
+        self._look_for_a_cut()  # of what the user has frozen, or a loaded state
         return controller, adapter
 
     def _finish_profile(self, controller: FreezeController) -> None:
@@ -251,9 +301,15 @@ class SmartFRZ:
             self._profiler.close()
             self._profiler = None
             self._eager.release()
+            self._look_for_a_cut()
 
     def close(self) -> None:
-        """Remove the hooks that watch the first passes. Frozen layers stay frozen."""
+        """Remove the hooks that watch the first passes, and let go of the cache. Frozen layers stay frozen."""
+        self._stop_watching()
+        if self._cache is not None:
+            self._cache.close()
+
+    def _stop_watching(self) -> None:
         self._eager.release()
         if self._profiler is not None:
             self._profiler.close()
@@ -290,7 +346,7 @@ class SmartFRZ:
         """What froze when, what that saved, and what deciding cost."""
         controller = self._controller
         if controller is None:
-            return Report()
+            return Report(cache=None if self._cache is None else self._cache.use)
         num_compilations, compile_seconds = self._compiling.total
         num_again, seconds_again = self._compiling.because_of_freezing
         return Report.of(
@@ -303,6 +359,7 @@ class SmartFRZ:
             compile_seconds=compile_seconds,
             num_recompilations=num_again,
             recompile_seconds=seconds_again,
+            cache=None if self._cache is None else self._cache.use,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -312,6 +369,8 @@ class SmartFRZ:
         """
         if self._controller is None or self._adapter is None:
             return {"started": False}
+        if self._cache is not None:
+            self._cache.flush()
         state = self._controller.state_dict()
         state["history"] = {layer: torch.from_numpy(rows) for layer, rows in state["history"].items()}
         return {
@@ -339,7 +398,7 @@ class SmartFRZ:
         if not state["started"]:
             if self._adapter is not None:
                 self._adapter.unfreeze(self.frozen_layers)
-                self.close()
+                self._stop_watching()
                 self._watch()
             return
         require_version(state["controller"])
@@ -350,6 +409,10 @@ class SmartFRZ:
         adapter.load_norm_state(state["norms"])
         self._seconds = state["seconds"]
         self._started = time.perf_counter() - self._seconds
+
+
+def _in_a_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -87,14 +87,15 @@ class ShardPositions:
         return values
 
 
-def _is_dtensor(tensor: torch.Tensor) -> bool:
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether it is a DTensor."""
     sharded: Any = sys.modules.get("torch.distributed.tensor")  # no tensor is a DTensor if nobody imported it
     return sharded is not None and isinstance(tensor, sharded.DTensor)
 
 
 def positions_in(tensor: torch.Tensor, indices: torch.Tensor) -> Positions | ShardPositions:
     """Positions of a weight of either kind."""
-    if _is_dtensor(tensor):
+    if is_sharded(tensor):
         return ShardPositions(tensor, indices)
     return Positions(tensor, indices)
 
@@ -129,7 +130,7 @@ class GradientWatch:
         plain: list[torch.Tensor] = []
         divided: list[torch.Tensor] = []
         for parameter in parameters:
-            (divided if _is_dtensor(parameter) else plain).append(parameter)
+            (divided if is_sharded(parameter) else plain).append(parameter)
         # fully_shard computes with whole copies and sets the gradients of the shards: only these hooks see them
         self._handles: list[Any] = [p.register_post_accumulate_grad_hook(hook) for p in divided]
         if plain:

@@ -1,0 +1,74 @@
+"""Data sets that say which sample is which, and whose augmentation comes back."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, IterableDataset
+
+
+class IndexedDataset(Dataset[tuple[Any, ...]]):
+    """A data set whose samples come with an id: `(id, *sample)`.
+
+    With `views`, the random numbers that a sample is augmented with depend on the sample and its
+    view alone: the first time a sample is asked for it shows view 0, then view 1, and after the
+    last one view 0 again. Epoch e therefore shows view e mod `views`, with any number of workers.
+
+    Args:
+        dataset: With `__len__` and `__getitem__`.
+        views: How often a sample is augmented anew before its views come back; 1 for data without
+            augmentation.
+        epoch: The first epoch; give it when a run is resumed.
+
+    Raises:
+        TypeError: If the data set has no `__len__` and `__getitem__`.
+        ValueError: If `views` or `epoch` is out of range.
+    """
+
+    def __init__(self, dataset: Any, views: int = 1, epoch: int = 0):
+        if isinstance(dataset, IterableDataset) or not (
+            hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        ):
+            raise TypeError(
+                f"PrefixCache.indexed received a {type(dataset).__name__}; expected a data set with __len__ and "
+                "__getitem__. For others yield ids of your own, integers that name a sample at every epoch."
+            )
+        if views < 1 or epoch < 0:
+            raise ValueError(
+                f"`views` is {views!r} and `epoch` is {epoch!r}; expected 1 or more views, and an epoch of 0 or more."
+            )
+        self.dataset = dataset
+        self.views = views
+        # Shared with the workers of a DataLoader, which are new ones in every epoch.
+        self._times = torch.full((len(dataset),), epoch, dtype=torch.int32).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        index = int(index)
+        if index < 0:
+            index += len(self)
+        if self.views == 1:
+            key, sample = index, self.dataset[index]
+        else:
+            view = int(self._times[index]) % self.views
+            self._times[index] += 1
+            key = index * self.views + view
+            sample = _drawn(self.dataset, index, key)
+        return (key, *sample) if isinstance(sample, (tuple, list)) else (key, sample)
+
+
+def _drawn(dataset: Any, index: int, seed: int) -> Any:
+    """One sample, with random numbers of its own; those of the process go on as if nothing had happened."""
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        return dataset[index]
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])  # noqa: NPY002
