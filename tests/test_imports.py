@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "predictor": ["errors", "files", "predictor"],
     "zoo": ["predictor", "errors"],
     "adapters/torch": ["adapters.torch", "activation_store", "predictor", "zoo", "errors"],
-    "adapters/keras": ["adapters.keras", "predictor", "zoo", "errors", "files"],
+    "adapters/keras": ["adapters.keras", "predictor", "zoo", "errors", "files", "plots"],
     "dataset_builder": [
         "dataset_builder",
         "predictor",

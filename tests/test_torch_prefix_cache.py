@@ -4,7 +4,6 @@ import copy
 import io
 import logging
 import pickle
-import time
 
 import pytest
 
@@ -766,16 +765,39 @@ def test_options_out_of_range(bad, message):
 # Whether it pays
 
 
+class Clock:
+    """Stands still, but for what `sleep` adds: measured times do not depend on what else the machine does."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("smartfrz.adapters.torch.prefix_cache.time", clock)
+    monkeypatch.setattr(Slow, "clock", clock)
+    return clock
+
+
 class Slow(nn.Linear):
-    """Takes 30 ms, whatever else the machine does."""
+    """Takes 30 ms of the clock."""
+
+    clock = None
 
     def forward(self, x):
-        time.sleep(0.03)
+        self.clock.sleep(0.03)
         return super().forward(x)
 
 
 @pytest.mark.parametrize("slow", [0, 2])
-def test_it_starts_only_where_it_pays(slow, caplog):
+def test_it_starts_only_where_it_pays_by_a_clock_of_ours(slow, clock, caplog):
     caplog.set_level(logging.INFO)
 
     def make():
@@ -793,11 +815,11 @@ def test_it_starts_only_where_it_pays(slow, caplog):
         assert use(cached).cut is None
 
 
-def test_it_stops_where_reading_takes_longer_with_a_store_that_is_made_slow(monkeypatch, caplog):
+def test_it_stops_where_reading_takes_longer_with_a_store_that_is_made_slow(clock, monkeypatch, caplog):
     cached = run(always(profile=True), stages=({"0"},), epochs=4, make=slow_front, layers=FIVE, dataset=data((5,)))
     store, cache = cached.freezer._cache._now.store, cached.freezer._cache
     get = store.get
-    monkeypatch.setattr(store, "get", lambda keys: time.sleep(0.3) or get(keys))
+    monkeypatch.setattr(store, "get", lambda keys: clock.sleep(0.3) or get(keys))
     cache._counts.batches = 60
     cached.epochs(4)
     assert "reading took" in caplog.text
