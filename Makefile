@@ -46,6 +46,7 @@ bench: $(VENV)/.installed
 	$(RUN) benchmarks.equal_time
 	$(RUN) benchmarks.freeze_order
 	$(RUN) benchmarks.keras_fit --backends torch
+	$(RUN) benchmarks.keras_step
 
 predictor: $(VENV)/.installed
 	$(VENV)/bin/python recipes/fetch.py
