@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import wraps
 from typing import Any
 
@@ -62,10 +62,12 @@ class Run:
     Attributes:
         calls: Keras layers in the order in which they first ran, and how often each did.
         shapes: By the layer's id, the shape of its first output, batch included; unknown sizes are None.
+        sources: By the layer's id, what feeds it, if that is one operation and a graph tells.
     """
 
     calls: dict[Any, float]
     shapes: dict[int, tuple[int | None, ...]]
+    sources: dict[int, Any] = field(default_factory=dict)
 
 
 def named_layers(model: keras.Model) -> dict[str, Any]:
@@ -144,6 +146,8 @@ def _walk(model: Any, run: Run, times: int) -> bool:
         for node in nodes:
             uses[id(node.operation)] += 1
             run.shapes.setdefault(id(node.operation), tuple(node.outputs[0].shape))
+            if len(node.parent_nodes) == 1:
+                run.sources.setdefault(id(node.operation), node.parent_nodes[0].operation)
     for layer in graph.operations:  # in execution order
         if not isinstance(layer, keras.layers.Layer):
             continue
@@ -296,6 +300,7 @@ def group(model: keras.Model, run: Run) -> list[Layer]:
 
     holder: dict[int, _Draft] = {}
     drafts: list[_Draft] = []
+    of_layer: dict[int, _Draft] = {}
     waiting = _Draft("")  # what containers own, and what runs before the first layer, joins the next one
     for path in ran:
         layer = layers[path]
@@ -312,13 +317,16 @@ def group(model: keras.Model, run: Run) -> list[Layer]:
             continue
         draft = next((holder[id(v)] for _, v in owned if id(v) in holder), None)  # tied weights
         if draft is None:
-            draft = drafts[-1] if drafts and path not in containers else waiting
+            draft = waiting
+            if drafts and path not in containers:
+                draft = _feeding(layer, run, of_layer) or drafts[-1]
             if path not in containers and not isinstance(layer, _NORMS) and matrices:
                 draft = _Draft(path)
                 drafts.append(draft)
                 draft.take(waiting)
                 holder.update({id(v): draft for _, v in waiting.parameters})
                 waiting = _Draft("")
+        of_layer[id(layer)] = draft
         draft.members += belongs[path]
         new = [(name, v) for name, v in owned if id(v) not in holder]
         draft.parameters += new
@@ -336,6 +344,19 @@ def group(model: keras.Model, run: Run) -> list[Layer]:
             "layers."
         )
     return [draft.layer() for draft in drafts]
+
+
+def _feeding(layer: Any, run: Run, of_layer: dict[int, "_Draft"]) -> "_Draft | None":
+    """The unit whose output a layer gets, by way of layers without weights; None if that is not known, or several.
+
+    In a graph the convolution of a shortcut may run just before the one beside it, and both norms after them.
+    """
+    source = run.sources.get(id(layer))
+    while source is not None and id(source) not in of_layer:
+        if getattr(source, "_layers", None):
+            return None  # which of the layers in it was the last, only their graph knows
+        source = run.sources.get(id(source))
+    return of_layer.get(id(source))
 
 
 def _ancestors(path: str, layers: dict[str, Any]) -> Iterator[str]:
