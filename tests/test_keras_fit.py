@@ -28,6 +28,7 @@ from keras_runs import (
 )
 from numpy_adapter import ChangePredictor, make_info
 
+from smartfrz.adapters.keras import trace_layers
 from smartfrz.adapters.keras.callback import CompileClock
 from smartfrz.errors import StateError
 from smartfrz.predictor.controller import COMPILED_STAGES
@@ -329,3 +330,16 @@ def test_a_shared_batch_norm_has_seen_several_batches_in_a_step():
     share = 0.9 ** (2 * 4)  # two calls in each of four steps
     for mine, before, after in zip(statistics(norm), plain.values[1], plain.values[5], strict=True):
         np.testing.assert_allclose(mine, (after - share * before) / (1 - share), rtol=1e-4, atol=1e-5)
+
+
+def test_a_second_branch_behind_a_norm_that_comes_first_loses_nothing():
+    inputs = keras.Input((5,))
+    first = keras.layers.LayerNormalization(name="first")(inputs)
+    x = keras.layers.Dense(4, name="dense")(first)
+    beside = keras.layers.LayerNormalization(name="beside")(first)
+    outputs = keras.layers.Dense(3, name="head")(keras.layers.Concatenate()([x, beside]))
+    layers = trace_layers(keras.Model(inputs, outputs))
+    assert [layer.name for layer in layers] == ["dense", "head"]
+    assert sorted(name for layer in layers for name in layer.parameters) == sorted(
+        f"{name}:{i}" for name in ("first", "dense", "beside", "head") for i in (0, 1)
+    )

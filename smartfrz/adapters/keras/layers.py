@@ -325,6 +325,7 @@ def group(model: keras.Model, run: Run) -> list[Layer]:
                 drafts.append(draft)
                 draft.take(waiting)
                 holder.update({id(v): draft for _, v in waiting.parameters})
+                of_layer.update({key: draft for key, other in of_layer.items() if other is waiting})
                 waiting = _Draft("")
         of_layer[id(layer)] = draft
         draft.members += belongs[path]
