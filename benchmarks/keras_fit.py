@@ -156,7 +156,7 @@ def table(lines):
         layers = statistics.mean(len(x["frozen"]) for x in freezing)
         stages = statistics.mean(len(set(x["frozen"].values())) for x in freezing)
         print(f"| {' | '.join(cells)} | {layers:.0f} of {freezing[0]['num_layers']} | {stages:.1f} |")
-    print("The standard error of one accuracy is about 1.3 points (713 test photos).")
+    print("The standard error of one accuracy is about 1.5 points (713 test photos).")
 
 
 def main():
