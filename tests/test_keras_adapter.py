@@ -560,7 +560,7 @@ def test_one_trajectory_gives_the_same_samples_and_decisions_in_numpy_torch_and_
 @pytest.mark.slow
 def test_with_the_predictor_that_ships():
     pytest.importorskip("onnxruntime")
-    callback = SmartFRZ("smartfrz-base", threshold=0.01, patience=1)
+    callback = SmartFRZ("smartfrz-base", threshold=0.01, patience=1, recompile_steps=0)
     fit(make_model(), [callback], epochs=10)
     assert callback.report().num_steps == 80
     assert callback.frozen_layers

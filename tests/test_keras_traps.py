@@ -590,7 +590,7 @@ def test_sources_of_data(source):
     x, y = data(5, (5,))
     model, record = compiled(mlp(5, 6, 7, 3)), Record()
     predictor = ScriptedPredictor(script(MLP, {"b"}), info=make_info(record_fraction=0.2))
-    callback = SmartFRZ(predictor, patience=1)  # the length of the run is known: five steps
+    callback = SmartFRZ(predictor, patience=1, recompile_steps=0)  # the length of the run is known: five steps
     model.fit(source(x, y), callbacks=[callback, record], verbose=0, shuffle=False)
     assert callback.report().frozen == {"b": 2}
     assert record.still(1) == paths(model.get_layer("b"))
