@@ -382,7 +382,7 @@ def test_a_generator_of_unknown_length():
 
     with pytest.raises(ValueError, match=r"steps=None and epochs=1, as with a generator.*record_every= to SmartFRZ"):
         make_model().fit(batches(), callbacks=[SmartFRZ(ScriptedPredictor())], verbose=0, shuffle=False)
-    callback = freezer([{}, *FREEZE_FIRST], record_every=1, decide_every=4)
+    callback = freezer(predictor=ScriptedPredictor(list(FREEZE_FIRST), make_info(record_fraction=0.25)))
     make_model().fit(batches(), callbacks=[callback], verbose=0, shuffle=False)
     assert callback.frozen_layers == ["conv1"]
 
