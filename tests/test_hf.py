@@ -23,6 +23,7 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
+from smartfrz.adapters.torch import PrefixCache  # noqa: E402
 from smartfrz.adapters.torch.hf import SmartFRZCallback  # noqa: E402
 from smartfrz.errors import StateError, UnknownPredictorError  # noqa: E402
 
@@ -306,3 +307,21 @@ def test_torch_alone_does_not_load_transformers_and_its_absence_is_named():
 def test_a_misspelled_predictor_is_named_before_training():
     with pytest.raises(UnknownPredictorError, match="Did you mean 'smartfrz-base'"):
         SmartFRZCallback("smartfrz-bse")
+
+
+def test_a_frozen_prefix_is_cached(tmp_path):
+    models, logs = [tiny_bert() for _ in range(2)], []
+    callbacks = [smartfrz(), smartfrz(cache=PrefixCache(profile=False))]
+    for model, callback in zip(models, callbacks, strict=True):
+        model.bert.embeddings.requires_grad_(False)
+        model.bert.encoder.layer[0].requires_grad_(False)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        trainer = trainer_of(tmp_path, callback, model=model, logging_steps=1)
+        trainer.train()
+        logs.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    use = callbacks[1].report().cache
+    assert use.hits >= 80
+    assert logs[0] == pytest.approx(logs[1], abs=1e-4)  # the Trainer rounds them
+    assert "forward" not in vars(models[1])

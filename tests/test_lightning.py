@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset  # noqa: E402
 
+from smartfrz.adapters.torch import PrefixCache  # noqa: E402
 from smartfrz.adapters.torch.lightning import SmartFRZCallback  # noqa: E402
 from smartfrz.errors import StateError, UsageError  # noqa: E402
 
@@ -383,3 +384,63 @@ def test_torch_alone_does_not_load_lightning_and_its_absence_is_named():
     said = without("smartfrz.adapters.torch.lightning", ["lightning", "pytorch_lightning"])
     assert said.startswith("[] MissingDependencyError")
     assert 'pip install "smartfrz[lightning]"' in said
+
+
+class Whole(Net):
+    """Calls itself, or the one network in it, without dropout."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.encoder[1].p = 0.0
+        if how == "network":
+            self.net = nn.Sequential(
+                self.conv, self.norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), self.encoder, self.head
+            )
+            del self.conv, self.norm, self.encoder, self.head
+        self.losses = []
+
+    def forward(self, x):
+        return self.net(x) if "net" in self._modules else super().forward(x)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = nn.functional.cross_entropy(self.net(x) if "net" in self._modules else self(x), y)
+        self.losses.append(loss.item())
+        self.log("loss", loss)
+        return loss
+
+
+@pytest.mark.parametrize("how", ["self", "network"])
+def test_a_frozen_prefix_is_cached(how, tmp_path):
+    models = [Whole(how) for _ in range(2)]
+    callbacks = [smartfrz(freeze_order="prefix"), smartfrz(freeze_order="prefix", cache=PrefixCache(profile=False))]
+    for model, callback in zip(models, callbacks, strict=True):
+        fit(tmp_path, callback, model=model)
+    use = callbacks[1].report().cache
+    assert use.hits >= len(pictures())
+    assert models[0].losses == pytest.approx(models[1].losses, abs=1e-5)
+    assert callbacks[0].report().frozen == callbacks[1].report().frozen
+    assert "forward" not in vars(models[1])
+
+
+class Parts(Net):
+    def __init__(self):
+        LightningModule.__init__(self)
+        self.first, self.second, self.third = nn.Linear(36, 36), nn.Linear(36, 36), nn.Linear(36, 36)
+        self.first.requires_grad_(False)
+
+    def forward(self, x):
+        return self.third(self.second(self.first(x.flatten(1)).relu()).relu())
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.forward(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.1)
+
+
+def test_a_training_step_that_calls_the_parts_is_not_cached_and_says_so(tmp_path, caplog):
+    callback = smartfrz(cache=PrefixCache(profile=False))
+    fit(tmp_path, callback, model=Parts())
+    assert "calls the parts of the model one by one" in caplog.text
+    assert callback.report().cache.hits == 0

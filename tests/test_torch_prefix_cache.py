@@ -1,9 +1,11 @@
 """The prefix cache in real training loops. One test per trap."""
 
 import copy
+import inspect
 import io
 import logging
 import pickle
+from contextlib import nullcontext
 
 import pytest
 
@@ -67,11 +69,13 @@ class Loop:
         return self
 
 
-def run(cache=None, epochs=6, *, make=Net, layers=NET, stages=({"conv1"},), dataset=None, loop=Loop, **options):
+def run(
+    cache=None, epochs=6, *, make=Net, layers=NET, stages=({"conv1"},), dataset=None, loop=Loop, steps=None, **options
+):
     """A run in which layers freeze at steps 2, 4, 6 and so on, as `stages` says."""
     model = seeded(make)
     optimizer = sgd(model)
-    freezer = attach(model, optimizer, layers, *stages, cache=cache)
+    freezer = attach(model, optimizer, layers, *stages, cache=cache, total_steps=steps)
     wrapped = PrefixCache.indexed(dataset or data())
     made = loop(model, freezer, optimizer, wrapped, **options)
     return made.epochs(epochs)
@@ -164,14 +168,65 @@ def test_hooks_of_skipped_modules_do_not_fire():
     assert len(fired) == 2 * 2 * 5
 
 
-def test_a_run_without_ids_does_not_use_the_cache():
+class Unnamed(Loop):
+    """Says nothing of which samples a batch has."""
+
+    def epochs(self, number):
+        self.freezer.batch = lambda ids: nullcontext()
+        return super().epochs(number)
+
+
+def test_samples_without_ids_are_known_by_their_content():
+    plain, cached = run(), run(always(), loop=Unnamed)
+    assert_same_curve(plain, cached)
+    assert use(cached).misses == SAMPLES
+    assert use(cached).hits > 2 * SAMPLES
+    assert "forward" in cached.model.__dict__
+    assert inspect.signature(cached.model.forward) == inspect.signature(
+        type(cached.model).forward.__get__(cached.model)
+    )
+    cached.freezer.close()
+    assert "forward" not in cached.model.__dict__
+
+
+def test_the_same_inputs_at_another_place_of_a_batch_are_found():
     model = seeded(Net)
     freezer = attach(model, sgd(model), NET, {"conv1"}, cache=always())
     inputs, targets = data().tensors
-    for _ in range(6):
+    for step in range(6):
+        order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(step))
+        nn.functional.cross_entropy(model(inputs[order]), targets[order]).backward()
+        freezer.step()
+    assert (use_of(freezer).hits, use_of(freezer).misses) == (66, 22)
+
+
+def test_without_ids_augmentation_is_noticed_when_no_sample_came_back(caplog):
+    class Augmenting(Seeded, Unnamed):
+        """Neither ids, nor views."""
+
+    options = {"dataset": Augmented(), "loop": Augmenting}
+    plain, cached = run(**options), run(always(), steps=18, **options)
+    assert_same_curve(plain, cached)
+    assert 0 < use(cached).misses < 18 * BATCH
+    assert use(cached).hits == 0
+    messages = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(messages) == 1
+    assert "no sample came back between" in messages[0]
+    assert (use(cached).memory_bytes, use(cached).cut) == (0, None)
+    assert "forward" not in cached.model.__dict__
+
+
+def test_ids_once_given_say_which_forward_passes_are_cached():
+    model = seeded(Net)
+    freezer = attach(model, sgd(model), NET, {"conv1"}, cache=always())
+    inputs, targets = data().tensors
+    for step in range(6):
+        if step == 3:
+            with freezer.batch(range(SAMPLES)):
+                pass
         nn.functional.cross_entropy(model(inputs), targets).backward()
         freezer.step()
-    assert (use_of(freezer).hits, use_of(freezer).misses) == (0, 0)
+    assert (use_of(freezer).hits, use_of(freezer).misses) == (0, 22)
 
 
 def use_of(freezer):

@@ -158,9 +158,12 @@ def frozen_before(model, layer, args, kwargs):
     return {one.name: one.forward_flops for one in layers}
 
 
+def size_of(args, kwargs):
+    return len(args[0]) if args else len(kwargs["input_ids"])
+
+
 def finder_of(model, flops, args, kwargs):
-    batch = len(args[0]) if args else len(kwargs["input_ids"])
-    return CutFinder(model, model.forward, batch, args, kwargs, flops)
+    return CutFinder(model, model.forward, size_of(args, kwargs), args, kwargs, flops)
 
 
 @pytest.mark.parametrize("case", MODELS)
@@ -178,7 +181,8 @@ def test_the_cut_of_a_model(case):
     assert all(module.training for module in model.modules() if not isinstance(module, nn.BatchNorm2d))
     # another batch, of another size, in parts
     model.eval()
-    args, kwargs = pick((args, kwargs), finder.batch, [5, 0, 2] if finder.batch > 5 else [3, 0, 2])
+    size = size_of(args, kwargs)
+    args, kwargs = pick((args, kwargs), size, [5, 0, 2] if size > 5 else [3, 0, 2])
     with torch.no_grad():
         plain = model(*args, **kwargs)
         whole = Walk(3, stop=cut)

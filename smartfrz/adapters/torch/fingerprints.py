@@ -8,6 +8,8 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 _PLAIN_VALUES = (type(None), bool, int, float, str)
+# Keyword arguments that models use for their loss alone, behind every cut; they differ from batch to batch.
+LOSS_ONLY = frozenset({"num_items_in_batch"})
 
 
 def signature(inputs: Any, batch: int) -> Any:
@@ -23,7 +25,8 @@ def signature(inputs: Any, batch: int) -> Any:
     Raises:
         TypeError: If there is a value whose content cannot be compared.
     """
-    leaves, spec = tree_flatten(inputs)
+    args, kwargs = inputs
+    leaves, spec = tree_flatten((args, {name: value for name, value in kwargs.items() if name not in LOSS_ONLY}))
     described: list[Any] = []
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor):
@@ -39,7 +42,13 @@ def signature(inputs: Any, batch: int) -> Any:
     return spec, described, casts
 
 
-def fingerprints(inputs: Any, batch: int) -> list[int]:
+def batch_size(inputs: Any) -> int:
+    """The length of the first tensor among the inputs; 0 if there is none."""
+    leaves = tree_flatten(inputs)[0]
+    return next((len(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim()), 0)
+
+
+def fingerprints(inputs: Any, batch: int, which: int = 0) -> list[int]:
     """A number for the content of each sample's inputs, the same on every device.
 
     Two samples of different content have the same one with a chance of about 2^-30.
@@ -47,11 +56,12 @@ def fingerprints(inputs: Any, batch: int) -> list[int]:
     Args:
         inputs: Positional and keyword arguments of a model.
         batch: Number of samples.
+        which: Of several independent ones.
     """
     total: torch.Tensor | None = None
     for leaf in tree_flatten(inputs)[0]:
         if isinstance(leaf, torch.Tensor) and _has_rows(leaf, batch):
-            numbers = _numbers(leaf)
+            numbers = _numbers(leaf, which)
             total = numbers if total is None else total.to(numbers.device) * 1_000_003 + numbers
     found: list[int] = [] if total is None else total.tolist()
     return found
@@ -69,7 +79,7 @@ def _has_rows(tensor: torch.Tensor, batch: int) -> bool:
     return tensor.dim() > 0 and len(tensor) == batch
 
 
-def _numbers(tensor: torch.Tensor) -> torch.Tensor:
+def _numbers(tensor: torch.Tensor, which: int = 0) -> torch.Tensor:
     """int64 `[rows]`: a sum of products modulo 2^64, which does not depend on the order of adding."""
     flat = tensor.detach().contiguous().reshape(len(tensor), -1)
     if not flat.shape[1]:
@@ -82,11 +92,11 @@ def _numbers(tensor: torch.Tensor) -> torch.Tensor:
         words = flat.view(torch.int32).long()
     else:
         words = flat.long()
-    return (words * _multipliers(words.shape[1], words.device)).sum(1)
+    return (words * _multipliers(words.shape[1], words.device, which)).sum(1)
 
 
 @lru_cache(maxsize=32)
-def _multipliers(count: int, device: torch.device) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(20240117)
+def _multipliers(count: int, device: torch.device, which: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(20240117 + which)
     limits = -(2**63), 2**63 - 1
     return (torch.randint(*limits, (count,), generator=generator, dtype=torch.int64) | 1).to(device)

@@ -65,7 +65,7 @@ class SmartFRZ:
         rank_timeout: Where several processes train together (`torch.distributed`): seconds to wait
             for one that does not come to a freezing stage.
         cache: Keeps what a frozen prefix computes, so that it need not run again for the same
-            samples; say with `batch` which these are.
+            samples.
 
     Raises:
         PredictorFileError: If the predictor cannot be used.
@@ -176,7 +176,11 @@ class SmartFRZ:
             controller.freeze_every = stages_apart(
                 self.predictor.info, self._options["total_steps"], controller.record_every, controller.decide_every
             )
-        controller.prefix_is_cached = self._cache is not None and not self._cache.off
+        if self._cache is not None:
+            controller.prefix_is_cached = not self._cache.off
+            if controller.total_steps:
+                self._cache.progress = controller.num_steps / controller.total_steps
+            self._no_cache_where_compiled(self._cache)
         decisions = controller.step()
         if controller.thaw_on_restart:
             rates = [float(group["lr"]) for optimizer in self._optimizers for group in optimizer.param_groups]
@@ -213,8 +217,10 @@ class SmartFRZ:
     def batch(self, ids: Any) -> AbstractContextManager[None]:
         """While it lasts, forward passes of the model are of these samples: `with freezer.batch(ids): ...`.
 
-        The forward pass belongs inside; what follows may lie inside or outside. Forward passes in
-        eval mode, and outside of it, run as if there were no cache. Without a cache it does nothing.
+        A cache knows samples by the content of the model's inputs. With ids it also notices at once,
+        and says, when a sample is another one than at the last epoch, and reads rows from the disk
+        ahead. Use it for every batch or for none: forward passes outside of it then run as if there
+        were no cache, as those in eval mode always do. Without a cache it does nothing.
 
         Args:
             ids: An integer for each sample of the batch, the same one at every epoch: a sequence, an
@@ -226,10 +232,13 @@ class SmartFRZ:
         """
         if self._cache is None:
             return nullcontext()
-        if self._cache.active and self._compiling.compiled:
-            # A compiled model would be compiled anew at every batch.
-            self._cache.switch_off("torch.compile is in use in this process, and the cache cannot cut a compiled model")
+        self._no_cache_where_compiled(self._cache)
         return self._cache.batch(ids)
+
+    def _no_cache_where_compiled(self, cache: CachedPrefix) -> None:
+        # A compiled model would be compiled anew at every batch.
+        if cache.active and not cache.off and self._compiling.compiled:
+            cache.switch_off("torch.compile is in use in this process, and the cache cannot cut a compiled model")
 
     def _frozen_set_changed(self) -> None:
         self._compiling.frozen_set_changed()
@@ -242,7 +251,9 @@ class SmartFRZ:
                 self._cache.switch_off(
                     "gradients pass through the frozen prefix under reentrant gradient checkpointing"
                 )
-            self._cache.frozen_set_changed({layer.name: layer.forward_flops for layer in self._all_layers})
+            flops = {layer.name: layer.forward_flops for layer in self._all_layers}
+            self._cache.frozen_set_changed(flops, getattr(self._model, "entry", self._model))
+            self._no_cache_where_compiled(self._cache)
 
     def _start(self) -> FreezeController:
         if self._tracer is None or not self._tracer.done or not self._saw_gradient:

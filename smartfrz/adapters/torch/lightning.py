@@ -4,6 +4,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from smartfrz import zoo
 from smartfrz.adapters.torch.callback import FreezingCallback
@@ -148,14 +149,26 @@ class _TrainingStep(nn.Module):
         self._parameters, self._buffers, self._modules = pl_module._parameters, pl_module._buffers, pl_module._modules
         self.__dict__["lightning_module"] = pl_module  # not as a submodule: its names would change
         self.__dict__["step"] = pl_module.training_step
+        self.__dict__["called"] = []
         del self.training
 
     def __getattr__(self, name: str) -> Any:
         return self.lightning_module.training if name == "training" else super().__getattr__(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # A tuple: a step that optimizes by hand may return None, as a forward pass that raises does to its hooks.
-        return (self.step(*args, **kwargs),)
+        self.called.clear()
+        with register_module_forward_pre_hook(lambda module, args: self.called.append(module)):
+            # A tuple: a step that optimizes by hand may return None, as a forward pass that raises does to its hooks.
+            return (self.step(*args, **kwargs),)
+
+    @property
+    def entry(self) -> nn.Module | None:
+        """The outermost module called that has more than half of the weights: this one, or the network in it."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        for module in self.called:
+            if 2 * sum(parameter.numel() for parameter in module.parameters()) > total:
+                return module
+        return None
 
     @property
     def is_watched(self) -> bool:

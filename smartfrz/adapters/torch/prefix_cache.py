@@ -4,8 +4,8 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from smartfrz.activation_store import DTYPES, ActivationStore, Budget, CacheFolder, Field, StoreDtype, parse_bytes
 from smartfrz.adapters.torch.costs import _synchronize
-from smartfrz.adapters.torch.fingerprints import content, fingerprints, signature
+from smartfrz.adapters.torch.fingerprints import batch_size, content, fingerprints, signature
 from smartfrz.adapters.torch.prefix_cut import Cut, CutFinder, Refusal, Walk, is_close, pick
 from smartfrz.adapters.torch.sharding import is_sharded
 from smartfrz.adapters.torch.views import IndexedDataset
@@ -29,7 +29,7 @@ logger = logging.getLogger("smartfrz")
 SEARCHES = 4  # in vain, after which no cut is looked for any more
 AUDIT_EVERY = 64  # batches with hits
 WORTH = 0.95  # of a forward pass without a cache is what one with it may take, or it is not started
-PAUSE = 20.0  # between two searches, in durations of the last one: checking cuts takes a twentieth of the time at most
+PAUSE = 10.0  # between two searches, in durations of the last one: looking for cuts takes a tenth of the time at most
 # What rounding may change of a kept value, and again on the way to a later cut, as a share of the largest one
 ERRORS = {"float32": 0.0, "float16": 4e-3, "bfloat16": 3e-2, "int8": 3e-2}
 COMPRESSION = {"float32": 1.0, "float16": 0.5, "bfloat16": 0.5, "int8": 0.3}
@@ -101,7 +101,7 @@ class _Kept:
     cut: Cut
     store: ActivationStore
     state: Any  # of the prefix, when the first row was kept
-    content: tuple[int, int]  # of its parameters and its buffers
+    content: tuple[list[int], list[int]]  # of its parameters and its buffers
     error: float = 0.0
 
 
@@ -149,6 +149,7 @@ class CachedPrefix:
     def __init__(self, options: PrefixCache, model: nn.Module, rank: int | None = None):
         self._options = options
         self._model = model
+        self._entry = model  # whose forward passes are cut
         folder = options.folder
         if folder is not None and rank is not None:
             folder = folder / f"rank-{rank}"
@@ -159,6 +160,12 @@ class CachedPrefix:
         self._seen: dict[int, int] = {}  # fingerprints
         self._signature: Any = None
         self._flops: dict[str, int] = {}
+        self._numbers: dict[int, tuple[int, int, int]] = {}  # of tensors: where, version, content
+        self._ids: list[int] | None = None  # of the batch under way
+        self._named = False  # whether the user says which samples a batch has
+        self._automatic = ExitStack()  # leads every forward pass here, where nobody says when a batch is under way
+        self.progress = 0.0  # share of the run that is done, where its length is known
+        self._begun: float | None = None  # at which progress
         self._search_due = False
         self._in_vain = 0
         self._not_before = 0.0
@@ -188,71 +195,106 @@ class CachedPrefix:
             seconds_saved=counts.seconds_saved - counts.overhead,
         )
 
-    def frozen_set_changed(self, flops: Mapping[str, int]) -> None:
+    def frozen_set_changed(self, flops: Mapping[str, int], entry: nn.Module | None) -> None:
         """Layers froze or thawed: look for another cut at the next batch.
 
         Args:
             flops: By layer, of one forward pass.
+            entry: The model, or the part of it whose one call in a training step runs every layer; None if
+                there is no such part.
         """
+        if entry is None:
+            self.switch_off(
+                "the training step calls the parts of the model one by one. Put them in one module, and call that"
+            )
+            return
+        self._entry = entry
         self._flops = dict(flops)
         self._search_due = not self.off
+        if self._search_due and not self._named:
+            self._automatic.close()
+            self._automatic.enter_context(self._led_here())
 
     @contextmanager
-    def batch(self, ids: Any) -> Iterator[None]:
+    def batch(self, ids: Any = None) -> Iterator[None]:
         """While it lasts, forward passes of the model are of these samples.
 
         Args:
-            ids: An integer for each sample of the batch, in a sequence, an array or a tensor.
+            ids: An integer for each sample of the batch, in a sequence, an array or a tensor. None:
+                samples are known by their content.
         """
-        keys = _keys(ids)
-        if self.off or not self.active:
+        if ids is not None and not self._named:
+            self._named = True
+            self._automatic.close()
+        keys = None if ids is None else _keys(ids)
+        if self.off or not self.active or keys is None:
             yield
             return
         if self._now is not None:
             self._now.store.prefetch(keys)
-        own = self._model.__dict__
+        self._ids = keys
+        try:
+            with self._led_here():
+                yield
+        finally:
+            self._ids = None
+
+    @contextmanager
+    def _led_here(self) -> Iterator[None]:
+        """While it lasts, the model's forward passes come to `_forward`."""
+        own = self._entry.__dict__
         before = own.get("forward")
-        slot = _Slot(partial(self._forward, keys))
-        own["forward"] = partial(_through, slot, self._model.forward)
+        slot = _Slot(self._forward)
+        own["forward"] = led = partial(_through, slot, self._entry.forward)
+        led.__wrapped__ = led.args[1]  # type: ignore[attr-defined]  # whoever asks for the signature gets the model's
         try:
             yield
         finally:
             slot.run = None
-            if before is None:
-                del own["forward"]
-            else:
-                own["forward"] = before
+            if own.get("forward") is led:  # else somebody else wrapped it since
+                if before is None:
+                    del own["forward"]
+                else:
+                    own["forward"] = before
 
-    def _forward(self, keys: list[int], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if self.off or not self._model.training or torch.compiler.is_compiling():
+    def _forward(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self.off or not self.active or not self._entry.training or torch.compiler.is_compiling():
             return forward(*args, **kwargs)
-        rows = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor) and value.dim()]
-        if not any(len(value) == len(keys) for value in rows):
-            shapes = [tuple(value.shape) for value in rows]
-            raise ValueError(
-                f"freezer.batch received {len(keys)} ids, but the model's inputs have the shapes {shapes}; expected one "
-                "id for each sample. Give the ids of this very batch."
-            )
+        keys = self._ids
+        if keys is not None:
+            rows = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor) and value.dim()]
+            if not any(len(value) == len(keys) for value in rows):
+                shapes = [tuple(value.shape) for value in rows]
+                raise ValueError(
+                    f"freezer.batch received {len(keys)} ids, but the model's inputs have the shapes {shapes}; expected "
+                    "one id for each sample. Give the ids of this very batch."
+                )
+        elif self._named or not batch_size((args, kwargs)):
+            return forward(*args, **kwargs)
         try:
             given = self._given(keys, forward, args, kwargs)
             if given is not None and self._now is not None:
-                return Walk(len(keys), start=self._now.cut, given=given).run(forward, args, kwargs)
+                rows_of_batch = batch_size((args, kwargs)) if keys is None else len(keys)
+                return Walk(rows_of_batch, start=self._now.cut, given=given).run(forward, args, kwargs)
         except Refusal as refusal:
             self.switch_off(f"the model no longer does what it did when it was checked: {refusal}")
         return forward(*args, **kwargs)
 
     def _given(
-        self, keys: list[int], forward: Callable[..., Any], args: Any, kwargs: Any
+        self, ids: list[int] | None, forward: Callable[..., Any], args: Any, kwargs: Any
     ) -> dict[int, torch.Tensor] | None:
         """What crosses the cut for this batch; None if the model has to run as it is."""
         start = time.perf_counter()
+        batch = batch_size((args, kwargs)) if ids is None else len(ids)
         try:
-            inputs = signature((args, kwargs), len(keys))
+            inputs = signature((args, kwargs), batch)
         except TypeError as error:
             self.switch_off(f"{error}. Pass tensors and plain values to the model")
             return None
-        prints = fingerprints((args, kwargs), len(keys))
-        for key, number in zip(keys, prints, strict=True):
+        prints = fingerprints((args, kwargs), batch)
+        # Without ids, two independent numbers are a sample's name: two samples share both with a chance of 2^-60.
+        keys = fingerprints((args, kwargs), batch, which=1) if ids is None else ids
+        for key, number in zip(keys, prints, strict=True) if ids is not None else ():
             if self._seen.setdefault(key, number) != number:
                 self.switch_off(
                     f"sample {key} is not what it was when it was last seen. Are samples augmented at random, or padded "
@@ -260,7 +302,7 @@ class CachedPrefix:
                     "to one length"
                 )
                 return None
-        invalid = self._now is not None and not _is_valid(self._now)
+        invalid = self._now is not None and not self._is_valid(self._now)
         if invalid or (self._search_due and time.perf_counter() >= self._not_before):
             began = time.perf_counter()
             self._search(keys, prints, inputs, forward, args, kwargs)
@@ -271,7 +313,24 @@ class CachedPrefix:
         if now is None or inputs != self._signature or _wants_gradient((args, kwargs)):
             self._counts.misses += len(keys) if now is not None else 0
             return None
+        if ids is None and not self._comes_back():
+            return None
         return self._collect(now, keys, prints, forward, args, kwargs)
+
+    def _comes_back(self) -> bool:
+        """Whether there still is hope that samples are seen again; if not, it is switched off."""
+        if self._counts.hits + self._counts.advanced > 0:
+            return True
+        if self._begun is None:
+            self._begun = self.progress
+        if self.progress <= (1 + self._begun) / 2:
+            return True
+        self.switch_off(
+            f"no sample came back between {self._begun:.0%} and {self.progress:.0%} of the run. Is it of one epoch, or are "
+            "samples augmented at random, or padded to the longest one of a batch? Wrap the data set in "
+            "PrefixCache.indexed(dataset, views=2), and pad to one length"
+        )
+        return False
 
     def _collect(
         self, now: _Kept, keys: list[int], prints: list[int], forward: Callable[..., Any], args: Any, kwargs: Any
@@ -295,7 +354,8 @@ class CachedPrefix:
             if rows:
                 given = _read(older, [keys[row] for row in rows])
                 found.append((rows, self._compute(now, rows, batch, forward, args, kwargs, older, given)))
-                older.store.discard(self._keep(now, rows, keys, prints, found[-1][1]))
+                older.store.discard([keys[row] for row in rows])  # first: their room may be all there is
+                self._keep(now, rows, keys, prints, found[-1][1])
                 left = [row for row in left if row not in rows]
                 counts.advanced += len(rows)
         for older in [older for older in self._older if not len(older.store)]:
@@ -338,13 +398,15 @@ class CachedPrefix:
 
     def _keep(
         self, now: _Kept, rows: list[int], keys: list[int], prints: list[int], tensors: dict[int, torch.Tensor]
-    ) -> list[int]:
-        """Keep these rows; the keys of those that had a place."""
+    ) -> None:
+        """Keep these rows, those that have a place."""
         start = time.perf_counter()
-        chosen = [keys[row] for row in rows]
-        now.store.put(chosen, [_to_numpy(tensors[i]) for i in now.cut.kept], [prints[row] for row in rows])
+        now.store.put(
+            [keys[row] for row in rows],
+            [_to_numpy(tensors[i]) for i in now.cut.kept],
+            [prints[row] for row in rows],
+        )
         self._counts.overhead += time.perf_counter() - start
-        return [key for key in chosen if key in now.store]
 
     def _is_true(
         self,
@@ -394,13 +456,23 @@ class CachedPrefix:
             self.switch_off(refused)
             return
         self._drop_invalid()
-        if all(parameter.requires_grad for parameter in self._model.parameters()):
+        if all(parameter.requires_grad for parameter in self._entry.parameters()):
             return
         previous = self._now
         if previous is not None and inputs != self._signature:
             self._search_due = True  # at a batch like those that are kept
             return
-        finder = CutFinder(self._model, forward, len(keys), args, kwargs, self._flops, COMPRESSION[self._options.dtype])
+        finder = CutFinder(
+            self._entry,
+            forward,
+            len(keys),
+            args,
+            kwargs,
+            self._flops,
+            COMPRESSION[self._options.dtype],
+            # A LightningModule is not among the modules of what stands for its training step, and has its names.
+            prefix=next((name for name, module in self._model.named_modules() if module is self._entry), ""),
+        )
         cut = finder.find(previous.cut if previous else None)
         if previous is not None and cut is previous.cut:
             return
@@ -438,18 +510,30 @@ class CachedPrefix:
             self.switch_off(f"activations of this dtype cannot be kept ({error})")
             return
         rounding = ERRORS[self._options.dtype]
-        values = content(cut.parameters), content(cut.buffers())
+        values = self._content(cut.parameters), self._content(cut.buffers())
         now = _Kept(cut, store, _state_of(cut), values, rounding)
         previous = self._now
-        row_seconds, says = self._measured(now, finder, keys, prints, forward, args, kwargs)
-        if not says.startswith("starts"):
+        moves = previous is not None and store.row_bytes <= 2 * previous.store.row_bytes
+        if previous is not None and moves:
+            # More is skipped for about as much to read: it pays if the last one did, which is watched.
+            row_seconds = self._row_seconds * cut.flops / previous.cut.flops
+            says, starts = f"moves to {cut.name!r}: {store.row_bytes:,} bytes a sample", True
+        else:
+            row_seconds, says, starts = self._measured(now, finder, keys, prints, forward, args, kwargs)
+        if not starts:
             store.clear()
             self._reason = says
             logger.info("The activation cache at %r %s", cut.name, says)
             return
         logger.info("The activation cache %s", says)
         self._now, self._row_seconds = now, row_seconds
+        if not moves:  # the rows of this batch were computed just now, though `_collect` will read them
+            self._counts.hits -= len(keys)
+            self._counts.misses += len(keys)
+            self._counts.seconds_saved -= len(keys) * row_seconds
         if previous is not None:
+            if not moves:
+                previous.store.discard(keys)
             try:
                 finder.check_way(previous.cut, cut)
                 self._older.append(previous)
@@ -469,8 +553,11 @@ class CachedPrefix:
         forward: Callable[..., Any],
         args: Any,
         kwargs: Any,
-    ) -> tuple[float, str]:
-        """Seconds of the prefix for one sample, and what follows from comparing, on the real store."""
+    ) -> tuple[float, str, bool]:
+        """Seconds of the prefix for one sample, what was seen with the real store, and whether that pays.
+
+        The rows of this batch are in the store afterwards.
+        """
         cut, batch = now.cut, len(keys)
         cuda = finder.cuda
 
@@ -482,15 +569,14 @@ class CachedPrefix:
                 _synchronize(cuda)
                 return time.perf_counter() - start
 
-            return min(float(finder.aside(timed)) for _ in range(2))
+            return float(finder.aside(timed))
 
         computed = Walk(batch, stop=cut)
-        prefix = seconds(lambda: Walk(batch, stop=cut).run(forward, args, kwargs))
-        finder.aside(lambda: computed.run(forward, args, kwargs))
+        prefix = seconds(lambda: computed.run(forward, args, kwargs))
         now.store.put(keys, [_to_numpy(computed.captured[i]) for i in cut.kept], prints)
         if not all(key in now.store for key in keys):
             fits = (self._budget.memory + self._budget.disk) // max(1, now.store.row_bytes)
-            return 0.0, f"has no room: a sample takes {now.store.row_bytes:,} bytes, and {fits} more fit"
+            return 0.0, f"has no room: a sample takes {now.store.row_bytes:,} bytes, and {fits} more fit", False
 
         def with_cache() -> None:
             signature((args, kwargs), batch)
@@ -498,26 +584,54 @@ class CachedPrefix:
             given = _read(now, keys) | cut.copied_constants()
             Walk(batch, start=cut, given=given).run(forward, args, kwargs)
 
-        without, with_it = seconds(lambda: forward(*args, **kwargs)), seconds(with_cache)
-        now.store.discard(keys)  # so that the report counts them as computed
+        with_it, without = [seconds(with_cache)], [seconds(lambda: forward(*args, **kwargs))]
+        if self._options.profile and with_it[0] > WORTH * without[0]:  # a second look: something else may have run
+            with_it.append(seconds(with_cache))
+            without.append(seconds(lambda: forward(*args, **kwargs)))
         facts = (
-            f"{now.store.row_bytes:,} bytes a sample; forward pass of {batch} samples {1000 * without:.1f} ms, with the "
-            f"cache {1000 * with_it:.1f} ms"
+            f"{now.store.row_bytes:,} bytes a sample; forward pass of {batch} samples {1000 * min(without):.1f} ms, with "
+            f"the cache {1000 * min(with_it):.1f} ms"
         )
-        if self._options.profile and with_it > WORTH * without:
-            return 0.0, f"would not pay: {facts}"
-        return prefix / batch, f"starts at {cut.name!r}: {facts}"
+        if self._options.profile and min(with_it) > WORTH * min(without):
+            return 0.0, f"would not pay: {facts}", False
+        return prefix / batch, f"starts at {cut.name!r}: {facts}", True
 
     def _drop_invalid(self) -> None:
         """Forget what was kept at cuts whose prefix is trained again, or has changed."""
         for kept in [*self._older, *([self._now] if self._now else [])]:
-            if not _is_valid(kept):
+            if not self._is_valid(kept):
                 kept.store.clear()
                 self._older = [older for older in self._older if older is not kept]
                 if kept is self._now:
                     self._now, self._reason = None, "the prefix has changed"
         if self._now is None and self._older:
             self._now = self._older.pop()
+
+    def _is_valid(self, kept: _Kept) -> bool:
+        """Whether the prefix still is what the rows were computed with."""
+        state = _state_of(kept.cut)
+        if state == kept.state:
+            return True
+        trained = any(p.requires_grad for p in kept.cut.parameters) or any(norm.training for norm in kept.cut.norms)
+        # Weights that were swapped for a moment, those of an average for example, are written again; and
+        # DistributedDataParallel writes the buffers at every step.
+        if trained or (state[0] != kept.state[0] and self._content(kept.cut.parameters) != kept.content[0]):
+            return False
+        if self._content(kept.cut.buffers()) != kept.content[1]:
+            return False
+        kept.state = state
+        return True
+
+    def _content(self, tensors: Iterable[torch.Tensor]) -> list[int]:
+        """A number for the values of each tensor; computed again only where a tensor was written since."""
+        numbers = []
+        for tensor in tensors:
+            known = self._numbers.get(id(tensor))
+            if known is None or known[:2] != (tensor.data_ptr(), tensor._version):
+                known = tensor.data_ptr(), tensor._version, content([tensor])
+                self._numbers[id(tensor)] = known
+            numbers.append(known[2])
+        return numbers
 
     def _identity(self, cut: Cut) -> dict[str, Any]:
         """What kept rows depend on, for another process."""
@@ -544,6 +658,7 @@ class CachedPrefix:
         for kept in [*self._older, *([self._now] if self._now else [])]:
             kept.store.clear()
         self._now, self._older, self._seen = None, [], {}
+        self._automatic.close()
 
     def flush(self) -> None:
         """Write down what the folder holds, so that a resumed run finds it."""
@@ -553,6 +668,7 @@ class CachedPrefix:
     def close(self) -> None:
         """End; what lies in a folder stays for a resumed run."""
         self.flush()
+        self._automatic.close()
         self.off, self._now, self._older, self._reason = True, None, [], "it was closed"
         if self._folder is not None:
             self._folder.close()
@@ -575,22 +691,6 @@ def _state_of(cut: Cut) -> Any:
         [(b.data_ptr(), b._version) for b in cut.buffers()],
         [norm.training for norm in cut.norms],
     )
-
-
-def _is_valid(kept: _Kept) -> bool:
-    """Whether the prefix still is what the rows were computed with."""
-    state = _state_of(kept.cut)
-    if state == kept.state:
-        return True
-    trained = any(p.requires_grad for p in kept.cut.parameters) or any(norm.training for norm in kept.cut.norms)
-    # Weights that were swapped for a moment, those of an average for example, are written again; and
-    # DistributedDataParallel writes the buffers at every step.
-    if trained or (state[0] != kept.state[0] and content(kept.cut.parameters) != kept.content[0]):
-        return False
-    if content(kept.cut.buffers()) != kept.content[1]:
-        return False
-    kept.state = state
-    return True
 
 
 def _wants_gradient(inputs: Any) -> bool:

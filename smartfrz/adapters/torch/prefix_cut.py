@@ -27,6 +27,9 @@ from smartfrz.errors import UsageError
 # Reading one byte takes as long as so many operations: which of two cuts is the better one.
 FLOPS_PER_BYTE = {"cpu": 50.0, "cuda": 2000.0}
 TRIALS = 12
+SAMPLES = (
+    4  # of a batch, with which cuts are checked: what they say of these holds for the others, at an eighth of the cost
+)
 _PLAIN_VALUES = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _aten = torch.ops.aten
 # Their results do not depend on the values of their argument
@@ -176,7 +179,7 @@ class Cut:
         module: Itself.
         skipped: The calls before it, in order: names, and modules. Calls inside of these are not
             listed.
-        flops: Of the layers among them, one forward pass.
+        flops: Of the layers among them, one forward pass of one sample.
         around: The modules in which the cut module lies; their own frozen parameters may be used before it.
         outputs: What each of these calls returns.
         runs: Those of these calls that run all the same: they have no parameters and do not look at
@@ -190,7 +193,7 @@ class Cut:
     name: str
     module: nn.Module
     skipped: list[tuple[str, nn.Module]]
-    flops: int = 0
+    flops: float = 0.0
     around: list[nn.Module] = field(default_factory=list)
     outputs: list[_Output] = field(default_factory=list)
     runs: set[int] = field(default_factory=set)
@@ -429,8 +432,9 @@ class CutFinder:
         batch: Number of samples, 2 or more.
         args: Positional arguments of the forward pass.
         kwargs: Keyword arguments.
-        flops: By layer, of one forward pass.
+        flops: By layer, of one forward pass of this batch.
         compression: Kept bytes as a share of computed ones.
+        prefix: The model's name, where it is part of another one.
     """
 
     def __init__(
@@ -442,14 +446,15 @@ class CutFinder:
         kwargs: Any,
         flops: Mapping[str, int],
         compression: float = 1.0,
+        prefix: str = "",
     ):
         self._model = model
         self._forward = forward
-        self.batch = batch
-        self._inputs = args, kwargs
-        self._flops = flops
+        self.batch = min(batch, SAMPLES)
+        self._inputs = pick((args, kwargs), batch, range(self.batch)) if self.batch < batch else (args, kwargs)
+        self._flops = {layer: number / batch for layer, number in flops.items()}
         self._compression = compression
-        self._names = {module: name for name, module in model.named_modules()}
+        self._names = {module: name for name, module in model.named_modules(prefix=prefix)}
         devices = {t.device for t in (*model.parameters(), *model.buffers())}
         self.cuda = [device for device in devices if device.type == "cuda"]
         self._flops_per_byte = FLOPS_PER_BYTE["cuda" if self.cuda else "cpu"]
@@ -469,7 +474,12 @@ class CutFinder:
             previous: A cut that was found before, all of which is still frozen.
         """
         self.reasons = []
-        root = self._trace()
+        try:
+            root = self._trace()
+        # Whatever the model raises with these few samples: it is trained without a cache.
+        except Exception as error:
+            self.reasons.append(f"with {self.batch} samples of a batch: {type(error).__name__}: {error}")
+            return previous
         candidates = self._candidates(root)
         if not candidates and not self.reasons:
             return None
@@ -534,7 +544,7 @@ class CutFinder:
                 skipped = [(call.name, call.module) for call in before]
                 flops = sum(n for layer, n in self._flops.items() if any(_is_in(layer, name) for name, _ in skipped))
                 if flops and times.count(child.module) == 1:
-                    value = flops / self.batch - child.row_bytes * self._compression * self._flops_per_byte
+                    value = flops - child.row_bytes * self._compression * self._flops_per_byte
                     if child.checkpointed:
                         self.reasons.append(f"at {child.name!r}: it runs under gradient checkpointing")
                     else:
