@@ -15,6 +15,7 @@ from torch import nn  # noqa: E402
 from torch.utils.data import DataLoader, Dataset, TensorDataset  # noqa: E402
 from torch_runs import NET, Net, attach, batch, mlp, moved, seeded, values  # noqa: E402
 
+from smartfrz.activation_store import ActivationStore  # noqa: E402
 from smartfrz.adapters.torch import PrefixCache  # noqa: E402
 from smartfrz.errors import UsageError  # noqa: E402
 
@@ -351,6 +352,28 @@ def test_memory_and_disk():
     assert_same_curve(plain, cached)
     assert use(cached).misses == SAMPLES
     assert use(cached).disk_bytes > 0
+
+
+def test_rows_of_the_next_batch_are_read_ahead(monkeypatch):
+    class Ahead(Loop):
+        def epochs(self, number):
+            loader = self.loader
+            for _ in range(number):
+                self.loader = self.freezer.read_ahead(loader)
+                super().epochs(1)
+            return self
+
+    asked, prefetch = [], ActivationStore.prefetch
+    monkeypatch.setattr(
+        ActivationStore, "prefetch", lambda self, keys: asked.append(list(keys)) or prefetch(self, keys)
+    )
+    plain, cached = run(), run(always(memory=0, disk="1MB"), loop=Ahead)
+    assert_same_curve(plain, cached)
+    assert use(cached).hits > 2 * SAMPLES
+    # The last epoch: the second batch before the first one is read, and the third before the second.
+    second, first, third, *then = asked[-5:]
+    assert then == [second, third]
+    assert sorted(first + second + third) == list(range(SAMPLES))
 
 
 def test_a_full_disk_in_a_run(caplog):

@@ -3,7 +3,7 @@
 import os
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -234,6 +234,24 @@ class SmartFRZ:
             return nullcontext()
         self._no_cache_where_compiled(self._cache)
         return self._cache.batch(ids)
+
+    def read_ahead(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """The batches of a loader, unchanged: `for ids, inputs, targets in freezer.read_ahead(loader): ...`.
+
+        While you train with one batch, the system reads from the disk what the cache has kept of the
+        next one. It is of use where kept activations do not fit into memory.
+
+        Args:
+            loader: Of batches whose first element are the ids, as `PrefixCache.indexed` yields them.
+        """
+        batches = iter(loader)
+        current = next(batches, None)
+        while current is not None:
+            following = next(batches, None)
+            if self._cache is not None and following is not None:
+                self._cache.prefetch(following[0])
+            yield current
+            current = following
 
     def _no_cache_where_compiled(self, cache: CachedPrefix) -> None:
         # A compiled model would be compiled anew at every batch.

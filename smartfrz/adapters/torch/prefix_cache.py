@@ -230,14 +230,17 @@ class CachedPrefix:
         if self.off or not self.active or keys is None:
             yield
             return
-        if self._now is not None:
-            self._now.store.prefetch(keys)
         self._ids = keys
         try:
             with self._led_here():
                 yield
         finally:
             self._ids = None
+
+    def prefetch(self, ids: Any) -> None:
+        """Have the system read from the disk what is kept of these samples, without waiting for it."""
+        if self._now is not None:
+            self._now.store.prefetch(_keys(ids))
 
     @contextmanager
     def _led_here(self) -> Iterator[None]:
