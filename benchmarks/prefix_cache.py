@@ -1,43 +1,61 @@
 """What the prefix cache saves: `python -m benchmarks.prefix_cache [steps|runs] [--output FILE]`.
 
 `steps`: one training step with the first part of a network frozen from the start, without the cache
-and with every sample in it. The variants take turns; medians.
+and with every sample in it. The variants take turns; medians. The tasks are those of
+`benchmarks.freeze_order`; what they need is said there.
 
-`runs`: whole runs with SmartFRZ, the variants interleaved, a few steps at a time. The tasks are those
-of `benchmarks.freeze_order` (EfficientNet-Lite0 on Fashion-MNIST, MiniLM on AG News; what they need
-is said there), with more epochs, since only an epoch behind the first one after freezing gains.
+`runs`: whole runs, `RUN_TASKS` x `METHODS` x seeds. All methods of a task and seed see the same samples
+in the same order, in one process, and take turns of a few steps. After them comes `stopped`: full
+training with its whole schedule in the share of the time that `cache` took. `seconds` are of training
+steps, loading of batches and all that freezing and caching cost included; evaluations are not in them.
+The pictures are read from the folder that SMARTFRZ_DATA names, as by the recipes.
 
-Times are CPU seconds of the process, so that other programs on the machine disturb them less. Prints
-one JSON line a measurement, and then a table.
+Times are CPU seconds of the process, so that other programs on the machine disturb them less, and of one
+thread; only `decision_seconds` and the cache's `seconds_saved` are by the clock on the wall. Prints one
+JSON line a measurement, and then a table. With `--output` the lines are appended to a file, and what is
+in it is not measured again. Runs that are missing there are trained beside those that they are compared
+with, whose lines are not written a second time.
 """
 
 import argparse
+import functools
 import json
+import math
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from benchmarks.freeze_order import TASKS, TURN, logits
+from benchmarks.freeze_order import RECIPES, TASKS, TURN, logits
+from benchmarks.keras_fit import cell
+from smartfrz import __version__
 from smartfrz.adapters.torch import PrefixCache, SmartFRZ, trace_layers
+from smartfrz.demo import pretrained_network
 from smartfrz.errors import SmartFRZError
 
 BATCH = 32
 FRACTIONS = (0.25, 0.5, 0.9)
 STEPS, BATCHES = 6, 2
-EPOCHS = {"fashion": 6, "agnews": 4}
 VARIANTS = {
     "memory": {"memory": "4GB"},
     "disk": {"memory": 0, "disk": "8GB"},
     "float16": {"memory": "4GB", "dtype": "float16"},
     "int8": {"memory": "4GB", "dtype": "int8"},
 }
-RUNS = ("full", "smartfrz", "memory", "int8")
+METHODS = ("full", "smartfrz", "cache", "prefix+cache", "cost_aware+cache", "stopped")
+ORDERS = {"smartfrz": "free", "cache": "free", "prefix+cache": "prefix", "cost_aware+cache": "cost_aware"}
+COMPARED_WITH = {"cache": {"smartfrz"}, "stopped": {"cache"}}  # besides full training
+SAMPLES = ("hits", "advanced", "misses")
+PICTURE_SIZE = 64
 
 
 def cache_of(variant, folder, **options):
@@ -108,23 +126,113 @@ def steps(task):
                 yield line
 
 
-class Runner:
-    """One run, a few steps at a time."""
+class Setup(NamedTuple):
+    """What a run trains, on what, and how.
 
-    def __init__(self, task, variant, seed, folder):
-        self.model, train, self.test, self.optimizer, schedule, _ = TASKS[task](seed)
+    Attributes:
+        model: With pretrained weights and a new head.
+        train: Samples `(inputs, target)`.
+        test: As `train`.
+        optimizer: Of the model's parameters.
+        schedule: Done share of the run, in [0, 1], to a factor of the learning rate.
+        epochs: Of full training.
+        views: As for `PrefixCache.indexed`, of all methods alike.
+    """
+
+    model: nn.Module
+    train: Dataset
+    test: Dataset
+    optimizer: torch.optim.Optimizer
+    schedule: Callable[[float], float]
+    epochs: int
+    views: int
+
+
+@functools.lru_cache(maxsize=2)  # training and test pictures of one task
+def photos(name, *splits):
+    """Pictures of these splits, float32 `[n, 3, 64, 64]` as EfficientNet-Lite reads them, and labels."""
+    sys.path.insert(0, str(RECIPES))
+    from recipe_data import archive
+
+    pixels, labels = [], []
+    for split in splits:
+        pictures, classes = archive(name, split)
+        pixels += [np.asarray(picture.resize((PICTURE_SIZE, PICTURE_SIZE))) for picture in pictures]
+        labels.append(classes.astype(np.int64))
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float().contiguous()
+    return TensorDataset(images.sub_(127).div_(128), torch.from_numpy(np.concatenate(labels)))
+
+
+def fine_tuning(seed, train, test, views=1):
+    """EfficientNet-Lite0 with ImageNet weights and a new head for ten classes."""
+    torch.manual_seed(seed)
+    model = pretrained_network(10)
+    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+    return Setup(model, train, test, optimizer, lambda share: 0.5 * (1 + math.cos(math.pi * share)), 8, views)
+
+
+def clothing(seed):
+    """3,068 photos of clothing; tested on the 713 of validation and test, on neither of which anything was chosen."""
+    name = "clothing_96px_jpeg"
+    return fine_tuning(seed, photos(name, "train"), photos(name, "validation", "test"))
+
+
+def clothing_flip(seed):
+    """As `clothing`, each training picture mirrored with probability one half, in two views."""
+    plain = clothing(seed)
+    from recipe_data import Augmented  # where `photos` found `archive`
+
+    return plain._replace(train=Augmented(*plain.train.tensors, shift=0), views=2)
+
+
+def imagenette(seed):
+    """Ten classes of ImageNet, 3,000 training and 1,000 test pictures.
+
+    The weights were trained on ImageNet, probably on these very pictures: only the head is new, and the
+    accuracy is high from the start.
+    """
+    name = "imagenette_224px_subset_3000_1000_jpeg"
+    return fine_tuning(seed, photos(name, "train"), photos(name, "val"))
+
+
+def agnews(seed):
+    """As in `benchmarks.freeze_order`, with more epochs, and with the network's dropout as it is."""
+    return Setup(*TASKS["agnews"](seed)[:-1], epochs=6, views=1)
+
+
+RUN_TASKS = {"clothing": clothing, "clothing-flip": clothing_flip, "imagenette": imagenette, "agnews": agnews}
+
+
+class Runner:
+    """One run, a few steps at a time.
+
+    Args:
+        task: A name of `RUN_TASKS`.
+        method: One of `METHODS`.
+        seed: Of the head, the order of samples and dropout; not of the views of `clothing-flip`.
+        limits: As in `runs`.
+        share: Of the steps of full training; the schedule is scaled.
+    """
+
+    def __init__(self, task, method, seed, limits, share=1.0):
+        self.model, train, self.test, self.optimizer, schedule, epochs, views = RUN_TASKS[task](seed)
+        self.random = torch.get_rng_state()
+        self.epochs = limits.get("epochs", epochs)
+        self.train_samples = min(len(train), limits.get("train_samples", len(train)))
+        indexed = PrefixCache.indexed(Subset(train, range(self.train_samples)), views)
         order = torch.Generator().manual_seed(seed)
-        self.loader = DataLoader(PrefixCache.indexed(train), BATCH, shuffle=True, drop_last=True, generator=order)
-        self.total_steps, self.step = len(self.loader) * EPOCHS[task], 0
+        self.loader = DataLoader(indexed, BATCH, shuffle=True, drop_last=True, generator=order)
+        self.total_steps, self.step = max(1, round(share * len(self.loader) * self.epochs)), 0
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: schedule(step / self.total_steps)
         )
         self.freezer = None
-        if variant != "full":
-            cache = cache_of(variant, folder)
-            self.freezer = SmartFRZ(self.model, self.optimizer, total_steps=self.total_steps, cache=cache)
+        if method in ORDERS:
+            cache = PrefixCache(memory="4GB") if "cache" in method else None
+            self.freezer = SmartFRZ(
+                self.model, self.optimizer, total_steps=self.total_steps, freeze_order=ORDERS[method], cache=cache
+            )
         self.batches, self.seconds, self.losses = iter(()), 0.0, []
-        self.random = torch.get_rng_state()
         self.model.train()
 
     def advance(self, number):
@@ -155,36 +263,58 @@ class Runner:
         self.random = torch.get_rng_state()
         return self.step < self.total_steps
 
+    def line(self, full_seconds):
+        """What is reported; the run is over then."""
+        line = {"accuracy": self.accuracy(), "test_samples": len(self.test), "seconds": self.seconds}
+        line |= {"share_of_full": self.seconds / full_seconds, "epochs": self.step / len(self.loader)}
+        line |= {"steps": self.step, "train_samples": self.train_samples}
+        line |= {"last_loss": statistics.mean(self.losses[-20:])}
+        if self.freezer is not None:
+            report = self.freezer.report().to_dict()
+            line |= {key: report[key] for key in ("num_layers", "frozen", "decision_seconds", "cache")}
+            self.freezer.close()
+        return line
+
     def accuracy(self):
         """On the test data, in [0, 1]."""
         self.model.eval()
         with torch.no_grad():
-            return statistics.mean(
-                float((logits(self.model, x).argmax(1) == y).float().mean()) for x, y in DataLoader(self.test, 250)
-            )
+            right = sum(int((logits(self.model, x).argmax(1) == y).sum()) for x, y in DataLoader(self.test, 250))
+        return right / len(self.test)
 
 
-def runs(task, seed):
-    """One line a variant."""
-    with tempfile.TemporaryDirectory() as folder:
-        runners = {variant: Runner(task, variant, seed, folder) for variant in RUNS}
-        while any([runner.advance(TURN) for runner in runners.values()]):
-            pass
-        for variant, runner in runners.items():
-            line = {"what": "runs", "task": task, "seed": seed, "variant": variant, "accuracy": runner.accuracy()}
-            line |= {"seconds": runner.seconds, "share_of_full": runner.seconds / runners["full"].seconds}
-            line |= {"last_loss": statistics.mean(runner.losses[-20:]), "epochs": EPOCHS[task]}
-            if runner.freezer is not None:
-                report = runner.freezer.report().to_dict()
-                line |= {key: report[key] for key in ("num_layers", "frozen", "cache")}
-                plain = runners["smartfrz"].losses
-                line["largest_loss_difference"] = max(abs(a - b) for a, b in zip(runner.losses, plain, strict=True))
-                runner.freezer.close()
+def runs(task, seed, methods, limits):
+    """One line for each of `methods`.
+
+    `limits` are `epochs` and `train_samples` of shorter runs than the task's own. To what each method is
+    compared with, full training first of all, is trained along with it.
+    """
+    together = {"full", *methods}.union(*(COMPARED_WITH.get(method, ()) for method in methods))
+    runners = {method: Runner(task, method, seed, limits) for method in METHODS if method in together - {"stopped"}}
+    while any([runner.advance(TURN) for runner in runners.values()]):
+        pass
+    facts = {"what": "runs", "task": task, "seed": seed, "limits": limits}
+    versions = {"versions": {"torch": torch.__version__, "smartfrz": __version__}}
+    full_seconds = runners["full"].seconds
+    for method, runner in runners.items():
+        if method in methods:
+            line = facts | {"method": method} | runner.line(full_seconds) | versions
+            if method == "cache":
+                pairs = zip(runner.losses, runners["smartfrz"].losses, strict=True)
+                line["largest_loss_difference"] = max(abs(a - b) for a, b in pairs)
             yield line
+    if "stopped" in methods:
+        share = runners["cache"].seconds / full_seconds
+        del runner
+        runners.clear()  # room for another one
+        stopped = Runner(task, "stopped", seed, limits, share)
+        while stopped.advance(TURN):
+            pass
+        yield facts | {"method": "stopped"} | stopped.line(full_seconds) | versions
 
 
-def table(lines):
-    """Both measurements, as Markdown."""
+def steps_table(lines):
+    """Medians, as Markdown."""
     chosen = [line for line in lines if line["what"] == "steps"]
     if chosen:
         names = ("none", *VARIANTS)
@@ -198,19 +328,53 @@ def table(lines):
                 print(
                     f"| {task} | {found['none']['frozen']} of {found['none']['layers']} | {' | '.join(cells)} | {size} |"
                 )
-    chosen = [line for line in lines if line["what"] == "runs"]
-    if chosen:
-        print("| task | run | seeds | accuracy | time of full training | hits | cache |\n|" + "---|" * 7)
-    for task in TASKS:
-        for variant in RUNS:
-            found = [line for line in chosen if (line["task"], line["variant"]) == (task, variant)]
-            if found:
-                means = [100 * statistics.mean(line[key] for line in found) for key in ("accuracy", "share_of_full")]
-                hits = round(statistics.mean((line.get("cache") or {}).get("hits", 0) for line in found))
-                size = statistics.mean((line.get("cache") or {}).get("memory_bytes", 0) for line in found) / 1e6
-                print(
-                    f"| {task} | {variant} | {len(found)} | {means[0]:.1f} % | {means[1]:.1f} % | {hits} | {size:.0f} MB |"
-                )
+
+
+def runs_table(lines):
+    """Means and standard deviations over seeds, as Markdown; differences are taken within a seed."""
+    columns = "task | method | seeds | accuracy | difference to full, points | time of full training"
+    print(f"| {columns} | samples read | advanced | computed | memory |\n|" + "---|" * 10)
+    errors = []
+    for task in RUN_TASKS:
+        full = {line["seed"]: line for line in lines if (line["task"], line["method"]) == (task, "full")}
+        for method in METHODS:
+            found = [line for line in lines if (line["task"], line["method"]) == (task, method)]
+            if not found:
+                continue
+            accuracy = cell([100 * line["accuracy"] for line in found], ".1f")
+            share = cell([100 * line["share_of_full"] for line in found], ".1f")
+            pairs = [(line, full[line["seed"]]) for line in found if line["seed"] in full and method != "full"]
+            difference = cell([100 * (a["accuracy"] - b["accuracy"]) for a, b in pairs], "+.1f") if pairs else ""
+            uses = [line["cache"] for line in found if line.get("cache")]
+            use = {key: statistics.mean(use[key] for use in uses) if uses else 0 for key in (*SAMPLES, "memory_bytes")}
+            cells = [f"{use[key]:,.0f}" for key in SAMPLES] + [f"{use['memory_bytes'] / 1e6:.0f} MB"]
+            start = f"| {task} | {method} | {len(found)} | {accuracy} % | {difference} | {share} % |"
+            print(f"{start} {' | '.join(cells if uses else [''] * 4)} |")
+        if full:
+            right = statistics.mean(line["accuracy"] for line in full.values())
+            number = next(iter(full.values()))["test_samples"]
+            errors.append(f"{task} {100 * math.sqrt(right * (1 - right) / number):.1f} points ({number:,} samples)")
+    if errors:
+        print(f"\nStandard error of one accuracy, from the size of the test set: {', '.join(errors)}.")
+
+
+def list_of(known):
+    """What argparse reads as a list of these names."""
+
+    def read(text):
+        unknown = set(text.split(",")) - set(known)
+        if unknown:
+            raise argparse.ArgumentTypeError(f"unknown: {', '.join(sorted(unknown))}. Known: {', '.join(known)}.")
+        return text.split(",")
+
+    return read
+
+
+def positive(text):
+    """A positive number for argparse."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}; expected 1 or more")
+    return int(text)
 
 
 def main():
@@ -218,23 +382,28 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("what", nargs="?", choices=("steps", "runs"), help="Both by default.")
     parser.add_argument("--output", type=Path, help="Append one JSON line a measurement; those there are not repeated.")
-    parser.add_argument("--tasks", default=",".join(TASKS))
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--epochs", type=int, help="Of each run.")
+    parser.add_argument("--tasks", type=list_of({**TASKS, **RUN_TASKS}), help="All by default.")
+    parser.add_argument("--methods", type=list_of(METHODS), default=METHODS, help="Of runs; all by default.")
+    parser.add_argument("--seeds", default="0", help="Of runs.")
+    parser.add_argument("--epochs", type=positive, help="Of each run, to try something out.")
+    parser.add_argument("--train-samples", type=positive, help="At most, in each run, to try something out.")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    EPOCHS.update(dict.fromkeys(EPOCHS, options.epochs) if options.epochs else {})
+    given = {"epochs": options.epochs, "train_samples": options.train_samples}
+    limits = {key: value for key, value in given.items() if value is not None}
     lines = []
     if options.output and options.output.exists():
         lines = [json.loads(line) for line in options.output.read_text().splitlines()]
     jobs = []
-    for task in options.tasks.split(","):
-        if options.what != "runs" and not any((li["what"], li["task"]) == ("steps", task) for li in lines):
+    for task in TASKS if options.what != "runs" else ():
+        if task in (options.tasks or TASKS) and not any((li["what"], li["task"]) == ("steps", task) for li in lines):
             jobs.append((task, steps, ()))
+    for task in RUN_TASKS if options.what != "steps" else ():
         for seed in map(int, options.seeds.split(",")):
-            done = any((li["what"], li["task"], li.get("seed")) == ("runs", task, seed) for li in lines)
-            if options.what != "steps" and not done:
-                jobs.append((task, runs, (seed,)))
+            same = [li for li in lines if (li["task"], li.get("seed"), li.get("limits")) == (task, seed, limits)]
+            missing = [method for method in options.methods if method not in [li["method"] for li in same]]
+            if task in (options.tasks or RUN_TASKS) and missing:
+                jobs.append((task, runs, (seed, missing, limits)))
     for task, measure, arguments in jobs:
         try:
             for line in measure(task, *arguments):
@@ -245,7 +414,10 @@ def main():
                         file.write(json.dumps(line) + "\n")
         except (OSError, SmartFRZError) as error:
             print(f"{task} is left out: {error}", file=sys.stderr)
-    table(lines)
+    if options.what != "runs":
+        steps_table([line for line in lines if line["what"] == "steps"])
+    if options.what != "steps":
+        runs_table([line for line in lines if line["what"] == "runs" and line["limits"] == limits])
 
 
 if __name__ == "__main__":
