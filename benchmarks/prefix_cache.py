@@ -188,8 +188,8 @@ def clothing_flip(seed):
 def imagenette(seed):
     """Ten classes of ImageNet, 3,000 training and 1,000 test pictures.
 
-    The weights were trained on ImageNet, probably on these very pictures: only the head is new, and the
-    accuracy is high from the start.
+    The weights were trained on ImageNet, probably on these very training pictures: only the head is new, so
+    that this is easier than a task that the network never saw, and the accuracy is high early.
     """
     name = "imagenette_224px_subset_3000_1000_jpeg"
     return fine_tuning(seed, photos(name, "train"), photos(name, "val"))
