@@ -190,7 +190,7 @@ def imagenette(seed):
 
     The weights were trained on ImageNet, probably on these very training pictures: only the head is new, so
     that this is easier than a task that the network never saw. Test accuracy is low at first all the same (31 %
-    after one epoch of a run of one): at 64 px the statistics of batch norms, momentum 0.01, have far to go.
+    after one epoch of a run of one), probably since the statistics of its batch norms follow slowly (momentum 0.01).
     """
     name = "imagenette_224px_subset_3000_1000_jpeg"
     return fine_tuning(seed, photos(name, "train"), photos(name, "val"))
