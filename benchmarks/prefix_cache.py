@@ -210,7 +210,7 @@ class Runner:
     Args:
         task: A name of `RUN_TASKS`.
         method: One of `METHODS`.
-        seed: Of the head, the order of samples and dropout; not of the views of `clothing-flip`.
+        seed: Of the head, the order of samples and dropout, and of the views.
         limits: As in `runs`.
         share: Of the steps of full training; the schedule is scaled.
     """
@@ -220,7 +220,7 @@ class Runner:
         self.random = torch.get_rng_state()
         self.epochs = limits.get("epochs", epochs)
         self.train_samples = min(len(train), limits.get("train_samples", len(train)))
-        indexed = PrefixCache.indexed(Subset(train, range(self.train_samples)), views)
+        indexed = PrefixCache.indexed(Subset(train, range(self.train_samples)), views, seed=seed)
         order = torch.Generator().manual_seed(seed)
         self.loader = DataLoader(indexed, BATCH, shuffle=True, drop_last=True, generator=order)
         self.total_steps, self.step = max(1, round(share * len(self.loader) * self.epochs)), 0

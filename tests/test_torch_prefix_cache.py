@@ -298,7 +298,10 @@ def test_views_come_back(workers):
         assert all(torch.equal(seen[key], epochs[epoch % 2][key]) for key in seen)
     plain = data().tensors[0]
     flipped = [not torch.equal(epochs[e][2 * i + e], plain[i]) for i in range(SAMPLES) for e in (0, 1)]
-    assert 10 < sum(flipped) < 34
+    assert [sum(flipped[i : i + 2]) for i in range(0, 2 * SAMPLES, 2)] == [1] * SAMPLES  # both sides of each
+    assert 5 < sum(flipped[::2]) < 17
+    other = PrefixCache.indexed(Flipped(), views=2, seed=1)
+    assert [torch.equal(other[i][1], plain[i]) for i in range(SAMPLES)] != [not f for f in flipped[::2]]
     resumed = PrefixCache.indexed(Flipped(), views=2, epoch=3)
     assert [resumed[4][0], resumed[4][0], resumed[-1][0]] == [9, 8, 43]
 

@@ -78,20 +78,21 @@ class PrefixCache:
         self.profile = profile
 
     @staticmethod
-    def indexed(dataset: Any, views: int = 1, *, epoch: int = 0) -> IndexedDataset:
+    def indexed(dataset: Any, views: int = 1, *, epoch: int = 0, seed: int = 0) -> IndexedDataset:
         """The data set with an id before each sample: `(id, *sample)`. Give the ids to `freezer.batch`.
 
         Args:
             dataset: With `__len__` and `__getitem__`.
             views: For augmented data: the random numbers of a sample repeat after so many epochs.
-                A random flip loses nothing with 2.
+                A random flip that comes first loses nothing with 2.
             epoch: At which a resumed run goes on.
+            seed: Of the views.
 
         Raises:
             TypeError: If the data set has no `__len__` and `__getitem__`.
             ValueError: If `views` or `epoch` is out of range.
         """
-        return IndexedDataset(dataset, views, epoch)
+        return IndexedDataset(dataset, views, epoch, seed)
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Data sets that say which sample is which, and whose augmentation comes back."""
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,22 +12,25 @@ from torch.utils.data import Dataset, IterableDataset
 class IndexedDataset(Dataset[tuple[Any, ...]]):
     """A data set whose samples come with an id: `(id, *sample)`.
 
-    With `views`, the random numbers that a sample is augmented with depend on the sample and its
-    view alone: the first time a sample is asked for it shows view 0, then view 1, and after the
-    last one view 0 again. Epoch e therefore shows view e mod `views`, with any number of workers.
+    With `views`, the random numbers that a sample is augmented with depend on the seed, the sample
+    and its view alone: the first time a sample is asked for it shows view 0, then view 1, and after
+    the last one view 0 again. Epoch e therefore shows view e mod `views`, with any number of workers.
+    The first random number of a sample's views lies in another part of [0, 1) for each of them: where
+    the augmentation begins with a flip, two views show both sides of every sample.
 
     Args:
         dataset: With `__len__` and `__getitem__`.
         views: How often a sample is augmented anew before its views come back; 1 for data without
             augmentation.
         epoch: The first epoch; give it when a run is resumed.
+        seed: Of the views.
 
     Raises:
         TypeError: If the data set has no `__len__` and `__getitem__`.
         ValueError: If `views` or `epoch` is out of range.
     """
 
-    def __init__(self, dataset: Any, views: int = 1, epoch: int = 0):
+    def __init__(self, dataset: Any, views: int = 1, epoch: int = 0, seed: int = 0):
         if isinstance(dataset, IterableDataset) or not (
             hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
         ):
@@ -40,6 +44,7 @@ class IndexedDataset(Dataset[tuple[Any, ...]]):
             )
         self.dataset = dataset
         self.views = views
+        self.seed = int(seed)
         # Shared with the workers of a DataLoader, which are new ones in every epoch.
         self._times = torch.full((len(dataset),), epoch, dtype=torch.int32).share_memory_()
 
@@ -56,19 +61,33 @@ class IndexedDataset(Dataset[tuple[Any, ...]]):
             view = int(self._times[index]) % self.views
             self._times[index] += 1
             key = index * self.views + view
-            sample = _drawn(self.dataset, index, key)
+            sample = _drawn(self.dataset, index, view, self.views, self.seed)
         return (key, *sample) if isinstance(sample, (tuple, list)) else (key, sample)
 
 
-def _drawn(dataset: Any, index: int, seed: int) -> Any:
+def _drawn(dataset: Any, index: int, view: int, views: int, seed: int) -> Any:
     """One sample, with random numbers of its own; those of the process go on as if nothing had happened."""
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+    part = (int(np.random.default_rng([abs(seed), index]).integers(views)) + view) % views
+    numbers = np.random.default_rng([abs(seed), index, view])
     try:
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
+        _seed_within(part, views, numbers, torch.default_generator.manual_seed, lambda: float(torch.rand(())))
+        _seed_within(part, views, numbers, random.seed, random.random)
+        _seed_within(part, views, numbers, np.random.seed, np.random.random)
         return dataset[index]
     finally:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
         np.random.set_state(states[2])  # noqa: NPY002
+
+
+def _seed_within(
+    part: int, parts: int, numbers: np.random.Generator, seed: Callable[[int], Any], first: Callable[[], float]
+) -> None:
+    """Seed a generator so that its first number lies in this part of [0, 1)."""
+    while True:
+        number = int(numbers.integers(2**32))
+        seed(number)
+        if int(first() * parts) == part:
+            seed(number)
+            return
