@@ -1,4 +1,9 @@
-"""What the prefix cache saves: `python -m benchmarks.prefix_cache [steps|runs] [--output FILE]`.
+"""What the prefix cache saves: `python -m benchmarks.prefix_cache [curve|steps|runs] [--output FILE]`.
+
+`curve`: whether training is the same with it. Pretrained networks with the first half of their layers
+frozen and nothing left to chance in them, three shuffled epochs of 256 samples with the cache and
+without: the largest difference of two losses. In float64 as well, since training multiplies whatever
+a convolution rounds otherwise at another place of a batch.
 
 `steps`: one training step with the first part of a network frozen from the start, without the cache
 and with every sample in it. The variants take turns; medians. The tasks are those of
@@ -124,6 +129,47 @@ def steps(task):
                     line |= {"hits": use.hits, "reason": use.reason}
                 stepper.freezer.close()
                 yield line
+
+
+def without_chance(model):
+    """No dropout, and no stochastic depth."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    if hasattr(model, "_global_params"):  # EfficientNet-Lite
+        model._global_params = model._global_params._replace(drop_connect_rate=0.0)
+
+
+def curve(task):
+    """One line for each dtype."""
+    for dtype in (torch.float32, torch.float64):
+        losses = {}
+        for name, cache in (("without", None), ("with", PrefixCache(memory="4GB", profile=False))):
+            model, train, optimizer, frozen, layers = frozen_model(task, 0.5)
+            without_chance(model.to(dtype))
+            freezer = SmartFRZ(model, optimizer, total_steps=10**6, dry_run=True, cache=cache)
+            order = torch.Generator().manual_seed(0)
+            loader = DataLoader(Subset(train, range(256)), BATCH, shuffle=True, generator=order)
+            losses[name] = []
+            for inputs, targets in (batch for _ in range(3) for batch in loader):
+                inputs = inputs.to(dtype) if isinstance(inputs, torch.Tensor) else inputs
+                loss = cross_entropy(logits(model, inputs), targets)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                freezer.step()
+                losses[name].append(loss.item())
+        use = freezer.report().cache
+        freezer.close()
+        differences = [abs(a - b) for a, b in zip(losses["with"], losses["without"], strict=True)]
+        line = {"what": "curve", "task": task, "dtype": str(dtype), "frozen": frozen, "layers": layers, "cut": use.cut}
+        line |= {"largest_difference": max(differences), "of_the_first_half": max(differences[: len(differences) // 2])}
+        yield line | {
+            "steps": len(differences),
+            "first": losses["with"][0],
+            "last": losses["with"][-1],
+            "hits": use.hits,
+        }
 
 
 class Setup(NamedTuple):
@@ -381,7 +427,7 @@ def positive(text):
 def main():
     """Measure, and print."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", nargs="?", choices=("steps", "runs"), help="Both by default.")
+    parser.add_argument("what", nargs="?", choices=("curve", "steps", "runs"), help="All by default.")
     parser.add_argument("--output", type=Path, help="Append one JSON line a measurement; those there are not repeated.")
     parser.add_argument("--tasks", type=list_of({**TASKS, **RUN_TASKS}), help="All by default.")
     parser.add_argument("--methods", type=list_of(METHODS), default=METHODS, help="Of runs; all by default.")
@@ -396,10 +442,11 @@ def main():
     if options.output and options.output.exists():
         lines = [json.loads(line) for line in options.output.read_text().splitlines()]
     jobs = []
-    for task in TASKS if options.what != "runs" else ():
-        if task in (options.tasks or TASKS) and not any((li["what"], li["task"]) == ("steps", task) for li in lines):
-            jobs.append((task, steps, ()))
-    for task in RUN_TASKS if options.what != "steps" else ():
+    for what, measure in (("curve", curve), ("steps", steps)):
+        for task in TASKS if options.what in (what, None) else ():
+            if task in (options.tasks or TASKS) and not any((li["what"], li["task"]) == (what, task) for li in lines):
+                jobs.append((task, measure, ()))
+    for task in RUN_TASKS if options.what in ("runs", None) else ():
         for seed in map(int, options.seeds.split(",")):
             same = [li for li in lines if (li["task"], li.get("seed"), li.get("limits")) == (task, seed, limits)]
             missing = [method for method in options.methods if method not in [li["method"] for li in same]]
@@ -415,9 +462,14 @@ def main():
                         file.write(json.dumps(line) + "\n")
         except (OSError, SmartFRZError) as error:
             print(f"{task} is left out: {error}", file=sys.stderr)
-    if options.what != "runs":
+    for line in lines:
+        if line["what"] == "curve" and options.what in ("curve", None):
+            start, whole = line["of_the_first_half"], line["largest_difference"]
+            print(f"{line['task']}, {line['dtype']}: {line['steps']} losses differ by {whole:.1e} at most, the first")
+            print(f"half of them by {start:.1e}; the loss fell from {line['first']:.2f} to {line['last']:.2f}")
+    if options.what in ("steps", None):
         steps_table([line for line in lines if line["what"] == "steps"])
-    if options.what != "steps":
+    if options.what in ("runs", None):
         runs_table([line for line in lines if line["what"] == "runs" and line["limits"] == limits])
 
 
