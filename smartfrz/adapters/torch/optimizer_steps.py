@@ -9,6 +9,8 @@ from torch import nn
 
 from smartfrz.errors import UsageError
 
+_REMEDY = "Or pass a policy that leaves learning rates alone, such as LinearFreezing(anneal=False)."
+
 
 class OptimizerSteps:
     """Hooks around the steps of some optimizers.
@@ -108,7 +110,8 @@ class OptimizerSteps:
 
     def _accumulate(self, optimizer: torch.optim.Optimizer) -> None:
         """Here, and not after the step, when the user may have dropped the gradients."""
-        scale = getattr(optimizer, "grad_scale", None)  # of a GradScaler, which leaves it to a fused optimizer
+        # A GradScaler leaves it to a fused optimizer to unscale, and to skip a step whose gradients overflowed.
+        scale, overflowed = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None or not parameter.requires_grad:
@@ -116,12 +119,19 @@ class OptimizerSteps:
                 gradient = parameter.grad.detach()
                 if scale is not None:
                     gradient = gradient / scale
+                if overflowed is not None:
+                    gradient = torch.where(overflowed > 0, 0.0, gradient)
                 if parameter not in self._sums:
                     dtype = torch.promote_types(gradient.dtype, torch.float32)
                     self._sums[parameter] = torch.zeros_like(parameter.detach(), dtype=dtype)
                 self._sums[parameter] += gradient
 
     def _split(self, optimizer: torch.optim.Optimizer) -> None:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise UsageError(
+                f"LBFGS takes one step for all parameters together, and layers were to have learning rates of their own; "
+                f"expected one such as SGD or AdamW. {_REMEDY}"
+            )
         parts: list[dict[str, Any]] = []
         for group in optimizer.param_groups:
             alike: dict[float, list[nn.Parameter]] = {}
@@ -141,8 +151,7 @@ class OptimizerSteps:
             raise UsageError(
                 f"{type(optimizer).__name__} took a step without reading the learning rate of each of its parameter "
                 "groups; expected it to, as the optimizers of torch.optim do, since layers were to have learning rates "
-                "of their own. Pass the optimizer inside of it, or a policy that leaves learning rates alone "
-                "(LinearFreezing(anneal=False))."
+                f"of their own. Pass the optimizer inside of it. {_REMEDY}"
             )
 
     def _restore(self, optimizer: torch.optim.Optimizer) -> None:
