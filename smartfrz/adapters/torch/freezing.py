@@ -132,7 +132,7 @@ class TorchAdapter(LayerReader):
         """L1 norm of the sum of the layer's gradients over the optimizer steps since this was last asked.
 
         The sum begins with the first call, or with the `steps` that this adapter was given. Gradients count as the
-        optimizer gets them: averaged over processes, unscaled, clipped. On every process, where weights are sharded.
+        optimizer gets them: averaged over processes, unscaled, clipped.
         """
         return self._steps.take_norm(self._trainable[layer])
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from smartfrz.errors import UsageError
+from smartfrz.adapters.torch.sharding import is_sharded
+from smartfrz.errors import UnsupportedModelError, UsageError
 
 _REMEDY = "Or pass a policy that leaves learning rates alone, such as LinearFreezing(anneal=False)."
 
@@ -77,17 +78,11 @@ class OptimizerSteps:
         self._scales.update(dict.fromkeys(parameters, factor))
 
     def take_norm(self, parameters: Iterable[nn.Parameter]) -> float:
-        """L1 norm of the gradients added up since this was last asked; 0 without gradients.
-
-        Of sharded parameters it is that of the whole, and every process has to ask.
-        """
+        """L1 norm of the gradients added up since this was last asked; 0 without gradients."""
         self._accumulates = True
-        norms = []
-        for parameter in parameters:
-            if parameter in self._sums:
-                norm: Any = torch.linalg.vector_norm(self._sums.pop(parameter), 1, dtype=torch.float64)
-                norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        return sum(norm.item() for norm in norms)
+        sums = [self._sums.pop(parameter) for parameter in parameters if parameter in self._sums]
+        norms = [torch.linalg.vector_norm(gradient, 1, dtype=torch.float64) for gradient in sums]
+        return float(sum(norm.item() for norm in norms))
 
     def sums(self) -> dict[nn.Parameter, torch.Tensor]:
         """The gradients added up so far, as they are now."""
@@ -116,6 +111,12 @@ class OptimizerSteps:
             for parameter in group["params"]:
                 if parameter.grad is None or not parameter.requires_grad:
                     continue
+                if is_sharded(parameter):
+                    # One process could not save the sums of all, as it does everything else.
+                    raise UnsupportedModelError(
+                        "Gradients of a model in fully_shard were to be added up, for AutoFreeze; expected whole "
+                        "parameters. Use DistributedDataParallel, or another policy."
+                    )
                 gradient = parameter.grad.detach()
                 if scale is not None:
                     gradient = gradient / scale
