@@ -45,7 +45,7 @@ class OptimizerSteps:
         self._whole: dict[torch.optim.Optimizer, list[dict[str, Any]]] = {}
         self.seconds = 0.0
         self._handles: list[Any] = []
-        for optimizer in optimizers:
+        for optimizer in map(_inside, optimizers):
             self._handles += [
                 optimizer.register_step_pre_hook(self._enter),
                 optimizer.register_step_post_hook(self._leave),
@@ -158,6 +158,13 @@ class OptimizerSteps:
     def _restore(self, optimizer: torch.optim.Optimizer) -> None:
         if optimizer in self._whole:
             optimizer.param_groups = self._whole.pop(optimizer)
+
+
+def _inside(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that takes the steps: that of Accelerate is a shell around it, and has no hooks."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
 
 
 class _Part(dict[str, Any]):
