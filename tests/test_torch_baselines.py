@@ -578,3 +578,14 @@ def test_what_the_oracle_refuses():
     run = Run(lambda run: SimilarityGuided(run.model, other, digits()[0][:8]))
     with pytest.raises(UnsupportedModelError, match=r"layers that the reference does not have: \['4', '6', '9'\]"):
         run.run(0, 1)
+
+
+def test_a_state_from_before_there_were_policies_is_read():
+    predictor = WeightChange(limit=0.2, tailored_size=64)  # judges histories, as predictors do
+    whole, first, second = Run(predictor).run(0, STEPS), Run(predictor).run(0, 50), Run(predictor, seed=5)
+    for key, part in second.parts().items():
+        state = copy.deepcopy(first.parts()[key].state_dict())
+        if key == "freezer":
+            assert state.pop("gradients") == {}
+        part.load_state_dict(state)
+    assert second.run(50, STEPS).losses == whole.losses[50:]
