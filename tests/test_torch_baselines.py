@@ -188,9 +188,18 @@ class Wrapping(torch.optim.Optimizer):
         self.inner.step()
 
 
+class Counting(torch.optim.SGD):
+    """Counts its steps in its groups, as some optimizers that need no schedule do."""
+
+    def _init_group(self, group, *lists):
+        group["k"] = group.get("k", 0) + 1
+        return super()._init_group(group, *lists)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda p: Counting(p, 0.1), r"Counting took a step .*or wrote to them; .*Pass the optimizer inside of it"),
         (Wrapping, r"Wrapping took a step without reading the learning rate of each .*anneal=False"),
         (lambda p: torch.optim.LBFGS(p, max_iter=1), r"LBFGS takes one step for all parameters .*anneal=False"),
     ],
@@ -566,6 +575,18 @@ def test_the_oracle_looks_without_touching():
     SimilarityGuided(watched.model, reference, digits()[0][:8])
     assert [module.training for module in reference.modules()] == modes
     assert all(torch.equal(value, before[key]) for key, value in reference.state_dict().items())
+
+
+def test_a_state_goes_on_with_the_same_reference_and_probe_only():
+    model, probe = network(), digits()[0][:8]
+    same = [SimilarityGuided(model, network(1), probe).sha256 for _ in range(2)]
+    others = [
+        SimilarityGuided(model, network(2), probe).sha256,
+        SimilarityGuided(model, network(1), digits()[0][8:16]).sha256,
+        SimilarityGuided(model, network(1), probe, rule=LabelRule("backward", 0.03, 3)).sha256,
+    ]
+    assert same[0] == same[1]
+    assert len({*same, *others}) == 4
 
 
 def test_what_the_oracle_refuses():

@@ -1,10 +1,11 @@
 """Similarity-guided freezing: what could be had if the finished model were known. Not a method, but a bound."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -64,13 +65,11 @@ class SimilarityGuided(Policy):
         for module, mode in training.items():
             module.training = mode
         self._grams = layer_grams(reference, list(self._traced.values()), probe)
+        self._digests = {"probe": _digest(tree_leaves(probe)), "reference": _digest(reference.state_dict().values())}
 
     def settings(self) -> dict[str, Any]:
-        """The rule, and digests of the probe and of what the reference makes of it."""
-        inputs = b"".join(tensor.detach().cpu().numpy().tobytes() for tensor in tree_leaves(self._probe))
-        grams = b"".join(gram.tobytes() for gram in self._grams.values())
-        digests = {"probe": hashlib.sha256(inputs).hexdigest(), "reference": hashlib.sha256(grams).hexdigest()}
-        return self.rule.to_dict() | digests
+        """The rule, and digests of the probe and of the reference."""
+        return self.rule.to_dict() | self._digests
 
     def begin(self, adapter: Any, layers: Sequence[str], *, total_steps: int | None, seed: int) -> None:
         """Forget all similarities.
@@ -111,3 +110,11 @@ class SimilarityGuided(Policy):
     def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Replace the similarities."""
         self._cka = {layer: [float(value) for value in values] for layer, values in state.items()}
+
+
+def _digest(tensors: Iterable[torch.Tensor]) -> str:
+    """SHA-256 of what the tensors hold, whatever their dtype."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

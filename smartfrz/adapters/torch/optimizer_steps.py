@@ -147,12 +147,12 @@ class OptimizerSteps:
     def _leave(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         parts = optimizer.param_groups
         self._restore(optimizer)
-        unread = [p for p in parts if isinstance(p, _Part) and not p.rate_was_read]
-        if any(parameter.grad is not None for part in unread for parameter in part["params"]):
+        used = [part for part in parts if isinstance(part, _Part) and any(p.grad is not None for p in part["params"])]
+        if not all(part.rate_was_read for part in used) or any(part.was_written for part in used):
             raise UsageError(
                 f"{type(optimizer).__name__} took a step without reading the learning rate of each of its parameter "
-                "groups; expected it to, as the optimizers of torch.optim do, since layers were to have learning rates "
-                f"of their own. Pass the optimizer inside of it. {_REMEDY}"
+                "groups, or wrote to them; expected it to read them only, as the optimizers of torch.optim do, since "
+                f"layers were to have learning rates of their own. Pass the optimizer inside of it. {_REMEDY}"
             )
 
     def _restore(self, optimizer: torch.optim.Optimizer) -> None:
@@ -168,10 +168,15 @@ def _inside(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 class _Part(dict[str, Any]):
-    """A part of a parameter group, which notices whether a step heeds its learning rate."""
+    """A part of a parameter group, which notices what a step does with it."""
 
     rate_was_read = False
+    was_written = False  # what is written would be lost
 
     def __getitem__(self, key: str) -> Any:
         self.rate_was_read = self.rate_was_read or key == "lr"
         return super().__getitem__(key)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.was_written = True
+        super().__setitem__(key, value)
