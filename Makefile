@@ -41,6 +41,7 @@ format: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(RUN) benchmarks.overhead
+	$(RUN) benchmarks.baselines
 	$(RUN) benchmarks.decision
 	$(RUN) benchmarks.batch_norm
 	$(RUN) benchmarks.equal_time

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from smartfrz.adapters.torch import PrefixCache, SmartFRZ
 from smartfrz.adapters.torch import distributed as ours
 from smartfrz.adapters.torch.layers import LayerReader, trace_layers
+from smartfrz.baselines import AutoFreeze, LinearFreezing
 from smartfrz.errors import SmartFRZError
 
 STEPS = 16
@@ -484,6 +485,27 @@ def summary(freezer, model, moved=()):
         "flops": freezer.report().backward_flops,
         "weights": digest(whole(p) for p in model.parameters()),
     }
+
+
+@scenario
+def baselines(rank, world):
+    """Policies that reach into the optimizer's steps; unsharded, all ranks train on the same data."""
+    results = {}
+    options = {"total_steps": MLP_STEPS, "rank_timeout": 60.0}
+    for policy in (LinearFreezing(0.2, scale_lr=True), AutoFreeze(steps_per_epoch=8)):
+        for name in ("alone", "ddp", "fsdp", "ddp on data of each rank"):
+            model = shard(Mlp()) if name == "fsdp" else Mlp()
+            forward = DistributedDataParallel(model) if "ddp" in name else model
+            optimizer = sgd(model)
+            freezer = SmartFRZ(forward, optimizer, policy, **options)
+            try:
+                for _ in train_mlp(forward, model, optimizer, freezer, 0, MLP_STEPS, rank * ("data" in name)):
+                    pass
+                model.reshard() if name == "fsdp" else None
+                results[f"{policy.name} {name}"] = summary(freezer, model)
+            except SmartFRZError as error:
+                results[f"{policy.name} {name}"] = str(error)
+    return results
 
 
 @scenario

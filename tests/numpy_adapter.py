@@ -35,6 +35,8 @@ class NumpyAdapter:
         self.arrays = {name: np.array(array) for name, array in arrays.items()}
         self.velocity = {name: np.zeros_like(array) for name, array in self.arrays.items()}
         self.frozen = set()
+        self.lr_scales = {}
+        self.gradient_sums = {name: np.zeros(array.shape) for name, array in self.arrays.items()}
 
     @classmethod
     def random(cls, sizes, seed=0):
@@ -61,17 +63,28 @@ class NumpyAdapter:
         for layer in layers:
             self.frozen.add(layer)
             self.velocity[layer][...] = 0
+            self.gradient_sums[layer][...] = 0
+            self.lr_scales.pop(layer, None)
 
     def unfreeze(self, layers):
         self.frozen -= set(layers)
+
+    def set_lr_scale(self, layer, scale):
+        self.lr_scales[layer] = scale
+
+    def gradient_norm(self, layer):
+        norm = np.abs(self.gradient_sums[layer]).sum()
+        self.gradient_sums[layer][...] = 0
+        return float(norm)
 
     def train_step(self, learning_rate=0.05):
         """One real step; layers further behind converge more slowly."""
         for index, (name, array) in enumerate(self.arrays.items()):
             if name not in self.frozen:
                 gradient = (array - 1) / (index + 1) + 0.1 * array
+                self.gradient_sums[name] += gradient
                 self.velocity[name] = 0.9 * self.velocity[name] + gradient
-                array -= learning_rate * self.velocity[name]
+                array -= learning_rate * self.lr_scales.get(name, 1.0) * self.velocity[name]
 
 
 @dataclass

@@ -11,6 +11,7 @@ from torch import nn  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 from smartfrz.adapters.torch import SmartFRZ  # noqa: E402
+from smartfrz.baselines import AutoFreeze, LinearFreezing  # noqa: E402
 from smartfrz.errors import StateError  # noqa: E402
 
 STEPS = 24
@@ -40,7 +41,7 @@ def pictures():
 class Loop:
     """A loop with two batches a step, as Accelerate's documentation writes it; 4 steps an epoch."""
 
-    def __init__(self, model=None, prepared_optimizer=True, mixed_precision="no", **options):
+    def __init__(self, model=None, prepared_optimizer=True, mixed_precision="no", policy=None, **options):
         AcceleratorState._reset_state(reset_partial_state=True)  # several Accelerators in one process
         self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, mixed_precision=mixed_precision)
         self.inner = model or Net()
@@ -50,9 +51,10 @@ class Loop:
         self.model, self.optimizer, self.loader, self.schedule = self.accelerator.prepare(
             self.inner, self.raw, loader, schedule
         )
-        options = {"record_every": 2, "decide_every": 1, "patience": 2, "threshold": 0.838} | options
+        if policy is None:
+            options = {"record_every": 2, "decide_every": 1, "patience": 2, "threshold": 0.838} | options
         optimizer = self.optimizer if prepared_optimizer else self.raw
-        self.freezer = SmartFRZ(self.model, optimizer, ChangePredictor(scale=20.0), **options)
+        self.freezer = SmartFRZ(self.model, optimizer, policy or ChangePredictor(scale=20.0), **options)
         self.accelerator.register_for_checkpointing(self.freezer)
         self.after, self.rates = {}, []
 
@@ -118,3 +120,21 @@ def test_the_state_of_something_else_is_refused(tmp_path):
     folder = loop.accelerator.save_state(tmp_path / "state")
     with pytest.raises(StateError, match="param_groups"):
         Loop().accelerator.load_state(folder)
+
+
+@pytest.mark.parametrize("policy", [LinearFreezing(0.2, scale_lr=True), AutoFreeze(epochs=6)])
+def test_baselines_reach_the_optimizer_inside_and_are_restored(policy, tmp_path):
+    options = {"policy": policy, "total_steps": STEPS}
+    raw = Loop(prepared_optimizer=False, **options)
+    raw.run(6)
+    whole = Loop(**options)
+    whole.run(3)
+    whole.accelerator.save_state(str(tmp_path))
+    whole.run(3)
+    assert_same_weights(whole.inner.state_dict(), raw.inner.state_dict())
+    assert min(whole.freezer.report().frozen.values()) < 12
+    resumed = Loop(model=Net(seed=1), **options)
+    resumed.accelerator.load_state(str(tmp_path))
+    resumed.run(3)
+    assert_same_weights(whole.inner.state_dict(), resumed.inner.state_dict())
+    assert repr(resumed.freezer.events) == repr(whole.freezer.events)

@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 
 from smartfrz.adapters.torch import SmartFRZ  # noqa: E402
 from smartfrz.adapters.torch.compiling import EagerHold  # noqa: E402
+from smartfrz.baselines import AutoFreeze, LinearFreezing  # noqa: E402
 from smartfrz.predictor.controller import COMPILED_STAGES  # noqa: E402
 
 DEPTH = 16
@@ -225,3 +226,23 @@ def test_compiled_costs_are_profiled_eagerly_and_compiling_goes_on():
     train(model, run, freezer, optimizer, 6)
     assert set(freezer._controller.costs) == set(NAMES)
     assert backend.frame_count >= 1
+
+
+@pytest.mark.parametrize("policy", [LinearFreezing(0.3, scale_lr=True), AutoFreeze(steps_per_epoch=8)])
+def test_baselines_freeze_at_few_stages_too_and_train_as_uncompiled_until_then(policy):
+    weights = []
+    for compiler in (compiled_before, lambda model, backend: model):
+        model, backend = Net(depth=6), CompileCounterWithBackend("aot_eager")
+        run = compiler(model, backend)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        freezer = SmartFRZ(model, optimizer, policy, total_steps=40)
+        train(model, run, freezer, optimizer, 3)
+        weights.append([p.detach().clone() for p in model.parameters()])
+        train(model, run, freezer, optimizer, 37, start=3)
+        stages = set(freezer.report().frozen.values())
+        assert stages
+        if backend.frame_count:
+            assert len(stages) <= COMPILED_STAGES
+            assert backend.frame_count == 1 + len(stages - {40})  # after the last step nothing runs
+    for compiled, plain in zip(*weights, strict=True):
+        torch.testing.assert_close(compiled, plain)

@@ -10,8 +10,9 @@ from adapter_contract import AdapterContract, Case
 from numpy_adapter import ChangePredictor, NumpyAdapter, ScriptedPredictor, make_info
 
 from smartfrz.errors import StateError, UnsupportedModelError
-from smartfrz.predictor.controller import RECORDS_PER_STAGE, FreezeController, schedule
+from smartfrz.predictor.controller import FreezeController, schedule
 from smartfrz.predictor.ordering import LayerCost
+from smartfrz.predictor.policy import RECORDS_PER_STAGE, LearnedPolicy
 from smartfrz.predictor.tailoring import tailoring_positions
 
 SIZES = {"a": 40, "b": (5, 4), "c": 3}
@@ -84,7 +85,7 @@ class TestNumpyAdapter(AdapterContract):
 def test_the_schedule_follows_from_total_steps(total_steps, fraction, expected):
     predictor = ScriptedPredictor(info=make_info(record_fraction=fraction))
     controller = FreezeController(NumpyAdapter.random(SIZES), predictor, total_steps=total_steps)
-    assert controller.record_every == schedule(predictor.info, total_steps, None, None, None, 1)[0] == expected
+    assert controller.record_every == schedule(LearnedPolicy(predictor), total_steps).record_every == expected
     assert controller.decide_every == RECORDS_PER_STAGE
 
 

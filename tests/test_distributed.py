@@ -34,7 +34,7 @@ ON_TWO = [
     "naive",
     *[f"variant_{name}" for name in VARIANTS],
     *["fallback", "power_sgd", "thaw", "refresh_keeps_the_wrapper", "two_wrappers", "resume", "keys", "own_store"],
-    *["fsdp", "different_data_fsdp", "placements"],
+    *["fsdp", "different_data_fsdp", "placements", "baselines"],
     *["step_on_0_only", "step_on_1_only", "steps_end_on_1", "failing_predictor", "thaw_on_0_only", "wrong_states"],
     *[f"unlike_{name}" for name in ("layers", "width", "order", "options", "predictor")],
     "prefix_cache",
@@ -256,6 +256,16 @@ def test_fully_sharded_training_decides_and_trains_as_unsharded_training(two, na
         assert len(set(reference["frozen_at"].values())) == 3
         assert results[name] == reference
         assert results[name]["moved"] == []
+
+
+def test_policies_that_reach_into_the_optimizers_steps(two):
+    first, second = of(two, "baselines")
+    assert first == second
+    for policy in ("linear-freezing", "autofreeze"):
+        assert first[f"{policy} ddp"] == first[f"{policy} alone"]
+        assert len(first[f"{policy} ddp on data of each rank"]["frozen_at"]) > 0
+    assert first["linear-freezing fsdp"] == first["linear-freezing alone"]
+    assert "Gradients of a model in fully_shard were to be added up" in first["autofreeze fsdp"]
 
 
 def test_fully_sharded_on_four_ranks_and_replicated_in_pairs(four):

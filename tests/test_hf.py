@@ -25,6 +25,7 @@ from transformers import (  # noqa: E402
 
 from smartfrz.adapters.torch import PrefixCache  # noqa: E402
 from smartfrz.adapters.torch.hf import SmartFRZCallback  # noqa: E402
+from smartfrz.baselines import AutoFreeze, LinearFreezing  # noqa: E402
 from smartfrz.errors import StateError, UnknownPredictorError  # noqa: E402
 
 STEPS = 24
@@ -168,6 +169,21 @@ def test_a_killed_run_goes_on_bit_identical(how, whole, killed, tmp_path):
     assert repr(callback.freezer.events) == repr(whole[1].freezer.events)
     assert callback.report().frozen == whole[1].report().frozen
     assert_frozen_means_bit_identical(whole[2].after | probe.after, callback.report())
+
+
+@pytest.mark.parametrize("policy", [LinearFreezing(0.2, scale_lr=True), AutoFreeze(epochs=3)])
+def test_baselines_go_on_from_a_checkpoint(policy, tmp_path):
+    callback, again = SmartFRZCallback(policy), SmartFRZCallback(policy)
+    plain = train(tmp_path / "plain")
+    first = train(tmp_path / "first", callback, save_strategy="steps", save_steps=5)
+    checkpoint = str(tmp_path / "first" / "checkpoint-5")
+    second = train(tmp_path / "second", again, model=tiny_bert(seed=1), resume=checkpoint)
+    assert callback.report().frozen == again.report().frozen
+    assert min(callback.report().frozen.values()) < 20
+    assert repr(again.freezer.events) == repr(callback.freezer.events)
+    assert_same_weights(first.model.state_dict(), second.model.state_dict())
+    rates = [[e["learning_rate"] for e in t.state.log_history if "learning_rate" in e] for t in (plain, first)]
+    assert rates[0] == rates[1]
 
 
 def test_the_trainer_restores_the_callback_itself_if_told_to(tmp_path):

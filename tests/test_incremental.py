@@ -233,8 +233,8 @@ def test_a_real_network_decides_the_same_from_kept_encodings(predictor):
         controller, adapter = controller_of(used, threshold=threshold)
         course(controller, adapter)
         controllers.append(controller)
-    assert isinstance(controllers[0]._history, EncodedHistory)
-    assert isinstance(controllers[1]._history, WeightHistory)
+    assert isinstance(controllers[0]._policy.history, EncodedHistory)
+    assert isinstance(controllers[1]._policy.history, WeightHistory)
     same_decisions(controllers, atol=1e-5)
     assert {"confident", "below_threshold", "not_finite", "by_hand"} <= {e.reason for e in controllers[0].events}
 
@@ -392,7 +392,7 @@ def test_a_file_from_before_there_was_a_past_still_loads(predictor, tmp_path):
         assert_close(got, wanted)
     controller, adapter = controller_of(old)
     run(controller, adapter, 4)
-    assert isinstance(controller._history, WeightHistory)
+    assert isinstance(controller._policy.history, WeightHistory)
 
 
 def without_values(model):

@@ -547,7 +547,7 @@ def test_one_trajectory_gives_the_same_samples_and_decisions_in_numpy_torch_and_
                 kernel.assign(array.reshape([kernel.shape[a] for a in order]).transpose(np.argsort(order)))
         for controller in controllers:
             controller.step()
-        samples = [c._history.state_dict() for c in controllers]
+        samples = [c._policy.state_dict() for c in controllers]
         for layer in samples[0]:
             np.testing.assert_array_equal(samples[0][layer], samples[1][layer])
             np.testing.assert_array_equal(samples[0][layer], samples[2][layer])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from builder_fixtures import PLAN, SMALL, labelled_run, labelled_runs
 
-from smartfrz.predictor.controller import PATIENCE, RECORDS_PER_STAGE
+from smartfrz.predictor.policy import PATIENCE, RECORDS_PER_STAGE
 from smartfrz.predictor.training import (
     LabelledRun,
     TrainingOptions,

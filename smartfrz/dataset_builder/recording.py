@@ -51,7 +51,7 @@ def record(recipe: Recipe, output: Path, progress: Progress = lambda fraction, t
     train_data, test_data = build_data(recipe)
     reference, accuracy = _reference(recipe, output, train_data, test_data, progress)
     probe = probe_batch(test_data, recipe.recording.probe_size)
-    layers = trace_layers(reference.eval(), *_arguments(probe)[0], **_arguments(probe)[1])
+    layers = trace_layers(reference.eval(), *arguments(probe)[0], **arguments(probe)[1])
     grams = layer_grams(reference, layers, probe)
     del reference
 
@@ -206,14 +206,14 @@ def probe_batch(data: Dataset[Any], size: int) -> Any:
     return default_collate([data[int(i)][0] for i in chosen])
 
 
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Inputs as the arguments of a forward pass: a dict is spread, as transformers models expect."""
     return ((), inputs) if isinstance(inputs, dict) else ((inputs,), {})
 
 
 def forward(model: nn.Module, inputs: Any) -> torch.Tensor:
     """The model's logits, float `[batch, classes]`."""
-    args, keywords = _arguments(inputs)
+    args, keywords = arguments(inputs)
     output = model(*args, **keywords)
     return output if isinstance(output, torch.Tensor) else output.logits
 

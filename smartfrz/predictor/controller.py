@@ -1,27 +1,24 @@
 """When to record, when to decide, and what has been decided. Knows no framework."""
 
+import copy
 import dataclasses
 import logging
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from smartfrz.errors import StateError, UnsupportedModelError
-from smartfrz.predictor.contract import PredictorInfo
-from smartfrz.predictor.decision import FreezeDecision, Reason, decide
-from smartfrz.predictor.history import EncodedHistory, Encodes, WeightHistory
+from smartfrz.predictor.decision import FreezeDecision, Policy, Reason, decide
 from smartfrz.predictor.ordering import ORDERS, FreezeOrder, LayerCost, Ordering, backward_cost
-from smartfrz.predictor.tailoring import tailoring_positions
+from smartfrz.predictor.policy import AsksPredictor, policy_of
 
 logger = logging.getLogger("smartfrz")
 STATE_VERSION = 3
-RECORDS_PER_STAGE = 2
-PATIENCE = 2
 # Where changing the frozen set has the model compiled again, which takes seconds to minutes, at most so
 # many freezing stages of a run freeze anything.
 COMPILED_STAGES = 4
@@ -63,6 +60,18 @@ class Adapter(Protocol):
         ...
 
 
+class OptimizerAdapter(Adapter, Protocol):
+    """What an adapter offers that reaches into the optimizer's steps; some policies need it."""
+
+    def set_lr_scale(self, layer: str, scale: float) -> None:
+        """Multiply the layer's learning rate by `scale`, until another one is set or the layer freezes."""
+        ...
+
+    def gradient_norm(self, layer: str) -> float:
+        """L1 norm of the sum of the layer's gradients over the steps since this was last asked."""
+        ...
+
+
 class Ranks(Protocol):
     """The processes that train one model together, and have to decide alike."""
 
@@ -90,70 +99,52 @@ class OneProcess:
         return make()
 
 
-class AsksPredictor(Protocol):
-    """What the controller needs of a `Predictor`; tests pass scripted ones."""
-
-    @property
-    def info(self) -> PredictorInfo:
-        """Facts of the predictor."""
-        ...
-
-    @property
-    def sha256(self) -> str:
-        """Which predictor it is."""
-        ...
-
-    def predict(self, history: NDArray[np.float32], lengths: NDArray[np.int64]) -> Any:
-        """Confidence `[layers, 2]` and attention `[layers, window]`."""
-        ...
-
-
 class FreezeController:
-    """Records tailored weights, asks the predictor at every freezing stage, has layers frozen.
+    """Has the policy record, asks it at every freezing stage, has layers frozen.
 
     Args:
         adapter: The model, as its framework's adapter shows it.
-        predictor: A loaded predictor.
+        predictor: A loaded predictor, or another policy.
         total_steps: Optimizer steps of the whole run. Gives `record_every`, so that the run has as
             many records as the runs that the predictor was trained on.
         record_every: Steps between two records; overrides what follows from `total_steps`.
-        decide_every: Records between two freezing stages. Defaults to 2.
-        threshold: Confidence from which a layer is frozen. Defaults to the predictor's own.
-        patience: Freezing stages in a row at which a layer must be confident.
+        decide_every: Records between two freezing stages. Defaults to the policy's own, 2 for predictors.
+        threshold: Confidence from which a layer is frozen. Defaults to the policy's own.
+        patience: Freezing stages in a row at which a layer must be confident. Defaults to the policy's
+            own, 2 for predictors.
         dry_run: Decide and log, but freeze nothing.
         seed: The run seed of the tailoring positions; equal on every rank.
-        freeze_order: See `Ordering`.
+        freeze_order: See `Ordering`. Defaults to the policy's own, `free` for predictors.
         thaw_on_restart: Thaw every layer when the learning rate is raised again; see `observe_learning_rates`.
         keep_one_of: Groups of layers of which one has to stay active, such as those of one optimizer.
         ranks: The processes that train together.
 
     Raises:
         ValueError: If an argument is out of range, or neither `total_steps` nor `record_every` is given.
-        UnsupportedModelError: If there is no layer to freeze.
+        UnsupportedModelError: If there is no layer to freeze, or the policy needs what the adapter lacks.
     """
 
     def __init__(
         self,
         adapter: Adapter,
-        predictor: AsksPredictor,
+        predictor: AsksPredictor | Policy,
         *,
         total_steps: int | None = None,
         record_every: int | None = None,
         decide_every: int | None = None,
         threshold: float | None = None,
-        patience: int = PATIENCE,
+        patience: int | None = None,
         dry_run: bool = False,
         seed: int = 0,
-        freeze_order: FreezeOrder = "free",
+        freeze_order: FreezeOrder | None = None,
         thaw_on_restart: bool = False,
         keep_one_of: Collection[Collection[str]] = (),
         ranks: Ranks | None = None,
     ):
-        info = predictor.info
-        self.record_every, self.decide_every, self.threshold = schedule(
-            info, total_steps, record_every, decide_every, threshold, patience, freeze_order
+        self._policy = copy.copy(policy_of(predictor))  # two runs may be given the same one
+        self.record_every, self.decide_every, self.threshold, self.patience, self.freeze_order = schedule(
+            self._policy, total_steps, record_every, decide_every, threshold, patience, freeze_order
         )
-        self.freeze_order = freeze_order
         self.thaw_on_restart = thaw_on_restart
         # Freezing stages per one at which anything is frozen: where freezing itself is expensive.
         self.freeze_every = 1
@@ -163,14 +154,9 @@ class FreezeController:
         self.steps_per_change = 0.0
         self.total_steps = total_steps
         self.prefix_is_cached = False  # then closing a prefix saves its forward pass, too
-        self.patience = int(patience)  # not a NumPy integer: torch.load(weights_only=True) refuses those
         self.dry_run = dry_run
         self.seed = int(seed)
         self._adapter = adapter
-        self._predictor = predictor
-        self._history: WeightHistory | EncodedHistory = WeightHistory(info.window, info.tailored_size)
-        if getattr(predictor, "incremental", False):  # each record is encoded once, not at every stage anew
-            self._history = EncodedHistory(cast(Encodes, predictor))
         self._layers = adapter.layers()
         self._keep_one_of = [list(group) for group in keep_one_of]
         self._ranks = ranks or OneProcess()
@@ -179,10 +165,8 @@ class FreezeController:
                 f"The model has {len(self._layers)} layers that can be trained, {self._layers}; SmartFRZ needs at least "
                 "two, since the last one is always kept. Train without it."
             )
-        self._positions = {
-            layer: tailoring_positions(layer, adapter.num_weights(layer), info.tailored_size, seed=seed)
-            for layer in self._layers
-        }
+        self._require(adapter)
+        self._policy.begin(adapter, self._layers, total_steps=total_steps, seed=self.seed)
         self.num_steps = 0
         self.num_records = 0
         self.frozen: dict[str, int] = {}
@@ -194,11 +178,21 @@ class FreezeController:
         self._highest_rates: list[float] = []
         self._ranks.meet("the first step", self._facts())
 
+    def _require(self, adapter: Adapter) -> None:
+        needs = {"set_lr_scale": self._policy.scales_learning_rates, "gradient_norm": self._policy.reads_gradients}
+        lacking = [method for method, needed in needs.items() if needed and not hasattr(adapter, method)]
+        if lacking:
+            raise UnsupportedModelError(
+                f"The policy {self._policy.name!r} needs an adapter with the method `{lacking[0]}`, which "
+                f"{type(adapter).__name__} does not have. Train with PyTorch's SmartFRZ, or with another policy "
+                "(LinearFreezing(anneal=False) leaves learning rates alone)."
+            )
+
     def _facts(self) -> dict[str, Any]:
         """What has to be the same on every process."""
         return {
             "layers": {layer: self._adapter.num_weights(layer) for layer in self._layers},
-            "predictor": self._predictor.sha256,
+            "predictor": self._policy.sha256,
             **{name: getattr(self, name) for name in _SCHEDULE},
         }
 
@@ -214,27 +208,30 @@ class FreezeController:
             The decisions of this step; empty if it was not a freezing stage.
         """
         self.num_steps += 1
-        if self.num_steps % self.record_every:
-            return []
         start = time.perf_counter()
         decisions: list[FreezeDecision] = []
-        active = self.active
-        if len(active) > 1:  # with one layer left there is nothing to decide any more
-            self._ranks.meet(f"step {self.num_steps}", {"active": active})
-            self._record(active)
-            if self.num_records % self.decide_every == 0:
-                decisions = self._stage(active)
+        if self.num_steps % self.record_every == 0:
+            active = self.active
+            if len(active) > 1:  # with one layer left there is nothing to decide any more
+                self._ranks.meet(f"step {self.num_steps}", {"active": active})
+                self.num_records += 1
+                ask = self.num_records % self.decide_every == 0
+                self._policy.record(active, ask=ask)
+                if ask:
+                    decisions = self._stage(active)
+        self.set_lr_scales()
         self.decision_seconds += time.perf_counter() - start
         return decisions
 
-    def _record(self, active: list[str]) -> None:
-        vectors = self._adapter.tailored({layer: self._positions[layer] for layer in active})
-        self.num_records += 1
-        if isinstance(self._history, EncodedHistory):
-            self._history.record(vectors, ask=self.num_records % self.decide_every == 0)
-        else:
-            for layer, vector in vectors.items():
-                self._history.append(layer, vector)
+    def set_lr_scales(self) -> None:
+        """Have the policy scale the learning rate of each active layer for the next step.
+
+        `step` and `thaw` do it; adapters call it before the first step, and after a state was loaded.
+        """
+        if self.dry_run:
+            return
+        for layer, scale in self._policy.lr_scales(self.active, step=self.num_steps).items():
+            cast(OptimizerAdapter, self._adapter).set_lr_scale(layer, scale)
 
     def _stage(self, active: list[str]) -> list[FreezeDecision]:
         shared = self._ranks.share(lambda: self._decide(active))
@@ -246,7 +243,7 @@ class FreezeController:
             self._adapter.freeze([d.layer for d in chosen])
         for decision in chosen:
             self.frozen[decision.layer] = decision.step
-            self._history.drop(decision.layer)
+            self._policy.drop(decision.layer)
             self._streaks.pop(decision.layer, None)
             logger.info(
                 "%s %s at step %d (confidence %.3f)",
@@ -261,12 +258,7 @@ class FreezeController:
         """Decisions and streaks, as plain data."""
         excused = self._excused(active)
         asked = [layer for layer in active if layer not in excused]
-        confidence: dict[str, float] = {}
-        if isinstance(self._history, EncodedHistory):
-            confidence = self._history.confidence(asked)
-        elif asked:
-            answer = self._predictor.predict(*self._history.windows(asked))
-            confidence = dict(zip(asked, answer[0][:, 1].tolist(), strict=True))
+        confidence = self._policy.confidence(asked, step=self.num_steps)
         make = partial(
             decide,
             active,
@@ -333,6 +325,7 @@ class FreezeController:
             decisions.append(FreezeDecision(self.num_steps, self.num_records - 1, layer, float("nan"), "thaw", reason))
             logger.info("thaw %s at step %d (%s)", layer, self.num_steps, reason)
         self.events += decisions
+        self.set_lr_scales()
         return decisions
 
     def observe_learning_rates(self, rates: Sequence[float]) -> list[FreezeDecision]:
@@ -359,27 +352,23 @@ class FreezeController:
         return self.thaw(reason="learning_rate_raised") if raised else []
 
     def _excused(self, active: list[str]) -> dict[str, Reason]:
-        excused: dict[str, Reason] = {}
-        for layer in active:
-            if self._history.length(layer) < self._predictor.info.min_records:
-                excused[layer] = "history_too_short"
-            elif not self._history.is_finite(layer):
-                excused[layer] = "not_finite"
-                if layer not in self._warned:
-                    self._warned.add(layer)
-                    logger.warning(
-                        "The weights of layer %r hold NaN or infinity at step %d; it is not frozen as long as they are "
-                        "in its history. Look at the loss and the learning rate.",
-                        layer,
-                        self.num_steps,
-                    )
+        excused = self._policy.excused(active)
+        for layer, reason in excused.items():
+            if reason == "not_finite" and layer not in self._warned:
+                self._warned.add(layer)
+                logger.warning(
+                    "The weights of layer %r hold NaN or infinity at step %d; it is not frozen as long as they are "
+                    "in its history. Look at the loss and the learning rate.",
+                    layer,
+                    self.num_steps,
+                )
         return excused
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs to decide as an uninterrupted one: plain data and arrays."""
         return {
             "version": STATE_VERSION,
-            "predictor": self._predictor.sha256,
+            "predictor": self._policy.sha256,
             "layers": list(self._layers),
             "schedule": {name: getattr(self, name) for name in _SCHEDULE},
             "total_steps": self.total_steps,
@@ -392,7 +381,7 @@ class FreezeController:
             "costs": {layer: dataclasses.astuple(cost) for layer, cost in self.costs.items()},
             "decision_seconds": self.decision_seconds,
             "events": [dataclasses.asdict(event) for event in self.events],
-            "history": self._history.state_dict(),
+            "history": self._policy.state_dict(),
         }
 
     def check_state(self, state: dict[str, Any]) -> None:
@@ -402,10 +391,11 @@ class FreezeController:
             StateError: If the state is of another model, predictor or version.
         """
         require_version(state)
-        if state["predictor"] != self._predictor.sha256:
+        if state["predictor"] != self._policy.sha256:
             raise StateError(
                 f"The saved state was made with predictor {state['predictor'][:12]}..., this run has "
-                f"{self._predictor.info.name!r} ({self._predictor.sha256[:12]}...). Resume with the same predictor file."
+                f"{self._policy.name!r} ({self._policy.sha256[:12]}...). Resume with the same predictor file, or policy "
+                "with the same settings."
             )
         if state["layers"] != self._layers:
             unknown = sorted(set(state["layers"]) ^ set(self._layers))
@@ -427,12 +417,8 @@ class FreezeController:
         self._ranks.meet("loading a state", {"schedule": state["schedule"], **saved})
         for name in _SCHEDULE:
             setattr(self, name, state["schedule"][name])
-        info = self._predictor.info
-        self._positions = {
-            layer: tailoring_positions(layer, self._adapter.num_weights(layer), info.tailored_size, seed=self.seed)
-            for layer in self._layers
-        }
         self.total_steps = state["total_steps"]
+        self._policy.begin(self._adapter, self._layers, total_steps=self.total_steps, seed=self.seed)
         self.num_steps = state["num_steps"]
         self.num_records = state["num_records"]
         thawed = [layer for layer in self.frozen if layer not in state["frozen"]]
@@ -443,22 +429,24 @@ class FreezeController:
         self.costs = {layer: LayerCost(*cost) for layer, cost in state["costs"].items()}
         self.decision_seconds = state["decision_seconds"]
         self.events = [FreezeDecision(**event) for event in state["events"]]
-        self._history.load_state_dict(state["history"])
+        self._policy.load_state_dict(state["history"])
         self._adapter.unfreeze(thawed)  # what froze after the state was taken
         if not self.dry_run:
             self._adapter.freeze(list(self.frozen))
 
 
-def stages_apart(info: PredictorInfo, total_steps: int | None, record_every: int, decide_every: int) -> int:
+def stages_apart(policy: Policy, total_steps: int | None, record_every: int, decide_every: int) -> int:
     """`FreezeController.freeze_every` of a run in which at most `COMPILED_STAGES` stages freeze anything.
 
     Args:
-        info: Of the predictor; says how many records a run has if its length is not known.
+        policy: Says how many records a run has if its length is not known; 1 if it does not either.
         total_steps: Optimizer steps of the whole run.
         record_every: In steps.
         decide_every: In records.
     """
-    records = 1.0 / info.record_fraction if total_steps is None else total_steps / record_every
+    records = 1.0 if policy.record_fraction is None else 1.0 / policy.record_fraction
+    if total_steps is not None:
+        records = total_steps / record_every
     return max(1, math.ceil(records / decide_every / COMPILED_STAGES))
 
 
@@ -489,28 +477,41 @@ _SCHEDULE = (
 )
 
 
-def schedule(
-    info: PredictorInfo,
-    total_steps: int | None,
-    record_every: int | None,
-    decide_every: int | None,
-    threshold: float | None,
-    patience: int,
-    freeze_order: str = "free",
-) -> tuple[int, int, float]:
-    """What is given by the user, and else what follows from the predictor and the length of the run.
+class Schedule(NamedTuple):
+    """When a run records and decides, and how.
 
-    Returns:
-        `record_every` in steps, `decide_every` in records, and the threshold.
+    Attributes:
+        record_every: In steps.
+        decide_every: In records.
+        threshold: Confidence from which a layer is frozen.
+        patience: In freezing stages.
+        freeze_order: See `Ordering`.
+    """
+
+    record_every: int
+    decide_every: int
+    threshold: float
+    patience: int
+    freeze_order: FreezeOrder
+
+
+def schedule(
+    policy: Policy,
+    total_steps: int | None = None,
+    record_every: int | None = None,
+    decide_every: int | None = None,
+    threshold: float | None = None,
+    patience: int | None = None,
+    freeze_order: FreezeOrder | None = None,
+) -> Schedule:
+    """What is given by the user, and else what follows from the policy and the length of the run.
 
     Raises:
-        ValueError: If a value is out of range, or neither `total_steps` nor `record_every` is given.
+        ValueError: If a value is out of range, or neither `total_steps` nor `record_every` is given
+            and the policy does not know either.
     """
-    if record_every is None and total_steps is None:
-        raise ValueError(
-            "SmartFRZ needs to know how long the run is: received neither `total_steps` nor `record_every`. Pass "
-            "total_steps=len(loader) * epochs."
-        )
+    if freeze_order is None:
+        freeze_order = policy.freeze_order
     if freeze_order not in ORDERS:
         raise ValueError(f"`freeze_order` is {freeze_order!r}; expected one of {', '.join(ORDERS)}.")
     counts = {
@@ -522,12 +523,23 @@ def schedule(
     for name, value in counts.items():
         if value is not None and (not isinstance(value, (int, np.integer)) or value < 1):
             raise ValueError(f"`{name}` is {value!r}; expected an integer of at least 1.")
+    follows = policy.record_every(total_steps)
     if record_every is None:
-        record_every = max(1, round((total_steps or 1) * info.record_fraction))
-    if decide_every is None:
-        decide_every = RECORDS_PER_STAGE
+        record_every = follows
+    if record_every is None:
+        raise ValueError(
+            "SmartFRZ needs to know how long the run is: received neither `total_steps` nor `record_every`. Pass "
+            "total_steps=len(loader) * epochs."
+        )
     if threshold is None:
-        threshold = info.threshold
+        threshold = policy.threshold
     if not 0 < threshold <= 1:
         raise ValueError(f"`threshold` is {threshold!r}; expected a confidence in (0, 1].")
-    return int(record_every), int(decide_every), float(threshold)
+    # Not NumPy's integers: torch.load(weights_only=True) refuses those.
+    return Schedule(
+        int(record_every),
+        int(policy.decide_every if decide_every is None else decide_every),
+        float(threshold),
+        int(policy.patience if patience is None else patience),
+        freeze_order,
+    )

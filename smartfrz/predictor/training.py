@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from smartfrz.predictor.controller import PATIENCE, RECORDS_PER_STAGE
+from smartfrz.predictor.decision import CHANGE_RECORDS, relative_change
 from smartfrz.predictor.model import FreezePredictor
+from smartfrz.predictor.policy import PATIENCE, RECORDS_PER_STAGE
 from smartfrz.predictor.runtime import Predictor
 
 logger = logging.getLogger("smartfrz")
@@ -286,10 +287,8 @@ def _ask(
     return answer
 
 
-def weight_change(runs: Sequence[LabelledRun], options: TrainingOptions, records: int = 3) -> Scores:
+def weight_change(runs: Sequence[LabelledRun], options: TrainingOptions, records: int = CHANGE_RECORDS) -> Scores:
     """The baseline: minus the relative change of the weights over the last records.
-
-    3 of 30 records are a tenth of a run; between 3 and 10 of 60 it makes little difference.
 
     Returns:
         log10 of |W_t - W_{t-records}| / |W_t|, negated so that more means readier; NaN where
@@ -299,7 +298,7 @@ def weight_change(runs: Sequence[LabelledRun], options: TrainingOptions, records
     for run in runs:
         weights = run.weights
         before = np.maximum(np.arange(weights.shape[1]) - records, 0)
-        change = np.linalg.norm(weights - weights[:, before], axis=2) / (np.linalg.norm(weights, axis=2) + 1e-12)
+        change = relative_change(weights, weights[:, before])
         scores.append(np.where(_decidable(run, options), -np.log10(change + 1e-12), np.nan).astype(np.float32))
     return scores
 

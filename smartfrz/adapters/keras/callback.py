@@ -22,16 +22,10 @@ from smartfrz.adapters.keras.layers import CallRecorder, Layer, graph_run, group
 from smartfrz.adapters.keras.neighbours import Board, Saving, come_first
 from smartfrz.errors import StateError, UnsupportedModelError, UsageError
 from smartfrz.files import replacing
-from smartfrz.predictor.controller import (
-    PATIENCE,
-    AsksPredictor,
-    FreezeController,
-    require_version,
-    schedule,
-    stages_apart,
-)
-from smartfrz.predictor.decision import FreezeDecision
+from smartfrz.predictor.controller import FreezeController, require_version, schedule, stages_apart
+from smartfrz.predictor.decision import FreezeDecision, Policy
 from smartfrz.predictor.ordering import FreezeOrder, LayerCost
+from smartfrz.predictor.policy import AsksPredictor, policy_of
 from smartfrz.predictor.report import Report
 from smartfrz.predictor.runtime import Device
 
@@ -46,14 +40,15 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
     logs of every epoch.
 
     Args:
-        predictor: A name of the zoo, the path of an ONNX file, or a loaded `Predictor`.
+        predictor: A name of the zoo, the path of an ONNX file, a loaded `Predictor`, or another policy:
+            those of `smartfrz.baselines` that need no gradients and no learning rates of single layers.
         total_steps: Optimizer steps of the whole run. By default what `fit` says: steps times epochs.
         record_every: Steps between two records of the weights. Needed, or `total_steps`, if `fit`
             does not know the number of steps, as with generators.
-        decide_every: Records between two freezing stages. Defaults to 2.
+        decide_every: Records between two freezing stages. Defaults to the policy's own, 2 for predictors.
         threshold: Confidence from which a layer is frozen. Defaults to the predictor's own.
-        patience: Freezing stages in a row at which a layer must be confident. The thresholds of the
-            zoo are calibrated for the default.
+        patience: Freezing stages in a row at which a layer must be confident. Defaults to the policy's
+            own, 2 for predictors; the thresholds of the zoo are calibrated for that.
         dry_run: Decide, log and report, but freeze nothing.
         seed: The run seed of the sampled positions.
         device: Where ONNX Runtime runs: `"cpu"`, `"cuda"`, or `"auto"`.
@@ -61,7 +56,8 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
             are averaged. 0 keeps its moving statistics as they are.
         freeze_order: `"free"`: wherever the predictor is confident, as in the paper. `"prefix"`:
             front to back only. `"cost_aware"`: as `"free"`, but a layer needs the more confidence the
-            less its freezing would save now. What layers cost is estimated from their shapes.
+            less its freezing would save now. What layers cost is estimated from their shapes. Defaults
+            to the policy's own, `"free"` for predictors.
         thaw_on_restart: Thaw every layer when the learning rate is raised to more than twice its
             lowest value since anything froze (a restart of its schedule).
         recompile_steps: What making the training function anew costs, in training steps. Nothing is
@@ -81,18 +77,18 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
 
     def __init__(
         self,
-        predictor: str | os.PathLike[str] | AsksPredictor = zoo.DEFAULT,
+        predictor: str | os.PathLike[str] | AsksPredictor | Policy = zoo.DEFAULT,
         *,
         total_steps: int | None = None,
         record_every: int | None = None,
         decide_every: int | None = None,
         threshold: float | None = None,
-        patience: int = PATIENCE,
+        patience: int | None = None,
         dry_run: bool = False,
         seed: int = 0,
         device: Device = "auto",
         norm_batches: int = 24,
-        freeze_order: FreezeOrder = "free",
+        freeze_order: FreezeOrder | None = None,
         thaw_on_restart: bool = False,
         recompile_steps: float | None = None,
     ):
@@ -104,11 +100,11 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
             raise ValueError(
                 f"`recompile_steps` is {recompile_steps}; expected 0 or more steps, or None to measure it."
             )
-        info = self.predictor.info
+        self._policy = policy_of(self.predictor)
         # complain now, not when training begins; how long the run is shows then
-        schedule(info, total_steps or 1, record_every, decide_every, threshold, patience, freeze_order)
+        schedule(self._policy, total_steps or 1, record_every, decide_every, threshold, patience, freeze_order)
         if total_steps is not None:
-            schedule(info, total_steps, None, None, None, 1)
+            schedule(self._policy, total_steps)
         self._options: dict[str, Any] = {
             "total_steps": total_steps,
             "record_every": record_every,
@@ -235,7 +231,7 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
         """Tell the controller, before its first freezing stage, that changing the frozen set has its price."""
         if controller.freeze_every == 1:
             controller.freeze_every = stages_apart(
-                self.predictor.info, controller.total_steps, controller.record_every, controller.decide_every
+                self._policy, controller.total_steps, controller.record_every, controller.decide_every
             )
         if controller.num_steps + 1 == controller.record_every * controller.decide_every:
             steps = self._recompile_steps
@@ -364,8 +360,7 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
                 "be recorded in between."
             )
         if options["record_every"] is None:
-            every, _, _ = schedule(self.predictor.info, options["total_steps"], None, None, None, 1)
-            options["record_every"] = max(every, apart)
+            options["record_every"] = max(schedule(self._policy, options["total_steps"]).record_every, apart)
         return options
 
     def _watch(self) -> None:

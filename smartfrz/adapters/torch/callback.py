@@ -11,7 +11,8 @@ from torch import nn
 from smartfrz import zoo
 from smartfrz.adapters.torch import Report, SmartFRZ
 from smartfrz.errors import StateError
-from smartfrz.predictor.controller import AsksPredictor
+from smartfrz.predictor.decision import Policy
+from smartfrz.predictor.policy import AsksPredictor
 
 
 class FreezingCallback:
@@ -31,7 +32,7 @@ class FreezingCallback:
 
     def __init__(
         self,
-        predictor: str | os.PathLike[str] | AsksPredictor = zoo.DEFAULT,
+        predictor: str | os.PathLike[str] | AsksPredictor | Policy = zoo.DEFAULT,
         *,
         allow_missing_state: bool = False,
         **options: Any,

@@ -19,20 +19,15 @@ from smartfrz.adapters.torch.costs import CostProfiler
 from smartfrz.adapters.torch.distributed import RANK_TIMEOUT, TrainingProcesses, processes_of, reshard
 from smartfrz.adapters.torch.freezing import TorchAdapter
 from smartfrz.adapters.torch.layers import Layer, LayerTracer
+from smartfrz.adapters.torch.optimizer_steps import OptimizerSteps
 from smartfrz.adapters.torch.prefix_cache import CachedPrefix, PrefixCache
 from smartfrz.adapters.torch.report import Report
 from smartfrz.adapters.torch.sharding import GradientWatch
 from smartfrz.errors import StateError, UsageError
-from smartfrz.predictor.controller import (
-    PATIENCE,
-    AsksPredictor,
-    FreezeController,
-    require_version,
-    schedule,
-    stages_apart,
-)
-from smartfrz.predictor.decision import FreezeDecision
+from smartfrz.predictor.controller import FreezeController, require_version, schedule, stages_apart
+from smartfrz.predictor.decision import FreezeDecision, Policy
 from smartfrz.predictor.ordering import FreezeOrder
+from smartfrz.predictor.policy import AsksPredictor, policy_of
 from smartfrz.predictor.runtime import Device
 
 
@@ -44,13 +39,14 @@ class SmartFRZ:
             pass in training mode shows which layers it has, and in which order they run; that pass
             is not compiled.
         optimizer: The optimizer, or several, of the model's parameters.
-        predictor: A name of the zoo, the path of an ONNX file, or a loaded `Predictor`.
+        predictor: A name of the zoo, the path of an ONNX file, a loaded `Predictor`, or another policy,
+            such as those of `smartfrz.baselines`.
         total_steps: Optimizer steps of the whole run, `len(loader) * epochs`. Gives `record_every`.
         record_every: Steps between two records of the weights.
-        decide_every: Records between two freezing stages. Defaults to 2.
+        decide_every: Records between two freezing stages. Defaults to the policy's own, 2 for predictors.
         threshold: Confidence from which a layer is frozen. Defaults to the predictor's own.
-        patience: Freezing stages in a row at which a layer must be confident. The thresholds of the
-            zoo are calibrated for the default.
+        patience: Freezing stages in a row at which a layer must be confident. Defaults to the policy's
+            own, 2 for predictors; the thresholds of the zoo are calibrated for that.
         dry_run: Decide, log and report, but freeze nothing.
         seed: The run seed of the sampled positions.
         device: Where ONNX Runtime runs: `"cpu"`, `"cuda"`, or `"auto"`.
@@ -59,7 +55,8 @@ class SmartFRZ:
         freeze_order: `"free"`: wherever the predictor is confident, as in the paper. `"prefix"`:
             front to back only. `"cost_aware"`: layers whose freezing would save much time now are
             frozen at a lower confidence, others at a higher one; the second to fourth training
-            step measure each layer's time for that, and take about twice as long.
+            step measure each layer's time for that, and take about twice as long. Defaults to the
+            policy's own, `"free"` for predictors.
         thaw_on_restart: Thaw every layer when the learning rate is raised to more than twice its
             lowest value since layers froze, as in warm restarts.
         rank_timeout: Where several processes train together (`torch.distributed`): seconds to wait
@@ -85,25 +82,26 @@ class SmartFRZ:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
-        predictor: str | os.PathLike[str] | AsksPredictor = zoo.DEFAULT,
+        predictor: str | os.PathLike[str] | AsksPredictor | Policy = zoo.DEFAULT,
         *,
         total_steps: int | None = None,
         record_every: int | None = None,
         decide_every: int | None = None,
         threshold: float | None = None,
-        patience: int = PATIENCE,
+        patience: int | None = None,
         dry_run: bool = False,
         seed: int = 0,
         device: Device = "auto",
         norm_batches: int = 24,
-        freeze_order: FreezeOrder = "free",
+        freeze_order: FreezeOrder | None = None,
         thaw_on_restart: bool = False,
         rank_timeout: float = RANK_TIMEOUT,
         cache: PrefixCache | None = None,
     ):
         self.predictor = zoo.load(predictor, device=device)
         # complain now, not after the first batch
-        schedule(self.predictor.info, total_steps, record_every, decide_every, threshold, patience, freeze_order)
+        self._policy = policy_of(self.predictor)
+        schedule(self._policy, total_steps, record_every, decide_every, threshold, patience, freeze_order)
         if norm_batches < 0:
             raise ValueError(f"`norm_batches` is {norm_batches}; expected 0 or more batches.")
         if not rank_timeout > 0:
@@ -119,6 +117,13 @@ class SmartFRZ:
         self._rank_timeout = rank_timeout
         self._processes: TrainingProcesses | None = None
         self._optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        self._steps: OptimizerSteps | None = None
+        if self._policy.scales_learning_rates or self._policy.reads_gradients:
+            self._steps = OptimizerSteps(
+                self._optimizers,
+                before_step=self._before_optimizer_step if self._policy.scales_learning_rates else None,
+                accumulate=self._policy.reads_gradients,
+            )
         self._options: dict[str, Any] = {
             "total_steps": total_steps,
             "record_every": record_every,
@@ -158,6 +163,11 @@ class SmartFRZ:
     def _on_gradient(self, gradient: torch.Tensor) -> None:
         self._saw_gradient = True
 
+    def _before_optimizer_step(self) -> None:
+        """Before the first one: it shall have learning rates of single layers, too."""
+        if self._controller is None and self._tracer is not None and self._tracer.done and self._saw_gradient:
+            self._start()
+
     def step(self) -> list[FreezeDecision]:
         """Record, decide and freeze, where it is time to. Call it once after each `optimizer.step()`.
 
@@ -174,7 +184,7 @@ class SmartFRZ:
         self._finish_profile(controller)
         if self._compiling.compiled and controller.freeze_every == 1:
             controller.freeze_every = stages_apart(
-                self.predictor.info, self._options["total_steps"], controller.record_every, controller.decide_every
+                self._policy, self._options["total_steps"], controller.record_every, controller.decide_every
             )
         if self._cache is not None:
             controller.prefix_is_cached = not self._cache.off
@@ -182,6 +192,9 @@ class SmartFRZ:
                 self._cache.progress = controller.num_steps / controller.total_steps
             self._no_cache_where_compiled(self._cache)
         decisions = controller.step()
+        if self._steps is not None:
+            controller.decision_seconds += self._steps.seconds
+            self._steps.seconds = 0.0
         if controller.thaw_on_restart:
             rates = [float(group["lr"]) for optimizer in self._optimizers for group in optimizer.param_groups]
             decisions = decisions + controller.observe_learning_rates(rates)
@@ -304,6 +317,7 @@ class SmartFRZ:
             processes=self._processes,
             reentrant=reentrant,
             previous=self._adapter if state else None,
+            steps=self._steps,
         )
         # GradScaler refuses to step an optimizer none of whose parameters has a gradient.
         keep_one_of = adapter.layers_of_each_optimizer()
@@ -314,7 +328,10 @@ class SmartFRZ:
             controller.check_state(state)
             if self._adapter is not None:
                 self._adapter.unfreeze(self.frozen_layers)
+            if self._steps is not None:
+                self._steps.clear()
             controller.load_state_dict(state)
+        controller.set_lr_scales()
         self._all_layers, self._adapter, self._controller = layers, adapter, controller
         self._reentrant = reentrant
         self._stop_watching()
@@ -333,8 +350,10 @@ class SmartFRZ:
             self._look_for_a_cut()
 
     def close(self) -> None:
-        """Remove the hooks that watch the first passes, and let go of the cache. Frozen layers stay frozen."""
+        """Remove the hooks of model and optimizer, and let go of the cache. Frozen layers stay frozen."""
         self._stop_watching()
+        if self._steps is not None:
+            self._steps.close()
         if self._cache is not None:
             self._cache.close()
 
@@ -408,6 +427,7 @@ class SmartFRZ:
             "layers": [layer.to_dict() for layer in self._all_layers],
             "controller": state,
             "norms": self._adapter.norm_state(),
+            "gradients": self._adapter.gradient_state(),
             "reentrant": self._reentrant,
         }
 
@@ -427,6 +447,8 @@ class SmartFRZ:
         if not state["started"]:
             if self._adapter is not None:
                 self._adapter.unfreeze(self.frozen_layers)
+                if self._steps is not None:
+                    self._steps.clear()
                 self._stop_watching()
                 self._watch()
             return
@@ -436,6 +458,7 @@ class SmartFRZ:
         layers = [Layer.from_dict(layer) for layer in state["layers"]]
         _, adapter = self._control(layers, state["reentrant"], controller_state)
         adapter.load_norm_state(state["norms"])
+        adapter.load_gradient_state(state.get("gradients", {}))  # states of earlier versions have none
         self._seconds = state["seconds"]
         self._started = time.perf_counter() - self._seconds
 

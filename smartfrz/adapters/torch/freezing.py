@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves, tree_map
 
 from smartfrz.adapters.torch.layers import Layer, LayerReader
+from smartfrz.adapters.torch.optimizer_steps import OptimizerSteps
 from smartfrz.errors import UnsupportedModelError
 
 
@@ -39,6 +40,8 @@ class TorchAdapter(LayerReader):
         reentrant: Whether the model uses reentrant gradient checkpointing.
         previous: The adapter of the same model that this one will take the place of: what it has
             frozen was not frozen by the user.
+        steps: Hooks of the optimizers, for `set_lr_scale` and `gradient_norm`; made when first needed
+            by default.
 
     Raises:
         UnsupportedModelError: If the model's weights have no data.
@@ -53,6 +56,7 @@ class TorchAdapter(LayerReader):
         processes: Processes | None = None,
         reentrant: bool = False,
         previous: Self | None = None,
+        steps: OptimizerSteps | None = None,
     ):
         super().__init__(model, layers)
         if any(tensor.is_meta for tensors in self._tensors.values() for tensor in tensors):
@@ -61,6 +65,7 @@ class TorchAdapter(LayerReader):
                 "(`to_empty`, then `load_state_dict`) before you make the optimizer and SmartFRZ."
             )
         self._optimizers = list(optimizers)
+        self._given_steps = steps
         self._parameters = dict(model.named_parameters())
         self._model = model
         ours = {id(p) for p in previous._frozen_parameters()} if previous is not None else set()
@@ -101,9 +106,53 @@ class TorchAdapter(LayerReader):
         owned = [{id(p) for group in o.param_groups for p in group["params"]} for o in self._optimizers]
         return [[name for name in self.layers() if any(id(p) in ids for p in self._trainable[name])] for ids in owned]
 
+    @property
+    def _steps(self) -> OptimizerSteps:
+        if self._given_steps is None:
+            self._given_steps = OptimizerSteps(self._optimizers)
+        return self._given_steps
+
+    def set_lr_scale(self, layer: str, scale: float) -> None:
+        """Multiply the learning rate of a layer by `scale`, until another one is set, or the layer freezes.
+
+        The optimizer's groups stay as they are: schedulers set the rate that is multiplied.
+
+        Args:
+            layer: Name of the layer.
+            scale: At least 0. With 0 its weights stay where they are, but its momentum goes on.
+
+        Raises:
+            ValueError: If the scale is negative or not finite.
+        """
+        if not 0.0 <= scale < float("inf"):
+            raise ValueError(f"`scale` of layer {layer!r} is {scale!r}; expected a finite number of at least 0.")
+        self._steps.scale(self._trainable[layer], float(scale))
+
+    def gradient_norm(self, layer: str) -> float:
+        """L1 norm of the sum of the layer's gradients over the optimizer steps since this was last asked.
+
+        The sum begins with the first call, or with the `steps` that this adapter was given. Gradients count as the
+        optimizer gets them: averaged over processes, unscaled, clipped.
+        """
+        return self._steps.take_norm(self._trainable[layer])
+
+    def gradient_state(self) -> dict[str, torch.Tensor]:
+        """The sums of gradients, for a saved state: by the name of the parameter."""
+        if self._given_steps is None:
+            return {}
+        sums = self._given_steps.sums()
+        return {name: sums[p] for name, p in self._parameters.items() if p in sums}
+
+    def load_gradient_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Restore what `gradient_state` returned."""
+        if state or self._given_steps is not None:
+            self._steps.load_sums({self._parameters[name]: gradient for name, gradient in state.items()})
+
     def freeze(self, layers: list[str]) -> None:
         """Stop training these layers: from now on their weights and statistics stay bit-identical."""
         for layer in layers:
+            if self._given_steps is not None:
+                self._given_steps.forget(self._trainable[layer])
             for parameter in self._trainable[layer]:
                 parameter.requires_grad_(False)
                 # Not merely zeroed: with a zero gradient momentum and weight decay go on moving the

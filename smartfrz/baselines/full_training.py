@@ -1,0 +1,9 @@
+"""Nothing is frozen."""
+
+from smartfrz.predictor.decision import Policy
+
+
+class FullTraining(Policy):
+    """Freezes nothing, so that full training takes the same path through the code as what it is compared with."""
+
+    name = "full-training"
