@@ -57,7 +57,7 @@ def server(tmp_path_factory):
     other[len(other) // 2] ^= 1
     (folder / "damaged.onnx").write_bytes(other)
     (folder / "text.onnx").write_text("no predictor\n")
-    process = ServerProcess(folder, tmp_path_factory.mktemp("log") / "log")
+    process = ServerProcess(tmp_path_factory.mktemp("log") / "log", "zoo_server.py", folder)
     yield process
     process.stop()
 

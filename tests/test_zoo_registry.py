@@ -226,7 +226,7 @@ def test_a_registry_that_cannot_be_reached_is_read_from_its_copy(tmp_path, monke
     monkeypatch.setattr(download, "_PAUSE", 0.01)
     write(tmp_path / "served", row())
     shutil.copy(BASE, tmp_path / "served")
-    server = ServerProcess(tmp_path / "served", tmp_path / "log")
+    server = ServerProcess(tmp_path / "log", "zoo_server.py", tmp_path / "served")
     address = f"{server.url}/plain/registry.json"
     try:
         assert zoo.load("other", device="cpu", registries=[address]).info.window == 30

@@ -8,15 +8,15 @@ from smartfrz.zoo import publish, registry
 
 
 class ServerProcess:
-    """`zoo_server.py` on a folder.
+    """A server of ours with its arguments, as `zoo_server.py` and a folder.
 
     Attributes:
         url: Without a slash at its end.
     """
 
-    def __init__(self, folder, log):
+    def __init__(self, log, script, *arguments):
         self._log = log
-        command = [sys.executable, str(Path(__file__).with_name("zoo_server.py")), str(folder)]
+        command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, arguments)]
         with log.open("wb") as output:
             self._process = subprocess.Popen(command, stdout=output)
         while not (lines := log.read_text().splitlines()):
@@ -26,8 +26,12 @@ class ServerProcess:
 
     def requests(self, mode):
         """The Range headers of all requests for a mode, "-" for none."""
-        lines = [line.split() for line in self._log.read_text().splitlines()[1:]]
+        lines = [line.split() for line in self.lines()]
         return [line[2] for line in lines if line[1].startswith(f"/{mode}/") and line[1].endswith(".onnx")]
+
+    def lines(self):
+        """Every request, as the server printed it."""
+        return self._log.read_text().splitlines()[1:]
 
     def stop(self):
         self._process.kill()

@@ -217,7 +217,7 @@ def _from_files(url: str, offset: int) -> Iterator[_Body]:
     with file:
         start = min(offset, total)
         file.seek(start)
-        yield _Body(start, total, lambda: file.read(_CHUNK))
+        yield _Body(start, total, lambda: file.read(4 * _CHUNK))  # each is a request of its own
 
 
 def file_system(url: str) -> tuple[Any, str]:
