@@ -144,10 +144,10 @@ def hub(tmp_path_factory):
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
 
-    def smartfrz(*arguments):
+    def smartfrz(*arguments, **variables):
         # In a process of its own: the endpoint is read when huggingface_hub is imported.
         command = [sys.executable, "-c", COMMAND, "zoo", *map(str, arguments)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
+        return subprocess.run(command, env=environment | variables, capture_output=True, text=True)
 
     yield server, smartfrz
     server.stop()
@@ -199,6 +199,14 @@ def test_mock_hub_errors_are_told(hub):
         "hf://datasets/org/repo": "is no model repository",
     }.items():
         result = smartfrz("publish", BASE, target)
+        assert message in " ".join(result.stderr.split())
+        assert result.returncode == 1
+    unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    for arguments, message in {
+        ("list", "--registry", "hf://org/other"): "hf://org/other/registry.json cannot be reached (ConnectError: ",
+        ("publish", BASE, "hf://org/repo"): "hf://org/repo cannot be read or written (ConnectError: ",
+    }.items():
+        result = smartfrz(*arguments, **unreachable)
         assert message in " ".join(result.stderr.split())
         assert result.returncode == 1
     missing = smartfrz("list", "--registry", "hf://org/nothing")

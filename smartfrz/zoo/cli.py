@@ -105,13 +105,16 @@ def download_(name: str, registries: tuple[str, ...], output: Path | None) -> No
     if output is None and urls.is_url(name) and "#" not in name:
         raise click.UsageError("An address without #sha256= is not kept in the cache. Add it, or pass --output.")
     with _bar(name) as progress, located(name, registries, progress) as path:
-        if output is None:
-            click.echo(path)
-            return
-        target = output / _file_name(name, registries) if output.is_dir() else output
-        with replacing(target) as temporary:
-            temporary.write_bytes(path.read_bytes())
-        click.echo(target)
+        if output is not None:
+            target = output / _file_name(name, registries) if output.is_dir() else output
+            with replacing(target) as temporary:
+                temporary.write_bytes(path.read_bytes())
+    place = path if output is None else target
+    if not place.exists():
+        raise DownloadError(
+            f"{name} cannot be kept in the cache {cache.folder()}. Pass --output, or set SMARTFRZ_CACHE."
+        )
+    click.echo(place)
 
 
 @zoo.command()
@@ -215,6 +218,8 @@ def _to_verify(path: Path | None) -> Iterator[tuple[str, Path, str | None]]:
         for entry in registry.parse(place.read_bytes(), place.absolute().as_uri()):
             if local := urls.local_path(entry.address):
                 yield str(entry), local, entry.sha256
+            else:
+                click.echo(f"-    {entry}  lies at {entry.address}; fetching it checks it")
     else:
         yield str(path), path, None
 

@@ -13,7 +13,7 @@ from typing import IO, Any, BinaryIO, NamedTuple
 from urllib.parse import urljoin
 
 from smartfrz import __version__
-from smartfrz.errors import DownloadError, MissingDependencyError, UnreachableError
+from smartfrz.errors import DownloadError, MissingDependencyError, SmartFRZError, UnreachableError
 from smartfrz.zoo import urls
 
 Progress = Callable[[int, int | None], None]
@@ -126,7 +126,7 @@ def _reading(url: str, read: Callable[[], bytes]) -> bytes:
     """A part of the body. Errors of the connection must not pass for errors of the file that is written."""
     try:
         return read()
-    except (OSError, http.client.HTTPException) as error:
+    except Exception as error:  # what may come is as manifold as in _from_files
         raise UnreachableError(f"{url} broke off ({type(error).__name__}: {error}).") from error
 
 
@@ -212,8 +212,11 @@ def _from_files(url: str, offset: int) -> Iterator[_Body]:
         raise NotThereError(f"{url} does not exist. Check the address.") from error
     except (PermissionError, IsADirectoryError) as error:
         raise DownloadError(f"{url} cannot be read ({error}). Check the address and your credentials.") from error
-    except OSError as error:
-        raise UnreachableError(f"{url} cannot be reached ({error}).") from error
+    except SmartFRZError:
+        raise
+    except Exception as error:
+        # Each file system has errors of its own, as httpx's and botocore's, which share no base class.
+        raise UnreachableError(f"{url} cannot be reached ({type(error).__name__}: {error}).") from error
     with file:
         start = min(offset, total)
         file.seek(start)

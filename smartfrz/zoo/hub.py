@@ -21,8 +21,7 @@ def to_hub(path: Path, target: str, entry: Entry, card: str, *, private: bool = 
     Raises:
         RegistryError: If the target is none, or the registry there contradicts the entry.
         MissingDependencyError: If huggingface_hub is not installed.
-        OSError: If the hub refuses (`huggingface_hub.errors.HfHubHTTPError`), for example because somebody
-            else has committed meanwhile.
+        OSError: If the hub refuses, for example because somebody else has committed meanwhile.
     """
     try:
         from huggingface_hub import CommitOperationAdd, HfApi
@@ -34,9 +33,10 @@ def to_hub(path: Path, target: str, entry: Entry, card: str, *, private: bool = 
     if repository.count("/") != 1 or "/" in revision:
         raise RegistryError(f"{target!r} is no model repository; expected hf://organisation/repository.")
     api = HfApi(library_name="smartfrz", library_version=__version__)
-    api.create_repo(repository, private=private, exist_ok=True)
-    # What is read and what is written belong together: a commit of somebody else in between is refused.
-    parent = api.repo_info(repository, revision=revision or None).sha
+    with publish.writing(target):
+        api.create_repo(repository, private=private, exist_ok=True)
+        # What is read and what is written belong together: a commit of somebody else in between is refused.
+        parent = api.repo_info(repository, revision=revision or None).sha
     address = f"{target}/{registry.FILE}"
     fs, place = download.file_system(address)
     entries = publish.merged(publish.existing_entries(fs, place, address), entry)
@@ -46,13 +46,14 @@ def to_hub(path: Path, target: str, entry: Entry, card: str, *, private: bool = 
         "README.md": model_card(target, entries, entry, card).encode(),
         registry.FILE: registry.serialise(entries),
     }
-    api.create_commit(
-        repository,
-        [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()],
-        commit_message=f"Add {entry}",
-        revision=revision or None,
-        parent_commit=parent,
-    )
+    with publish.writing(target):
+        api.create_commit(
+            repository,
+            [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()],
+            commit_message=f"Add {entry}",
+            revision=revision or None,
+            parent_commit=parent,
+        )
 
 
 def model_card(target: str, entries: list[Entry], entry: Entry, card: str) -> str:

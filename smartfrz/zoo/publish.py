@@ -1,7 +1,8 @@
 """Adding a predictor to a registry, on this machine or elsewhere."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -173,17 +174,29 @@ def publish(path: Path, target: str, entry: Entry, card: str, *, private: bool =
     fs, place = download.file_system(address)
     entries = merged(existing_entries(fs, place, address), entry)
     folder = place.rpartition("/")[0]
-    fs.makedirs(folder, exist_ok=True)
-    # The registry comes last: who reads it meanwhile finds every file that it names.
-    fs.pipe_file(f"{folder}/{entry.file}", path.read_bytes())
-    fs.pipe_file(f"{folder}/{entry.card}", card.encode())
-    fs.pipe_file(place, registry.serialise(entries))
+    with writing(target):
+        fs.makedirs(folder, exist_ok=True)
+        # The registry comes last: who reads it meanwhile finds every file that it names.
+        fs.pipe_file(f"{folder}/{entry.file}", path.read_bytes())
+        fs.pipe_file(f"{folder}/{entry.card}", card.encode())
+        fs.pipe_file(place, registry.serialise(entries))
     return address
 
 
 def existing_entries(fs: Any, place: str, address: str) -> list[Entry]:
     """What a registry in an fsspec file system lists; nothing if there is none."""
+    with writing(address):
+        try:
+            content = fs.cat_file(place)
+        except FileNotFoundError:
+            return []
+    return registry.parse(content, address)
+
+
+@contextlib.contextmanager
+def writing(target: str) -> Iterator[None]:
+    """Turn the errors of a file system, which are of its own kind, into an `OSError` that names the target."""
     try:
-        return registry.parse(fs.cat_file(place), address)
-    except FileNotFoundError:
-        return []
+        yield
+    except Exception as error:
+        raise OSError(f"{target} cannot be read or written ({type(error).__name__}: {error})") from error
