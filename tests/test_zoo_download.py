@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -154,12 +155,27 @@ def test_redirects_on_the_same_server_are_followed(server):
     assert fetched(f"{server.url}/redirect?to=/plain/tiny-zoo-1.onnx") == CONTENT
 
 
-def test_a_redirect_must_not_give_up_encryption():
-    request = download.urllib.request.Request("https://localhost/x.onnx")
-    headers = download.http.client.HTTPMessage()
-    headers["location"] = "http://localhost/x.onnx"
-    with pytest.raises(DownloadError, match=r"redirects to 'http://localhost/x\.onnx', another scheme"):
-        download._SameScheme().http_error_302(request, io.BytesIO(), 302, "Found", headers)
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
+def test_encrypted_downloads(server, tmp_path, monkeypatch):
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    command += ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(command, check=True, capture_output=True)
+    (tmp_path / "served").mkdir()
+    shutil.copy(BASE, tmp_path / "served" / "x.onnx")
+    encrypted = ServerProcess(tmp_path / "log", "zoo_server.py", tmp_path / "served", certificate, key)
+    url = encrypted.url.replace("http://127.0.0.1", "https://localhost")
+    try:
+        with pytest.raises(DownloadError, match=r"has no certificate that is trusted here \(self.signed") as caught:
+            fetched(f"{url}/plain/x.onnx")
+        assert not isinstance(caught.value, UnreachableError)
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert fetched(f"{url}/once-1000/x.onnx") == CONTENT
+        assert fetched(f"{url}/redirect?to={url}/plain/x.onnx") == CONTENT
+        with pytest.raises(DownloadError, match=r"redirects to 'http://127.*, another scheme; that is not followed"):
+            fetched(f"{url}/redirect?to={server.url}/plain/tiny-zoo-1.onnx")
+    finally:
+        encrypted.stop()
 
 
 def test_a_redirect_in_circles_ends(server):
@@ -279,12 +295,22 @@ def test_a_damaged_file_in_the_cache_is_fetched_again_and_said_so(server, regist
 def test_two_processes_fetch_it_once(server, registry_of, folder):
     path = registry_of("slow")
     processes = [start(path), start(path)]
+    before = len(server.requests("slow"))
     for process in processes:
         go(process)
-    wait_for(lambda: len(server.requests("slow")) >= 1)
     outputs = [process.communicate(timeout=120)[0].strip() for process in processes]
     assert outputs == [zoo.load(device="cpu").sha256] * 2
-    assert server.requests("slow") == ["-"]
+    assert len(server.requests("slow")) == before + 1
+    assert parts(folder) == [f"{SHA256}.onnx"]
+
+
+def test_threads_of_one_process_fetch_it_once(server, registry_of, folder):
+    path = registry_of("slow")
+    before = len(server.requests("slow"))
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(lambda _: zoo.load("tiny-zoo", device="cpu", registries=path), range(4)))
+    assert {predictor.sha256 for predictor in loaded} == {zoo.load(device="cpu").sha256}
+    assert len(server.requests("slow")) == before + 1
     assert parts(folder) == [f"{SHA256}.onnx"]
 
 

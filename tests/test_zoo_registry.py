@@ -1,7 +1,10 @@
+import contextlib
 import json
 import shutil
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from zoo_fixtures import ServerProcess
 
 from smartfrz import zoo
@@ -16,6 +19,17 @@ from smartfrz.zoo import download, embedded_folder, publish, registry, urls
 
 BASE = embedded_folder() / "smartfrz-base.onnx"
 HTTPS = "https://example.org/zoo/registry.json"
+
+
+def row(**changes):
+    (entry,) = json.loads(registry.serialise(registry.embedded()))["predictors"]
+    entry |= {"name": "other"} | changes
+    return {key: value for key, value in entry.items() if value is not None}
+
+
+def content(*rows):
+    return json.dumps({"format_version": 1, "predictors": rows}).encode()
+
 
 # What is changed in the one entry, and what the error says
 WRONG_ENTRIES = {
@@ -64,6 +78,7 @@ WRONG_FILES = {
         "it has format_version 2; this version of smartfrz r",
     ),
     "version as text": (b'{"format_version": "1", "predictors": []}', "it has format_version '1'"),
+    "truth as version": (b'{"format_version": true, "predictors": []}', "it has format_version True"),
     "no predictors": (b'{"format_version": 1}', r"it has \['format_version'\]; expected format_version and a list"),
     "predictors by name": (b'{"format_version": 1, "predictors": {}}', "a list named predictors"),
     "a key twice": (b'{"format_version": 1, "predictors": [], "predictors": []}', "one object has a key twice"),
@@ -91,16 +106,6 @@ WRONG_ADDRESSES = {
 }
 
 
-def row(**changes):
-    (entry,) = json.loads(registry.serialise(registry.embedded()))["predictors"]
-    entry |= {"name": "other"} | changes
-    return {key: value for key, value in entry.items() if value is not None}
-
-
-def content(*rows):
-    return json.dumps({"format_version": 1, "predictors": rows}).encode()
-
-
 def write(folder, *rows):
     folder.mkdir(exist_ok=True)
     (folder / "registry.json").write_bytes(content(*rows))
@@ -126,6 +131,29 @@ def test_wrong_files_are_refused(case):
     text, message = WRONG_FILES[case]
     with pytest.raises(RegistryError, match=rf"cannot be used: .*{message}.*Tell whoever keeps it, or leave it out"):
         registry.parse(text, HTTPS)
+
+
+@given(st.binary(max_size=100))
+def test_garbage_is_refused(text):
+    with pytest.raises(RegistryError):
+        registry.parse(text, HTTPS)
+
+
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.sampled_from(sorted(row())), _VALUES)
+def test_any_value_of_any_field_is_read_or_refused(key, value):
+    with contextlib.suppress(RegistryError):
+        (entry,) = registry.parse(content(row() | {key: value}), HTTPS)
+        assert entry.file.endswith(".onnx")
+        assert "/" not in entry.file
+        assert 0 < entry.size <= 256 * 2**20
+        assert entry.address.startswith(("https://", "hf://", "s3://", "gs://"))
 
 
 def test_two_entries_of_one_name_and_version_are_refused():

@@ -1,4 +1,4 @@
-"""A web server that misbehaves as its paths say; run as a process: `python zoo_server.py FOLDER`.
+"""A web server that misbehaves as its paths say; run as a process: `python zoo_server.py FOLDER [CERTIFICATE KEY]`.
 
 It prints its port, then a line for each request: method, path, and the Range header.
 
@@ -21,6 +21,7 @@ It prints its port, then a line for each request: method, path, and the Range he
 import gzip
 import http.server
 import io
+import ssl
 import sys
 import time
 from pathlib import Path
@@ -121,5 +122,9 @@ class Server(http.server.ThreadingHTTPServer):
 
 if __name__ == "__main__":
     server = Server(("127.0.0.1", 0), Handler)
+    if len(sys.argv) > 2:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*sys.argv[2:])
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     print(server.server_port, flush=True)
     server.serve_forever()

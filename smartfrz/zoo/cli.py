@@ -66,7 +66,7 @@ def list_(registries: tuple[str, ...], as_json: bool) -> None:
             str(entry.tailored_size),
             entry.representation,
             ",".join(entry.domains) or "-",
-            str(entry.metrics.get("auc", "-"))[:6],
+            _number(entry.metrics.get("auc")),
             f"{entry.size / 1e6:.1f}",
             _where(entry),
         )
@@ -179,6 +179,11 @@ def path_(name: str | None, registries: tuple[str, ...]) -> None:
         return
     entry = registry.find(name, registries)
     click.echo(_path(entry))
+
+
+def _number(value: object) -> str:
+    """Metrics are free in form: nothing but a number is shown."""
+    return f"{value:.3f}" if isinstance(value, (int, float)) else "-"
 
 
 def _path(entry: Entry) -> Path:

@@ -5,6 +5,7 @@ import http.client
 import importlib.util
 import io
 import os
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -174,7 +175,13 @@ def _over_http(url: str, offset: int) -> Iterator[_Body]:
         kind = NotThereError if error.code in (404, 410) else DownloadError
         raise kind(f"{url} cannot be fetched: {error.code} {error.reason}. Check the address.") from error
     except (OSError, http.client.HTTPException) as error:
-        raise UnreachableError(f"{url} cannot be reached ({getattr(error, 'reason', None) or error!r}).") from error
+        reason = getattr(error, "reason", None) or repr(error)
+        if isinstance(reason, ssl.SSLCertVerificationError):  # asking again would not help
+            raise DownloadError(
+                f"{url} has no certificate that is trusted here ({reason.verify_message}). Check the address; the "
+                "certificate of your own authority is named by SSL_CERT_FILE."
+            ) from error
+        raise UnreachableError(f"{url} cannot be reached ({reason}).") from error
     except ValueError as error:
         raise DownloadError(f"{url} cannot be fetched ({error}). Check the address.") from error
     with response:

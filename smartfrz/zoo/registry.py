@@ -97,7 +97,7 @@ def parse(content: bytes, registry: str) -> list[Entry]:
         _refuse(registry, f"it is no valid JSON ({error})")
     if not isinstance(document, dict) or "format_version" not in document:
         _refuse(registry, "it has no format_version; expected an object with format_version and predictors")
-    if document["format_version"] != FORMAT_VERSION:
+    if type(document["format_version"]) is not int or document["format_version"] != FORMAT_VERSION:  # True == 1
         _refuse(
             registry,
             f"it has format_version {document['format_version']!r:.50}; this version of smartfrz reads {FORMAT_VERSION}. "
@@ -146,6 +146,7 @@ def registries(more: Sequence[str] = ()) -> Iterator[list[Entry]]:
         RegistryError: If one breaks the format.
     """
     yield embedded()
+    more = (more,) if isinstance(more, str) else more
     for location in dict.fromkeys((*more, *os.environ.get("SMARTFRZ_ZOO", "").split())):
         url = urls.registry_url(location)
         yield parse(cache.registry(url, MAX_SIZE), url)
