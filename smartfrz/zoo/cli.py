@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -104,7 +105,7 @@ def download_(name: str, registries: tuple[str, ...], output: Path | None) -> No
     """
     if output is None and urls.is_url(name) and "#" not in name:
         raise click.UsageError("An address without #sha256= is not kept in the cache. Add it, or pass --output.")
-    with _bar(name) as progress, located(name, registries, progress) as path:
+    with _plain_warnings(), _bar(name) as progress, located(name, registries, progress) as path:
         if output is not None:
             target = output / _file_name(name, registries) if output.is_dir() else output
             with replacing(target) as temporary:
@@ -227,6 +228,14 @@ def _to_verify(path: Path | None) -> Iterator[tuple[str, Path, str | None]]:
                 click.echo(f"-    {entry}  lies at {entry.address}; fetching it checks it")
     else:
         yield str(path), path, None
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings as one line, without the place in our code that gives them."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: click.echo(f"Warning: {message}", err=True)
+        yield
 
 
 @contextlib.contextmanager
