@@ -84,6 +84,17 @@ def test_a_published_version_stays_what_it_is(tmp_path, predictor_file):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_a_file_that_was_replaced_is_noticed(tmp_path, predictor_file):
+    path = shutil.copy(BASE, tmp_path / "mine.onnx")
+    publish.add(path, tmp_path, publish.describe(path, name="mine", file="mine.onnx"), CARD)
+    shutil.copy(predictor_file, path)
+    entry = publish.describe(path, name="mine", version="2", file="mine.onnx")
+    with pytest.raises(
+        RegistryError, match=r"mine\.onnx is the file of mine@1, with other content\. Give the new file"
+    ):
+        publish.add(path, tmp_path, entry, CARD)
+
+
 def test_a_registry_that_is_wrong_is_not_added_to(tmp_path):
     (tmp_path / "registry.json").write_text("{}")
     with pytest.raises(RegistryError, match="it has no format_version"):

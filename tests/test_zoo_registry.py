@@ -263,6 +263,7 @@ def test_a_registry_that_cannot_be_reached_is_read_from_its_copy(tmp_path, monke
     assert caplog.messages == []
     assert zoo.load("other", device="cpu", registries=[address]).info.window == 30
     assert "cannot be reached; its copy in the cache is used" in caplog.messages[0]
+    assert "Tried 2 times" in caplog.messages[0]
     caplog.clear()
     monkeypatch.setenv("SMARTFRZ_OFFLINE", "1")
     assert zoo.load("other", device="cpu", registries=[address]).info.window == 30

@@ -150,7 +150,8 @@ def registry(url: str, limit: int) -> bytes:
     """
     copy = folder() / "registries" / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.json"
     try:
-        content = download.read(url, limit)
+        # With a copy at hand, a network that swallows everything must not hold a training up for minutes.
+        content = download.read(url, limit, attempts=2 if copy.exists() else download.ATTEMPTS)
     except UnreachableError as error:
         try:
             content = copy.read_bytes()

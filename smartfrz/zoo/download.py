@@ -43,22 +43,31 @@ def offline() -> bool:
     return os.environ.get("SMARTFRZ_OFFLINE", "0") not in ("", "0")
 
 
-def read(url: str, limit: int) -> bytes:
+def read(url: str, limit: int, *, attempts: int = ATTEMPTS) -> bytes:
     """A small file.
 
     Args:
         url: As for `fetch`.
         limit: The most bytes it may have.
+        attempts: As for `fetch`.
 
     Raises:
         DownloadError: As `fetch`.
     """
     buffer = io.BytesIO()
-    fetch(url, buffer, limit=limit)
+    fetch(url, buffer, limit=limit, attempts=attempts)
     return buffer.getvalue()
 
 
-def fetch(url: str, file: BinaryIO, *, limit: int, size: int | None = None, progress: Progress | None = None) -> None:
+def fetch(
+    url: str,
+    file: BinaryIO,
+    *,
+    limit: int,
+    size: int | None = None,
+    progress: Progress | None = None,
+    attempts: int = ATTEMPTS,
+) -> None:
     """Continue a file with what it lacks of an address.
 
     Args:
@@ -67,9 +76,10 @@ def fetch(url: str, file: BinaryIO, *, limit: int, size: int | None = None, prog
         limit: The most bytes it may have. A server that says or sends more is refused.
         size: How many bytes it has, if that is known.
         progress: Told after each part.
+        attempts: How often to ask, each time for what is still missing.
 
     Raises:
-        UnreachableError: If nothing comes, or it ends too early, `ATTEMPTS` times.
+        UnreachableError: If it is not complete after the last attempt.
         DownloadError: If there is no such file, or it is not as long as it should be.
         MissingDependencyError: If the package that reads this scheme is not installed.
         OSError: If `file` cannot be written.
@@ -80,13 +90,13 @@ def fetch(url: str, file: BinaryIO, *, limit: int, size: int | None = None, prog
             f"SMARTFRZ_OFFLINE is set, so that {url} is not fetched, and it is not in the cache. Unset it, or fetch it "
             "beforehand with: smartfrz zoo download"
         )
-    for attempt in range(1, ATTEMPTS + 1):
+    for attempt in range(1, attempts + 1):
         try:
             return _continue(url, file, limit, size, progress)
         except UnreachableError as error:
-            if attempt == ATTEMPTS:
+            if attempt == attempts:
                 raise UnreachableError(
-                    f"{error} Tried {ATTEMPTS} times. Check the address and the connection, and try again: what has "
+                    f"{error} Tried {attempts} times. Check the address and the connection, and try again: what has "
                     "arrived is kept where the file's SHA-256 is known."
                 ) from error
         time.sleep(_PAUSE * 2 ** (attempt - 1))

@@ -78,7 +78,7 @@ def merged(entries: Sequence[Entry], entry: Entry) -> list[Entry]:
     """The entries with one more, or with its facts renewed.
 
     Raises:
-        RegistryError: If that name and version stands for another file already.
+        RegistryError: If that name and version, or that file name, stands for another file already.
     """
     key = (entry.name, registry.version_key(entry.version))
     same = [e for e in entries if (e.name, registry.version_key(e.version)) == key]
@@ -88,7 +88,14 @@ def merged(entries: Sequence[Entry], entry: Entry) -> list[Entry]:
                 f"{other} is in the registry with another file ({other.sha256[:12]}..., not {entry.sha256[:12]}...), and "
                 "others may rely on it. Pass a higher --version."
             )
-    return [e for e in entries if e not in same] + [entry]
+    others = [e for e in entries if e not in same]
+    for other in others:
+        if (other.file, other.url) == (entry.file, entry.url) and other.sha256 != entry.sha256:
+            raise RegistryError(
+                f"{entry.file} is the file of {other}, with other content. Give the new file another name, or take {other} "
+                "out of the registry."
+            )
+    return [*others, entry]
 
 
 def card_of(path: Path) -> str:
