@@ -20,7 +20,7 @@ help:
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) pip install -q --disable-pip-version-check "$(TORCH)" -e ".[build,demo,hf,lightning,cpu]" peft $(KERAS) \
+	$(RUN) pip install -q --disable-pip-version-check "$(TORCH)" -e ".[build,demo,hf,lightning,hub,cpu]" peft $(KERAS) \
 		pytest pytest-xdist hypothesis ruff mypy
 	touch $@
 

@@ -1,4 +1,4 @@
-"""`smartfrz`: the demo, and an estimate of what freezing would save."""
+"""`smartfrz`: the demo, an estimate of what freezing would save, and the zoo."""
 
 import sys
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from smartfrz.errors import SmartFRZError
+from smartfrz.zoo.cli import zoo
 
 
 class Group(click.Group):
@@ -28,6 +29,9 @@ def main() -> None:
     """Train to the same accuracy in less time: freeze layers when they have converged."""
 
 
+main.add_command(zoo)
+
+
 @main.command()
 @click.option(
     "--framework",
@@ -42,7 +46,7 @@ def main() -> None:
 @click.option("--num-train", default=4000, show_default=True, type=click.IntRange(min=64))
 @click.option("--num-test", default=1000, show_default=True, type=click.IntRange(min=10))
 @click.option("--seed", default=0, show_default=True)
-@click.option("--predictor", default="smartfrz-base", show_default=True, help="A zoo name or an ONNX file.")
+@click.option("--predictor", default="smartfrz-base", show_default=True, help="A zoo name, file or address.")
 @click.option("--threshold", type=click.FloatRange(0, 1, min_open=True), help="Default: the predictor's own.")
 def demo(framework: str, output: Path, **options: Any) -> None:
     """Fine-tune an ImageNet network fully and with SmartFRZ, and compare.

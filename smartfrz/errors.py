@@ -4,6 +4,9 @@
       PredictorFileError       not a predictor of ours, damaged, or of a format that is not read here
       ChecksumError            a file differs from its recorded SHA-256
       UnknownPredictorError    no predictor of that name
+      RegistryError            a list of predictors that cannot be read as written, or be added to
+      DownloadError            a file that cannot be fetched or kept, or is refused
+        UnreachableError       no answer, or one that breaks off: trying again may help
       UnsupportedModelError    a model in which nothing can be frozen
       StateError               a saved state that does not belong to this model or predictor
       RecipeError              a recipe that cannot be run as written
@@ -31,6 +34,18 @@ class ChecksumError(SmartFRZError):
 
 class UnknownPredictorError(SmartFRZError, LookupError):
     """No predictor of that name is known."""
+
+
+class RegistryError(SmartFRZError):
+    """A registry breaks its format, or a new entry contradicts it."""
+
+
+class DownloadError(SmartFRZError):
+    """A file cannot be fetched or kept, or is refused."""
+
+
+class UnreachableError(DownloadError):
+    """There is no answer, or it breaks off; trying again may help."""
 
 
 class UnsupportedModelError(SmartFRZError):

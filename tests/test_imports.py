@@ -15,6 +15,8 @@ FRAMEWORK_FREE = [
     "smartfrz.activation_store",
     "smartfrz.cli",
     "smartfrz.zoo",
+    "smartfrz.zoo.cli",
+    "smartfrz.zoo.publish",
     "smartfrz.adapters",
     "smartfrz.baselines",
     "smartfrz.dataset_builder",
@@ -34,8 +36,8 @@ MAY_IMPORT = {
     "files.py": [],
     "activation_store.py": ["errors", "files"],
     "predictor": ["errors", "files", "predictor"],
-    "zoo": ["predictor", "errors"],
     "baselines": ["baselines", "predictor.decision", "errors"],
+    "zoo": ["zoo", "predictor", "errors", "files", "__version__"],
     "adapters/torch": ["adapters.torch", "activation_store", "predictor", "zoo", "errors"],
     "adapters/keras": ["adapters.keras", "predictor", "zoo", "errors", "files", "plots"],
     "dataset_builder": [
@@ -71,6 +73,11 @@ def imports_of(path):
 @pytest.mark.parametrize("module", FRAMEWORK_FREE)
 def test_importing_loads_no_framework_and_no_onnxruntime(module):
     assert loaded_after(f"import {module}") & (FRAMEWORKS | {"onnxruntime", "onnx"}) == set()
+
+
+@pytest.mark.parametrize("module", ["smartfrz", "smartfrz.cli", "smartfrz.zoo"])
+def test_importing_loads_nothing_of_the_network(module):
+    assert loaded_after(f"import {module}") & {"fsspec", "huggingface_hub", "rich", "filelock", "platformdirs"} == set()
 
 
 def test_the_check_itself_sees_an_import():

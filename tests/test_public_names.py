@@ -46,6 +46,19 @@ def test_keras_adapter():
     assert [line.split() for line in result.stdout.splitlines()] == [KERAS_NAMES] * 2
 
 
+def test_zoo():
+    code = (
+        "from smartfrz import zoo; from types import ModuleType as M; print(*sorted(n for n, v in vars(zoo).items() "
+        "if n[0] != '_' and not isinstance(v, M) and (getattr(v, '__module__', zoo.__name__)).startswith(zoo.__name__)))"
+    )
+    names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    from smartfrz import zoo
+
+    assert sorted(zoo.__all__) == ["DEFAULT", "Entry", "entries", "find", "load", "located"]
+    # What only the command uses stays out of __all__.
+    assert sorted({*names} - {*zoo.__all__}) == ["embedded_folder", "source_of"]
+
+
 def test_the_drawn_tree_of_errors_is_the_real_one():
     drawn = {}
     for line in errors.__doc__.splitlines():

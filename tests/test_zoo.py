@@ -1,4 +1,3 @@
-import hashlib
 import shutil
 from importlib.resources import files
 from pathlib import Path
@@ -10,6 +9,7 @@ from smartfrz import zoo
 from smartfrz.errors import ChecksumError, PredictorFileError, UnknownPredictorError
 from smartfrz.predictor.contract import PredictorInfo
 from smartfrz.predictor.runtime import Predictor
+from smartfrz.zoo import publish, registry
 
 FOLDER = Path(str(files("smartfrz.zoo")))
 
@@ -42,12 +42,12 @@ def test_it_prefers_a_layer_that_stands_still(base):
 
 
 def test_the_registry_describes_the_files_that_are_there():
-    for name, entry in zoo.registry().items():
-        path = FOLDER / entry["file"]
-        assert hashlib.sha256(path.read_bytes()).hexdigest() == entry["sha256"]
-        assert path.stat().st_size == entry["size"]
-        card = path.with_suffix(".md").read_text()
-        assert card.startswith(f"# {name}\n")
+    for entry in registry.embedded():
+        path = FOLDER / entry.file
+        described = publish.describe(path, version=entry.version, domains=entry.domains, file=entry.file)
+        assert described == entry
+        card = (FOLDER / entry.card).read_text()
+        assert card.startswith(f"# {entry.name}\n")
         assert "weight change" in card
 
 

@@ -24,6 +24,7 @@ from smartfrz.predictor.contract import (
     PredictorInfo,
     check_seal,
 )
+from smartfrz.predictor.inspection import MAX_FILE_SIZE, check_onnx
 
 logger = logging.getLogger("smartfrz")
 Device = Literal["auto", "cpu", "cuda"]
@@ -78,13 +79,20 @@ class Predictor:
         self.path = Path(path)
         file = str(path)
         try:
-            content = self.path.read_bytes()
+            with self.path.open("rb") as opened:
+                content = opened.read(MAX_FILE_SIZE + 1)
         except OSError as error:
             raise PredictorFileError(
                 f"Cannot read predictor {file!r}: {error.strerror}. Pass the path of an ONNX file that smartfrz-build "
                 "train made, or the name 'smartfrz-base'."
             ) from error
+        if len(content) > MAX_FILE_SIZE:
+            raise PredictorFileError(
+                f"{file!r} is larger than {MAX_FILE_SIZE >> 20} MiB; expected a predictor of a few MiB. Pass a file that "
+                "smartfrz-build train made."
+            )
         self.sha256 = check_seal(content, file)
+        check_onnx(content, file)
         self._session = _session(content, file, device, num_threads)
         self.info = PredictorInfo.from_metadata(self._session.get_modelmeta().custom_metadata_map, file)
         self._check_graph(file)

@@ -1,0 +1,256 @@
+"""`smartfrz zoo`: list, fetch, check and publish predictors."""
+
+import contextlib
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from smartfrz.errors import DownloadError, PredictorFileError, SmartFRZError
+from smartfrz.files import replacing
+from smartfrz.predictor.runtime import Predictor
+from smartfrz.zoo import cache, download, embedded_folder, located, publish, registry, urls
+from smartfrz.zoo.registry import Entry
+
+_CARD_SIZE = 2**20
+_registries = click.option(
+    "--registry",
+    "registries",
+    multiple=True,
+    metavar="ADDRESS",
+    help="A further registry: https://, file://, hf://, s3://, gs:// or a path. SMARTFRZ_ZOO names more.",
+)
+
+
+def _facts(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that tell what a predictor file does not."""
+    for option in (
+        click.option(
+            "--card", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Default: FILE's .md."
+        ),
+        click.option("--domain", "domains", multiple=True, help="What it was trained on, as in vision. Once for each."),
+        click.option("--version", default="1", show_default=True, help="Up to three numbers with dots between them."),
+        click.option("--name", default="", help="Default: the name in the file."),
+    ):
+        command = option(command)
+    return command
+
+
+_file = click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+
+
+@click.group()
+def zoo() -> None:
+    """Find, fetch, check and publish predictors."""
+
+
+@zoo.command("list")
+@_registries
+@click.option("--json", "as_json", is_flag=True, help="All that the registries say.")
+def list_(registries: tuple[str, ...], as_json: bool) -> None:
+    """All predictors of all registries."""
+    known = registry.entries(registries)
+    if as_json:
+        rows = [{**asdict(entry), "address": entry.address} for entry in known]
+        click.echo(json.dumps(rows, indent=1))
+        return
+    header = ("predictor", "window", "size", "representation", "domains", "AUC", "MB", "where")
+    table = [header] + [
+        (
+            str(entry),
+            str(entry.window),
+            str(entry.tailored_size),
+            entry.representation,
+            ",".join(entry.domains) or "-",
+            _number(entry.metrics.get("auc")),
+            f"{entry.size / 1e6:.1f}",
+            _where(entry),
+        )
+        for entry in known
+    ]
+    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+    for row in table:
+        click.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+
+
+@zoo.command()
+@click.argument("name")
+@_registries
+def show(name: str, registries: tuple[str, ...]) -> None:
+    """What is known of a predictor, and its card."""
+    entry = registry.find(name, registries)
+    for key, value in asdict(entry).items():
+        if value:
+            click.echo(f"{key:14} {value if isinstance(value, (str, int)) else json.dumps(value)}")
+    click.echo(f"{'where':14} {_where(entry)}\n")
+    try:
+        click.echo(_card(entry))
+    except DownloadError as error:
+        click.echo(f"Its card cannot be shown: {error}", err=True)
+
+
+@zoo.command("download")
+@click.argument("name")
+@_registries
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Also copy it to this file or folder.")
+def download_(name: str, registries: tuple[str, ...], output: Path | None) -> None:
+    """Fetch a predictor into the cache, and print its path.
+
+    NAME is a name, name@version, or the address of an ONNX file, best with #sha256=.
+    """
+    if output is None and urls.is_url(name) and "#" not in name:
+        raise click.UsageError("An address without #sha256= is not kept in the cache. Add it, or pass --output.")
+    with _plain_warnings(), _bar(name) as progress, located(name, registries, progress) as path:
+        if output is not None:
+            target = output / _file_name(name, registries) if output.is_dir() else output
+            with replacing(target) as temporary:
+                temporary.write_bytes(path.read_bytes())
+    place = path if output is None else target
+    if not place.exists():
+        raise DownloadError(
+            f"{name} cannot be kept in the cache {cache.folder()}. Pass --output, or set SMARTFRZ_CACHE."
+        )
+    click.echo(place)
+
+
+@zoo.command()
+@click.argument("path", required=False, type=click.Path(exists=True, path_type=Path))
+def verify(path: Path | None) -> None:
+    """Check a predictor, or a folder with a registry; without PATH, this package and the cache."""
+    faults = 0
+    for label, file, sha256 in _to_verify(path):
+        try:
+            actual = cache.sha256_of(file)
+            if sha256 is not None and actual != sha256:
+                raise PredictorFileError(f"SHA-256 {str(actual)[:12]}...; expected {sha256[:12]}...")
+            Predictor(file, device="cpu")
+        except SmartFRZError as error:
+            faults += 1
+            click.echo(f"bad  {label}  {error}")
+        else:
+            click.echo(f"ok   {label}  {actual}")
+    if faults:
+        raise click.ClickException(f"{faults} damaged. What is in the cache is fetched again when it is used next.")
+
+
+@zoo.command()
+@_file
+@click.argument("registry_path", metavar="REGISTRY", type=click.Path(path_type=Path))
+@_facts
+def add(file: Path, registry_path: Path, card: Path | None, **facts: Any) -> None:
+    """Copy FILE and its card beside a REGISTRY on this machine, and list it there.
+
+    REGISTRY is a .json file, or a folder; it is made if there is none.
+    """
+    folder = registry_path.parent if registry_path.suffix == ".json" else registry_path
+    # What lies there already keeps its name.
+    stays = file.name if file.resolve().parent == folder.resolve() else ""
+    entry = publish.describe(file, **facts, file=stays)
+    place = publish.add(file, registry_path, entry, publish.card_of(card or file))
+    click.echo(f"added {entry} to {place}")
+
+
+@zoo.command("publish")
+@_file
+@click.argument("target")
+@_facts
+@click.option("--private", is_flag=True, help="Make a new repository of Hugging Face private.")
+def publish_(file: Path, target: str, card: Path | None, private: bool, **facts: Any) -> None:
+    """Write FILE, its card and its registry entry to TARGET.
+
+    TARGET is hf://organisation/repository, or a folder anywhere that fsspec can write: s3://, gs://, a path.
+    """
+    entry = publish.describe(file, **facts)
+    address = publish.publish(file, target, entry, publish.card_of(card or file), private=private)
+    click.echo(f"published {entry}: smartfrz zoo download {entry} --registry {address}")
+
+
+@zoo.command("path")
+@click.argument("name", required=False)
+@_registries
+def path_(name: str | None, registries: tuple[str, ...]) -> None:
+    """Where a predictor lies, or would; without NAME, the cache."""
+    if name is None:
+        click.echo(cache.folder())
+        return
+    entry = registry.find(name, registries)
+    click.echo(_path(entry))
+
+
+def _number(value: object) -> str:
+    """Metrics are free in form: nothing but a number is shown."""
+    return f"{value:.3f}" if isinstance(value, (int, float)) else "-"
+
+
+def _path(entry: Entry) -> Path:
+    if not entry.address:
+        return embedded_folder() / entry.file
+    return urls.local_path(entry.address) or cache.path_of(entry.sha256)
+
+
+def _where(entry: Entry) -> str:
+    if not entry.address or urls.local_path(entry.address):
+        return str(_path(entry)) if entry.address else "in this package"
+    return "in the cache" if _path(entry).exists() else entry.address
+
+
+def _file_name(name: str, registries: tuple[str, ...]) -> str:
+    if urls.is_url(name):
+        return Path(name.partition("#")[0].partition("?")[0]).name
+    return registry.find(name, registries).file
+
+
+def _card(entry: Entry) -> str:
+    if not entry.address:
+        return (embedded_folder() / entry.card).read_text("utf-8")
+    text = download.read(urls.beside(entry.address, entry.card), _CARD_SIZE).decode("utf-8", "replace")
+    # Somebody else's text: nothing in it shall steer the terminal.
+    return "".join(c for c in text if c in "\n\t" or c.isprintable())
+
+
+def _to_verify(path: Path | None) -> Iterator[tuple[str, Path, str | None]]:
+    if path is None:
+        for entry in registry.embedded():
+            yield str(entry), _path(entry), entry.sha256
+        for file in cache.kept():
+            yield str(file), file, file.stem
+    elif path.is_dir() or path.suffix == ".json":
+        place = path / registry.FILE if path.is_dir() else path
+        for entry in registry.parse(place.read_bytes(), place.absolute().as_uri()):
+            if local := urls.local_path(entry.address):
+                yield str(entry), local, entry.sha256
+            else:
+                click.echo(f"-    {entry}  lies at {entry.address}; fetching it checks it")
+    else:
+        yield str(path), path, None
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings as one line, without the place in our code that gives them."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: click.echo(f"Warning: {message}", err=True)
+        yield
+
+
+@contextlib.contextmanager
+def _bar(label: str) -> Iterator[download.Progress | None]:
+    """A progress bar on a terminal; nothing elsewhere, or without rich."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    except ImportError:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(label, total=None, visible=False)
+        yield lambda done, total: bars.update(task, completed=done, total=total, visible=True)

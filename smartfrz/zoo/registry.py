@@ -1,0 +1,273 @@
+"""Registries: lists of predictors, and what is known of each."""
+
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from importlib.resources import files
+from typing import Any, NoReturn
+
+from smartfrz.errors import DownloadError, RegistryError, UnknownPredictorError
+from smartfrz.predictor.contract import REPRESENTATIONS
+from smartfrz.predictor.inspection import MAX_FILE_SIZE
+from smartfrz.zoo import cache, urls
+
+FORMAT_VERSION = 1
+FILE = "registry.json"
+EMBEDDED = "embedded"
+MAX_SIZE = 4 * 2**20  # bytes of a registry: some thousand predictors
+_PATTERNS = {
+    # Lower case only: some file systems do not tell cases apart.
+    "name": (r"[a-z0-9][a-z0-9._-]{0,63}", "up to 64 of a-z, 0-9, '.', '_' and '-'"),
+    "version": (r"[0-9]{1,6}(\.[0-9]{1,6}){0,2}", "up to three numbers, as in '1' or '2.0.1'"),
+    "file": (r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\.onnx", "a plain file name that ends in .onnx, without a folder"),
+    "sha256": (r"[0-9a-f]{64}", "64 hexadecimal digits"),
+    "license": (r"[A-Za-z0-9.+() -]{1,100}", "an SPDX identifier, as in 'Apache-2.0'"),
+    "url": (r"[!-~]{0,2000}", "an address, or '' for a file beside the registry"),
+}
+_DOMAIN = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a registry says of one predictor.
+
+    Attributes:
+        name: For example `smartfrz-base`.
+        version: Up to three numbers with dots between them; the highest is taken where none is asked for.
+        file: Its file's name. The card has the same one, with `.md`.
+        size: Bytes.
+        sha256: Of the whole file.
+        window: Records that it reads.
+        tailored_size: Samples of a record.
+        representation: What it makes of the weights first.
+        domains: What kinds of data it was trained on, as in `vision` and `language`.
+        metrics: Its results on what it was not trained on.
+        license: SPDX identifier.
+        url: Where the file lies, if not beside the registry.
+        registry: Where the entry was read; not written to the file.
+    """
+
+    name: str
+    version: str
+    file: str
+    size: int
+    sha256: str
+    window: int
+    tailored_size: int
+    representation: str
+    domains: tuple[str, ...] = ()
+    metrics: dict[str, Any] = field(default_factory=dict)
+    license: str = "Apache-2.0"
+    url: str = ""
+    registry: str = EMBEDDED
+
+    @property
+    def address(self) -> str:
+        """Of the file; empty for what lies in this package."""
+        return self.url or ("" if self.registry == EMBEDDED else urls.beside(self.registry, self.file))
+
+    @property
+    def card(self) -> str:
+        """The name of the card's file, beside the predictor's."""
+        return self.file.removesuffix(".onnx") + ".md"
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+def parse(content: bytes, registry: str) -> list[Entry]:
+    """Read and check a registry.
+
+    Args:
+        content: JSON: `format_version`, and `predictors`, a list of objects with the fields of `Entry`.
+        registry: Its address, or `EMBEDDED`.
+
+    Raises:
+        RegistryError: If anything in it is not as it should be.
+    """
+    try:
+        # Inputs nested a thousand levels deep end in a RecursionError.
+        document = json.loads(content, object_pairs_hook=_object, parse_constant=_constant, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        _refuse(registry, f"it is no valid JSON ({error})")
+    if not isinstance(document, dict) or "format_version" not in document:
+        _refuse(registry, "it has no format_version; expected an object with format_version and predictors")
+    if type(document["format_version"]) is not int or document["format_version"] != FORMAT_VERSION:  # True == 1
+        _refuse(
+            registry,
+            f"it has format_version {document['format_version']!r:.50}; this version of smartfrz reads {FORMAT_VERSION}. "
+            "Update with: pip install --upgrade smartfrz",
+        )
+    if set(document) != {"format_version", "predictors"} or not isinstance(document["predictors"], list):
+        _refuse(registry, f"it has {sorted(document)!r:.200}; expected format_version and a list named predictors")
+    entries = []
+    for number, value in enumerate(document["predictors"], 1):
+        try:
+            entries.append(_entry(value, registry))
+        except ValueError as error:
+            _refuse(registry, f"in entry {number}, {error}")
+    seen = set()
+    for entry in entries:
+        if (entry.name, version_key(entry.version)) in seen:
+            _refuse(registry, f"it has two entries {str(entry)!r}; expected one of a name and version")
+        seen.add((entry.name, version_key(entry.version)))
+    return entries
+
+
+def serialise(entries: Iterable[Entry]) -> bytes:
+    """The registry file of some entries, sorted by name and version."""
+    rows = [asdict(entry) for entry in sorted(entries, key=lambda e: (e.name, version_key(e.version)))]
+    for row in rows:
+        del row["registry"]
+    document = {"format_version": FORMAT_VERSION, "predictors": rows}
+    return (json.dumps(document, indent=1) + "\n").encode()
+
+
+def embedded() -> list[Entry]:
+    """The predictors that come with this package."""
+    return parse((files(__package__) / FILE).read_bytes(), EMBEDDED)
+
+
+def registries(more: Sequence[str] = ()) -> Iterator[list[Entry]]:
+    """The entries of each registry: the embedded one, those given, those that SMARTFRZ_ZOO names.
+
+    One after the other, such that what is found in the first needs no network.
+
+    Args:
+        more: Addresses or local paths of registries.
+
+    Raises:
+        DownloadError: If one cannot be fetched, nor was ever before.
+        RegistryError: If one breaks the format.
+    """
+    yield embedded()
+    more = (more,) if isinstance(more, str) else more
+    for location in dict.fromkeys((*more, *os.environ.get("SMARTFRZ_ZOO", "").split())):
+        url = urls.registry_url(location)
+        yield parse(cache.registry(url, MAX_SIZE), url)
+
+
+def entries(more: Sequence[str] = ()) -> list[Entry]:
+    """Every predictor of every registry; arguments and errors as for `registries`."""
+    return [entry for known in registries(more) for entry in known]
+
+
+def find(name: str, more: Sequence[str] = ()) -> Entry:
+    """The entry of a name, from the first registry that has it.
+
+    Args:
+        name: As in `smartfrz-base`, for its highest version there, or `smartfrz-base@1`.
+        more: As for `registries`.
+
+    Raises:
+        UnknownPredictorError: If no registry has it.
+        DownloadError: As `registries`.
+        RegistryError: As `registries`.
+    """
+    wanted, _, version = name.partition("@")
+    if version and not re.fullmatch(_PATTERNS["version"][0], version):
+        raise UnknownPredictorError(f"{name!r} asks for version {version!r}; expected {_PATTERNS['version'][1]}.")
+    known: list[Entry] = []
+    for part in registries(more):
+        known += part
+        fits = [e for e in part if e.name == wanted and version_key(version or e.version) == version_key(e.version)]
+        if fits:
+            return max(fits, key=lambda e: version_key(e.version))
+    names = sorted({entry.name for entry in known})
+    if wanted in names:
+        versions = ", ".join(entry.version for entry in known if entry.name == wanted)
+        raise UnknownPredictorError(f"predictor {wanted!r} has no version {version}. Known versions: {versions}.")
+    close = difflib.get_close_matches(wanted, names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise UnknownPredictorError(
+        f"unknown predictor {wanted!r}.{hint} Known predictors: {', '.join(names)}. A file's path has to end in .onnx; "
+        "more registries are named by SMARTFRZ_ZOO."
+    )
+
+
+def version_key(version: str) -> tuple[int, ...]:
+    """What versions are sorted by; 1 and 1.0 are equal."""
+    numbers = [int(number) for number in version.split(".")]
+    while numbers[1:] and not numbers[-1]:
+        numbers.pop()
+    return tuple(numbers)
+
+
+def sha256(content: bytes) -> str:
+    """The SHA-256 of a file's content, as registries write it."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def check(entry: Entry) -> None:
+    """Whether an entry has values that a registry may hold.
+
+    Raises:
+        RegistryError: If not.
+    """
+    try:
+        _entry({f.name: getattr(entry, f.name) for f in fields(Entry) if f.name != "registry"}, entry.registry)
+    except ValueError as error:
+        raise RegistryError(f"{entry} cannot be added to a registry: {error}.") from error
+
+
+def _entry(value: Any, registry: str) -> Entry:
+    wanted = {f.name for f in fields(Entry)} - {"registry"}
+    if not isinstance(value, dict) or set(value) != wanted:
+        given = f"the keys {sorted(value)}" if isinstance(value, dict) else repr(value)
+        raise ValueError(f"received {given:.400}; expected an object with {', '.join(sorted(wanted))}")
+    for key, (pattern, expected) in _PATTERNS.items():
+        if not isinstance(value[key], str) or not re.fullmatch(pattern, value[key]):
+            raise ValueError(f"{key} is {value[key]!r:.200}; expected {expected}")
+    for key, highest in {"size": MAX_FILE_SIZE, "window": 2**16, "tailored_size": 2**20}.items():
+        # bool is a kind of int
+        if type(value[key]) is not int or not 0 < value[key] <= highest:
+            raise ValueError(f"{key} is {value[key]!r:.200}; expected an integer in 1 to {highest}")
+    if value["representation"] not in REPRESENTATIONS:
+        raise ValueError(
+            f"representation is {value['representation']!r:.200}; expected one of {', '.join(REPRESENTATIONS)}"
+        )
+    domains = value["domains"]
+    if not isinstance(domains, (list, tuple)) or not all(isinstance(d, str) and _DOMAIN.fullmatch(d) for d in domains):
+        raise ValueError(f"domains is {domains!r:.200}; expected a list of words, as in ['vision']")
+    if not isinstance(value["metrics"], dict):
+        raise ValueError(f"metrics is {value['metrics']!r:.200}; expected an object")
+    if value["url"]:
+        _check_url(value["url"], registry)
+    return Entry(**{**value, "domains": tuple(domains)}, registry=registry)
+
+
+def _check_url(url: str, registry: str) -> None:
+    try:
+        urls.checked(url)
+    except DownloadError as error:
+        raise ValueError(f"the url is refused: {error}") from error
+    # A registry from elsewhere must not have files of this machine read, nor give up encryption.
+    source = "file" if registry == EMBEDDED else urls.scheme(registry)
+    allowed = {"file": ("file",), "http": ("http", "file")}.get(urls.scheme(url))
+    if allowed and source not in allowed:
+        raise ValueError(f"the url is {url!r}, which a registry at {source}:// may not name; expected https://")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"one object has a key twice: {sorted(key for key, _ in pairs)!r:.200}")
+    return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _constant(text)
+
+
+def _constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number")
+
+
+def _refuse(registry: str, fault: str) -> NoReturn:
+    raise RegistryError(f"The registry {registry} cannot be used: {fault}. Tell whoever keeps it, or leave it out.")

@@ -1,0 +1,157 @@
+import contextlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smartfrz.errors import PredictorFileError
+from smartfrz.predictor.contract import seal
+from smartfrz.predictor.inspection import (
+    EXTERNAL_DATA,
+    FUNCTION_DOMAIN,
+    MAX_FILE_SIZE,
+    MESSAGES,
+    NODE_DOMAIN,
+    check_onnx,
+)
+from smartfrz.predictor.runtime import Predictor
+
+onnx = pytest.importorskip("onnx")
+
+
+def external(tensor, location="../../secret"):
+    entry = tensor.external_data.add()
+    entry.key, entry.value = "location", location
+
+
+def in_a_subgraph(graph):
+    inner = onnx.GraphProto(name="inner")
+    external(inner.initializer.add(name="w"))
+    return onnx.helper.make_node("If", ["x"], ["y"], then_branch=inner, else_branch=inner)
+
+
+def in_a_sparse_tensor(model):
+    external(model.graph.sparse_initializer.add().values)
+
+
+def in_a_constant(model):
+    value = onnx.TensorProto(data_type=1, dims=[1])
+    external(value)
+    model.graph.node.append(onnx.helper.make_node("Constant", [], ["c"], value=value))
+
+
+def in_a_list_of_graphs(model):
+    inner = onnx.GraphProto(name="inner")
+    inner.node.append(in_a_subgraph(inner))
+    model.graph.node.add(op_type="X").attribute.add(name="graphs", type=10).graphs.append(inner)
+
+
+EXTERNAL = {
+    "initializer": lambda model: external(model.graph.initializer[0]),
+    "an address in memory": lambda model: external(model.graph.initializer[0], "*/_ORT_MEM_ADDR_/*"),
+    "a tag without a place": lambda model: model.graph.initializer[0].external_data.add(),
+    "sparse tensor": in_a_sparse_tensor,
+    "constant": in_a_constant,
+    "branch": lambda model: model.graph.node.append(in_a_subgraph(model.graph)),
+    "list of graphs": in_a_list_of_graphs,
+    "function": lambda model: model.functions.add(name="f").node.append(in_a_subgraph(None)),
+    "training": lambda model: external(model.training_info.add().algorithm.initializer.add()),
+}
+DAMAGED = {
+    "cut within a field": b"\x3a\x05abc",
+    "cut within a number": b"\x08\xff",
+    "no such wire type": b"\x0f",
+    "field 0": b"\x02\x00",
+    "endless number": b"\x08" + b"\xff" * 11,
+    "within a nested message": b"\x3a\x02\x0a\x05",
+    "cut within fixed64": b"\x09abc",
+}
+
+
+@pytest.fixture
+def model(predictor_file):
+    return onnx.load(predictor_file)
+
+
+def test_the_field_numbers_are_those_of_onnx():
+    holders = {}
+    for name, nested in MESSAGES.items():
+        fields = getattr(onnx, name).DESCRIPTOR.fields
+        assert {
+            f.number: f.message_type.name for f in fields if f.message_type and f.message_type.name in MESSAGES
+        } == (nested)
+        holders |= {(name, f.name): f.number for f in fields}
+    assert holders[EXTERNAL_DATA[0], "external_data"] == EXTERNAL_DATA[1]
+    assert holders[NODE_DOMAIN[0], "domain"] == NODE_DOMAIN[1]
+    assert holders[FUNCTION_DOMAIN[0], "domain"] == FUNCTION_DOMAIN[1]
+
+
+def test_a_predictor_passes(predictor_file):
+    check_onnx(predictor_file.read_bytes(), "tiny.onnx")
+
+
+@pytest.mark.parametrize("place", EXTERNAL)
+def test_external_data_is_found(place, model):
+    EXTERNAL[place](model)
+    with pytest.raises(PredictorFileError, match=r"'x\.onnx' keeps data outside of the file.*Export it again"):
+        check_onnx(model.SerializeToString(), "x.onnx")
+
+
+def test_external_data_is_refused_before_a_session_is_made(model, tmp_path, monkeypatch):
+    from smartfrz.predictor import runtime
+
+    external(model.graph.initializer[0], "../../etc/passwd")
+    properties = {p.key: p for p in model.metadata_props}
+    properties["smartfrz.sha256"].value = "0" * 64
+    (tmp_path / "evil.onnx").write_bytes(seal(model.SerializeToString()))
+    monkeypatch.setattr(runtime, "_session", None)
+    with pytest.raises(PredictorFileError, match=r"outside of the file \(.*etc/passwd"):
+        Predictor(tmp_path / "evil.onnx")
+
+
+def test_custom_operators_are_refused(model):
+    model.graph.node[0].domain = "com.example"
+    with pytest.raises(PredictorFileError, match=r"custom operators of 'com\.example'; expected operators that every"):
+        check_onnx(model.SerializeToString(), "x.onnx")
+
+
+def test_custom_operators_in_a_branch_are_refused(model):
+    inner = onnx.GraphProto(name="inner")
+    inner.node.add(op_type="Run", domain="com.example")
+    model.graph.node.append(onnx.helper.make_node("If", ["x"], ["y"], then_branch=inner, else_branch=inner))
+    with pytest.raises(PredictorFileError, match=r"custom operators of 'com\.example'"):
+        check_onnx(model.SerializeToString(), "x.onnx")
+
+
+def test_functions_that_the_file_brings_along_are_none(model):
+    model.functions.add(name="f", domain="local")
+    model.graph.node[0].domain = "local"
+    model.graph.node[1].domain = "ai.onnx"
+    check_onnx(model.SerializeToString(), "x.onnx")
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_files(name):
+    with pytest.raises(PredictorFileError, match=r"'x\.onnx' is no ONNX file, or is damaged \(.*Copy the file again"):
+        check_onnx(DAMAGED[name], "x.onnx")
+
+
+def test_a_file_of_nothing_but_fields_is_given_up():
+    with pytest.raises(PredictorFileError, match="more than 1000000 fields"):
+        check_onnx(b"\x08\x01" * 1_000_001, "x.onnx")
+
+
+@given(st.binary(max_size=200))
+def test_garbage_is_refused_or_harmless(content):
+    with contextlib.suppress(PredictorFileError):
+        check_onnx(content, "x.onnx")
+
+
+def test_a_file_of_three_gigabytes_is_refused_unread(tmp_path):
+    path = tmp_path / "huge.onnx"
+    with path.open("wb") as file:
+        file.truncate(3 * 2**30)  # sparse: takes no room
+    with pytest.raises(
+        PredictorFileError, match=f"larger than {MAX_FILE_SIZE >> 20} MiB; expected a predictor of a few"
+    ):
+        Predictor(path)
