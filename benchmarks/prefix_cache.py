@@ -56,8 +56,14 @@ VARIANTS = {
     "float16": {"memory": "4GB", "dtype": "float16"},
     "int8": {"memory": "4GB", "dtype": "int8"},
 }
-METHODS = ("full", "smartfrz", "cache", "prefix+cache", "cost_aware+cache", "stopped")
-ORDERS = {"smartfrz": "free", "cache": "free", "prefix+cache": "prefix", "cost_aware+cache": "cost_aware"}
+METHODS = ("full", "smartfrz", "cache", "eager+cache", "prefix+cache", "cost_aware+cache", "stopped")
+OPTIONS = {
+    "smartfrz": {},
+    "cache": {},
+    "eager+cache": {"threshold": 0.5},  # layers that are more likely converged than not
+    "prefix+cache": {"freeze_order": "prefix"},
+    "cost_aware+cache": {"freeze_order": "cost_aware"},
+}
 COMPARED_WITH = {"cache": {"smartfrz"}, "stopped": {"cache"}}  # besides full training
 SAMPLES = ("hits", "advanced", "misses")
 PICTURE_SIZE = 64
@@ -274,10 +280,10 @@ class Runner:
             self.optimizer, lambda step: schedule(step / self.total_steps)
         )
         self.freezer = None
-        if method in ORDERS:
+        if method in OPTIONS:
             cache = PrefixCache(memory="4GB") if "cache" in method else None
             self.freezer = SmartFRZ(
-                self.model, self.optimizer, total_steps=self.total_steps, freeze_order=ORDERS[method], cache=cache
+                self.model, self.optimizer, total_steps=self.total_steps, cache=cache, **OPTIONS[method]
             )
         self.batches, self.seconds, self.losses = iter(()), 0.0, []
         self.model.train()
