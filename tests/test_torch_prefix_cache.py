@@ -217,6 +217,18 @@ def test_without_ids_augmentation_is_noticed_when_no_sample_came_back(caplog):
     assert "forward" not in cached.model.__dict__
 
 
+def test_without_ids_batches_that_are_padded_to_their_own_length_are_noticed(caplog):
+    model = seeded(Net)
+    freezer = attach(model, sgd(model), NET, {"conv1"}, cache=always(), total_steps=16)
+    inputs, targets = data((2, 30, 30)).tensors
+    for step in range(16):
+        rows = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(step))[:8]
+        nn.functional.cross_entropy(model(inputs[rows, :, : 7 + step]), targets[rows]).backward()
+        freezer.step()
+    assert "padded to the longest one of a batch" in caplog.text
+    assert use_of(freezer).hits == 0
+
+
 def test_ids_once_given_say_which_forward_passes_are_cached():
     model = seeded(Net)
     freezer = attach(model, sgd(model), NET, {"conv1"}, cache=always())

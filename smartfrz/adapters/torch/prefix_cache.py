@@ -314,10 +314,10 @@ class CachedPrefix:
                 self._not_before = time.perf_counter() + PAUSE * (time.perf_counter() - began)
         self._counts.overhead += time.perf_counter() - start
         now = self._now
-        if now is None or inputs != self._signature or _wants_gradient((args, kwargs)):
-            self._counts.misses += len(keys) if now is not None else 0
+        if now is None or (ids is None and not self._comes_back()):
             return None
-        if ids is None and not self._comes_back():
+        if inputs != self._signature or _wants_gradient((args, kwargs)):
+            self._counts.misses += len(keys)
             return None
         return self._collect(now, keys, prints, forward, args, kwargs)
 
