@@ -19,9 +19,10 @@ and is not at hand is trained along, and not written a second time. A run that w
   differ in what is computed; the oracle's own forward passes are in its seconds only.
 - `memory` is, by step, the bytes of weights, gradients, optimizer, activations kept for the backward pass (of the same
   copies), of AutoFreeze's sums and of the cache. It is counted, since all runs share one process.
-- `early-stop` says how its seconds compare with those of `smartfrz` (`time_of_smartfrz`), and how much longer a step of
-  it took than one of `full` (`drift`): it runs later, and the machine may have become slower. Its number of steps
-  is right whatever the drift.
+- The two that come later have a `drift`: how much longer a step of `early-stop`, which is full training, took than one of
+  `full` before. The machine may have become slower, or fewer runs may share its caches. Tables divide by it.
+  `early-stop` also says how its seconds compare with those of `smartfrz` as they are (`time_of_smartfrz`); its number
+  of steps is right whatever the drift.
 - `cka` of `full`: similarity of each layer at some steps to the same layer at the end.
 
 Linear freezing brings its own schedule, the cosine of each layer: it keeps the task's warm-up, and no other.
@@ -466,10 +467,16 @@ def compare(job, methods, known):
     for method, run in later.items():
         line = run.line(known["full"])
         if method == "early-stop":
-            line |= {"time_of_smartfrz": line[clock] / fast[clock]}
-            step_then, step_now = fast[f"full_{clock}"] / fast["full_steps"], line[clock] / line["steps"]
-            line |= {"drift": step_now / step_then}
+            line["time_of_smartfrz"] = line[clock] / fast[clock]
+        if "early-stop" in later:
+            line["drift"] = drift(later["early-stop"], known["full"])
         yield line
+
+
+def drift(early, full):
+    """How much longer a step of full training takes now, by clock."""
+    seconds = {"cpu_seconds": early.cpu_seconds, "train_seconds": early.seconds}
+    return {key: value / early.step / (full[key] / full["steps"]) for key, value in seconds.items()}
 
 
 def add_line(path, line):

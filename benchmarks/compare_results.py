@@ -72,10 +72,15 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
-def share_of_full(line):
-    """Training time, CPU seconds on a CPU and seconds elsewhere, of the full run beside it."""
-    clock = "cpu_seconds" if line["device"] == "cpu" else "train_seconds"
-    return line[clock] / line[f"full_{clock}"]
+def clock_of(line):
+    """CPU seconds on a CPU, which other programs disturb less, and seconds elsewhere."""
+    return "cpu_seconds" if line["device"] == "cpu" else "train_seconds"
+
+
+def share_of_full(line, clock=None):
+    """Training time, of the full run's, were it run at the same time."""
+    clock = clock or clock_of(line)
+    return line[clock] / line[f"full_{clock}"] / line.get("drift", {}).get(clock, 1.0)
 
 
 def frozen_at(line):
@@ -122,7 +127,7 @@ def task_table(name, lines):
         differences = paired(lines, method, lambda line: 100 * line["accuracy"])
         cells.append(cell(differences, "+.1f") if differences and method != "full" else "")
         for clock in ("cpu_seconds", "train_seconds"):
-            cells.append(cell([100 * line[clock] / line[f"full_{clock}"] for line in found], ".1f") + " %")
+            cells.append(cell([100 * share_of_full(line, clock) for line in found], ".1f") + " %")
         for value in SIZES:
             pairs = [(value(line), value(full[line["seed"]])) for line in found if line["seed"] in full and value(line)]
             cells.append(f"{100 * statistics.mean(a / b for a, b in pairs):.1f} %" if pairs else "")
@@ -139,13 +144,17 @@ def task_table(name, lines):
     )
     stopped = [line for line in lines if line["method"] == "early-stop"]
     if stopped:
+
+        def drift(line):
+            return line["drift"][clock_of(line)]
+
         beyond = sum(abs(line["time_of_smartfrz"] - 1) > EQUAL_TIME for line in stopped)
         off, drift, rest = (
             ", ".join(f"{100 * (value(line) - 1):+.1f}" for line in stopped)
             for value in (
                 itemgetter("time_of_smartfrz"),
-                itemgetter("drift"),
-                lambda line: line["time_of_smartfrz"] / line["drift"],
+                drift,
+                lambda line: line["time_of_smartfrz"] / drift(line),
             )
         )
         rows.append(
