@@ -128,9 +128,9 @@ def run(backend, seed, epochs, predictor):
 
 
 def cell(values, form):
-    """Mean and standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):{form}} ± {deviation:{form.lstrip('+')}}"
+    """Mean and standard deviation; of one value only that."""
+    deviation = f" ± {statistics.stdev(values):{form.lstrip('+')}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{deviation}"
 
 
 def table(lines):

@@ -241,13 +241,7 @@ def train(
     torch.manual_seed(seed)
     loader = DataLoader(data, spec.batch_size, shuffle=True, drop_last=len(data) >= spec.batch_size)  # type: ignore[arg-type]
     total = max(1, round(len(loader) * spec.epochs))
-    momentum = {"momentum": spec.momentum} if spec.optimizer in ("SGD", "RMSprop") else {}
-    optimizer = getattr(torch.optim, spec.optimizer)(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=spec.learning_rate,
-        weight_decay=spec.weight_decay,
-        **momentum,
-    )
+    optimizer = optimizer_of(model, spec)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule_factor(spec, step / total))
     model.train()
     step = 0
@@ -264,6 +258,18 @@ def train(
             scheduler.step()
             if step == total:
                 break
+
+
+def optimizer_of(model: nn.Module, spec: TrainingSpec) -> torch.optim.Optimizer:
+    """The spec's optimizer, of the parameters that are trained."""
+    momentum = {"momentum": spec.momentum} if spec.optimizer in ("SGD", "RMSprop") else {}
+    optimizer: torch.optim.Optimizer = getattr(torch.optim, spec.optimizer)(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=spec.learning_rate,
+        weight_decay=spec.weight_decay,
+        **momentum,
+    )
+    return optimizer
 
 
 def schedule_factor(spec: TrainingSpec, progress: float) -> float:

@@ -1,0 +1,414 @@
+"""The tasks of `benchmarks.compare`: which network is trained on what, and how.
+
+Two tiers. `cpu`: small pictures and small networks, that one core trains in minutes. `gpu`: the five
+architectures of the paper at their full size, with its settings: 10 epochs, batches of 32, SGD with momentum
+and a cosine schedule. Where they differ from the paper (what was pretrained on what, VGG11's and BERT's
+heads) the task says so. `digits` is for trying things out: it needs no data but what scikit-learn brings.
+
+Pretrained weights of ImageNet are those of EfficientNet-Lite0 and MobileNetV2 alone; MiniLM's are its authors'.
+What else is pretrained, `python -m benchmarks.compare pretrain` does, from the data sets that `PRETRAINING` names.
+
+Data comes from the folder that SMARTFRZ_DATA names (pictures as `recipes/recipe_data.py` reads them, sentences
+in `text/`), weights of CIFAR ResNets from SMARTFRZ_WEIGHTS or, without it, from the data folder's neighbour
+`weights`; what `recipes/fetch.py` puts into `recipes/cache` is needed for MobileNetV2 and the sentences. The validation
+part, on which accuracy over time is measured, is taken from the training data; the test data is used once, at the end.
+"""
+
+import csv
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
+
+from benchmarks.freeze_order import RECIPES
+from smartfrz.dataset_builder.recipes import TrainingSpec
+from smartfrz.demo import DemoOptions, load_data, pretrained_network
+
+VALIDATION = 0.1  # of the training data
+MOST_VALIDATION = 500
+if str(RECIPES) not in sys.path:
+    sys.path.insert(0, str(RECIPES))
+
+
+class Data(NamedTuple):
+    """Samples `(inputs, target)`: to train on, to follow the run with, and to judge it by."""
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+
+
+class Task(NamedTuple):
+    """What is trained on what, and how.
+
+    Attributes:
+        network: Makes the model for so many classes, with random weights or those of its authors.
+        data: Makes training and test samples, at most so many of each; None for all.
+        classes: Of the data.
+        training: Optimizer, schedule, epochs of full training.
+        pretrained: A name in `PRETRAINING` whose weights to start from.
+        metric: `accuracy`, or `matthews` (two classes).
+        repeats: Whether samples come back as they were: only then a cache of activations is of use.
+    """
+
+    network: Callable[[int], nn.Module]
+    data: Callable[[int | None], tuple[Dataset, Dataset]]
+    classes: int
+    training: TrainingSpec
+    pretrained: str | None = None
+    metric: str = "accuracy"
+    repeats: bool = True
+
+
+class Pretraining(NamedTuple):
+    """As `Task`, for weights to start from."""
+
+    network: Callable[[int], nn.Module]
+    data: Callable[[int | None], tuple[Dataset, Dataset]]
+    classes: int
+    training: TrainingSpec
+
+
+def data_of(task, most=None):
+    """The task's data, at most so many samples to train on, as many to test on, and a part of them for validation."""
+    train, test = task.data(most)
+    number = max(1, min(MOST_VALIDATION, round(VALIDATION * len(train))))
+    order = np.random.default_rng(0).permutation(len(train)).tolist()
+    return Data(Subset(train, order[number:]), Subset(_plain(train), order[:number]), test)
+
+
+def _plain(data):
+    """Without augmentation."""
+    from recipe_data import Augmented
+
+    return TensorDataset(data.images, data.labels) if isinstance(data, Augmented) else data
+
+
+# Networks
+
+
+class CifarResNet(nn.Module):
+    """ResNet for CIFAR (He et al. 2016, section 4.2) whose shortcuts have no weights (option A)."""
+
+    def __init__(self, blocks=3, num_classes=10):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        inside = 16
+        for stage, width in enumerate((16, 32, 64), start=1):
+            made = []
+            for block in range(blocks):
+                made.append(_BasicBlock(inside, width, 2 if stage > 1 and not block else 1))
+                inside = width
+            setattr(self, f"layer{stage}", nn.Sequential(*made))
+        self.linear = nn.Linear(inside, num_classes)
+
+    def forward(self, x):
+        """Logits `[batch, classes]` of pictures `[batch, 3, 32, 32]`."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean((2, 3)))
+
+
+class _BasicBlock(nn.Module):
+    def __init__(self, inside, outside, stride):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False), nn.BatchNorm2d(outside)
+        self.conv2, self.bn2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False), nn.BatchNorm2d(outside)
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if x.shape != out.shape:
+            new = (out.shape[1] - x.shape[1]) // 2
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, new, new))
+        return F.relu(out + x)
+
+
+def load_except_head(model, weights):
+    """Everything but the last layer's weight and bias.
+
+    Raises:
+        ValueError: If the weights are not those of such a network.
+    """
+    own = model.state_dict()
+    body = list(own)[:-2]
+    wrong = [name for name in body if name not in weights or weights[name].shape != own[name].shape]
+    if wrong:
+        raise ValueError(
+            f"The pretrained weights lack {wrong[:4]} as the network has them; expected those of the same network. "
+            "Delete the file, and pretrain again."
+        )
+    model.load_state_dict({name: weights[name] for name in body}, strict=False)
+    return model
+
+
+def cifar_resnet20(classes):
+    """With weights of CIFAR-10, of its originals, not of JPEG copies."""
+    folder = os.environ.get("SMARTFRZ_WEIGHTS") or Path(os.environ.get("SMARTFRZ_DATA", ".")).parent / "weights"
+    path = Path(folder) / "cifar_resnet" / "resnet20.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: set SMARTFRZ_WEIGHTS to the folder that holds cifar_resnet/resnet20.safetensors"
+        )
+    # the file is in the order of the alphabet, the counters of batches are not in it
+    return load_except_head(CifarResNet(3, classes), CifarResNet(3).state_dict() | load_file(path))
+
+
+def resnet20(classes):
+    """The same with random weights."""
+    return CifarResNet(3, classes)
+
+
+def efficientnet_lite0(classes):
+    """With weights of ImageNet."""
+    return pretrained_network(classes)
+
+
+def mobilenet_v2(classes):
+    """With weights of ImageNet."""
+    from recipe_models import mobilenet_v2
+
+    return mobilenet_v2(num_classes=classes, pretrained=True)
+
+
+def minilm(classes):
+    """With its authors' weights."""
+    from recipe_models import minilm
+
+    return minilm(classes)
+
+
+def small_vgg(classes):
+    """Like VGG11, narrower and with fewer layers."""
+    from recipe_models import vgg
+
+    return vgg(num_classes=classes)
+
+
+def small_vit(classes):
+    """Like DeiT-T, narrower and of half the depth, on pictures of 32 px."""
+    from recipe_models import VisionTransformer
+
+    return VisionTransformer(num_classes=classes)
+
+
+def vgg11_bn(classes):
+    """VGG11 with batch norm; an average of what its convolutions put out and a small head replace its last layers."""
+    from recipe_models import vgg
+
+    return vgg((64, 128, 256, 256, 512, 512, 512, 512), num_classes=classes)
+
+
+def full_mobilenet_v2(classes):
+    """MobileNetV2 of full width for pictures of 32 to 64 px: two of its five halvings are left out."""
+    from recipe_models import mobilenet_v2
+
+    return mobilenet_v2(num_classes=classes, strides=(1, 1, 1, 2, 2, 1, 2, 1))
+
+
+def resnet50(classes):
+    """ResNet-50 for pictures of 32 to 64 px: its first convolution and its pooling do not halve them."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    model = ResNetForImageClassification(ResNetConfig(num_labels=classes))
+    embedder = model.resnet.embedder
+    embedder.embedder.convolution.stride, embedder.pooler = (1, 1), nn.Identity()
+    return model
+
+
+def deit_tiny(classes, image_size=32):
+    """DeiT-T: 12 blocks of width 192 with 3 heads, patches of 4 px instead of 16."""
+    from recipe_models import VisionTransformer
+
+    return VisionTransformer(image_size, patch=4, width=192, depth=12, heads=3, num_classes=classes)
+
+
+def bert_base(classes):
+    """The shape of BERT-base, with the vocabulary of MiniLM, which is BERT's."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(BertConfig(num_labels=classes))
+
+
+def digits_vgg(classes):
+    """For digits of 16 px."""
+    from recipe_models import vgg
+
+    return vgg((8, 16, 16), num_classes=classes)
+
+
+def digits_vit(classes):
+    """For digits of 16 px."""
+    from recipe_models import VisionTransformer
+
+    return VisionTransformer(16, width=32, depth=2, heads=2, num_classes=classes)
+
+
+# Data
+
+
+@functools.lru_cache(maxsize=2)  # of one task, whose seeds follow one another
+def pictures(name, splits, size, most, divisor=64.0):
+    """At most so many pictures of each of these splits, float32 `[n, 3, size, size]` about zero, and labels."""
+    from recipe_data import _images, archive
+
+    made = []
+    for split in splits:
+        found, labels = archive(name, split, most)
+        pixels = np.stack([np.asarray(picture.resize((size, size))) for picture in found])
+        made.append(
+            TensorDataset(_images(pixels, size).mul_(64.0 / divisor), torch.from_numpy(labels.astype(np.int64)))
+        )
+    return made[0] if len(made) == 1 else ConcatDataset(made)
+
+
+def clothing(most, size=64):
+    """3,068 photos; tested on the 713 of validation and test."""
+    name = "clothing_96px_jpeg"
+    return pictures(name, ("train",), size, most), pictures(name, ("validation", "test"), size, most)
+
+
+def imagenette(most, size=64):
+    """Ten classes of ImageNet, 3,000 and 1,000 pictures, as EfficientNet-Lite reads them."""
+    name = "imagenette_224px_subset_3000_1000_jpeg"
+    return tuple(pictures(name, (split,), size, most, 128.0) for split in ("train", "val"))
+
+
+def tiny_imagenet(most, size=32, number=None):
+    """200 classes of ImageNet, 20,000 and 5,000 pictures."""
+    name = "tiny_imagenet200_100per_25per_jpeg"
+    return pictures(name, ("train",), size, most or number), pictures(name, ("val",), size, most)
+
+
+def cifar10(most, size=32, number=None, augment=False):
+    """50,000 and 10,000 pictures, JPEG copies."""
+    from recipe_data import Augmented
+
+    train = pictures("cifar10_jpeg", ("train",), size, most or number)
+    if augment:
+        train = Augmented(*train.tensors, size // 8)
+    return train, pictures("cifar10_jpeg", ("test",), size, most)
+
+
+def digits(most, size=16):
+    """1,437 and 360 digits of scikit-learn."""
+    number = most or 2000
+    return load_data(DemoOptions(data="digits", image_size=size, num_train=number, num_test=number))
+
+
+def _rows(file):
+    folder = Path(os.environ.get("SMARTFRZ_DATA", ".")) / "text"
+    with open(folder / file, encoding="utf-8-sig", newline="") as opened:
+        return list(csv.reader(opened, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
+def _tokens(rows, length, most):
+    """Rows of (label, sentence) or (label, sentence, sentence), in a fixed random order."""
+    from recipe_data import _Tokens
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(RECIPES / "cache" / "minilm", local_files_only=True)
+    chosen = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:most]]
+    labels, *sentences = (list(column) for column in zip(*chosen, strict=True))
+    encoded = tokenizer(*sentences, truncation=True, max_length=length, padding="max_length", return_tensors="pt")
+    return _Tokens(dict(encoded), torch.tensor(labels))
+
+
+@functools.lru_cache(maxsize=1)
+def mrpc(most, length=64):
+    """Whether two sentences say the same: 4,076 and 1,725 pairs."""
+    files = ("mrpc/msr_paraphrase_train.txt", "mrpc/msr_paraphrase_test.txt")
+    return tuple(_tokens([(int(row[0]), *row[3:5]) for row in _rows(file)[1:]], length, most) for file in files)
+
+
+@functools.lru_cache(maxsize=1)
+def cola(most, length=24):
+    """Whether a sentence is English: 8,551 sentences; tested on the 1,043 of both development sets."""
+    train, *test = (_rows(f"cola/{name}.tsv") for name in ("in_domain_train", "in_domain_dev", "out_of_domain_dev"))
+    return tuple(
+        _tokens([(int(row[1]), row[3]) for row in rows], length, most) for rows in (train, [*test[0], *test[1]])
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def agnews(most, length=40):
+    """News of four topics, 10,001 and 7,600."""
+    topics = ["Business", "Sci/Tech", "Sports", "World"]
+    files = ("agnews/dev.tsv", "agnews/test.tsv")
+    return tuple(
+        _tokens([(topics.index(row[-1]), "\t".join(row[:-1])) for row in _rows(f)], length, most) for f in files
+    )
+
+
+# Tasks
+
+_SGD = TrainingSpec(epochs=5, learning_rate=0.01, weight_decay=1e-4)
+_VIT = TrainingSpec(epochs=4, optimizer="AdamW", learning_rate=3e-4, weight_decay=0.05, warmup=0.1)
+_BERT = TrainingSpec(epochs=3, optimizer="AdamW", learning_rate=5e-5, weight_decay=0.01, schedule="linear", warmup=0.1)
+_SCRATCH = TrainingSpec(epochs=10, batch_size=64, learning_rate=0.1, weight_decay=5e-4)
+_PAPER = TrainingSpec(epochs=10, learning_rate=0.01, weight_decay=1e-4)
+
+
+def _with(spec, **changes):
+    return TrainingSpec(**(vars(spec) | changes))
+
+
+_PART = functools.partial(cifar10, number=6000)
+
+CPU = {
+    "mobilenetv2-clothing": Task(mobilenet_v2, clothing, 10, _SGD),
+    "efficientnet-imagenette": Task(efficientnet_lite0, imagenette, 10, _with(_SGD, learning_rate=0.02)),
+    "resnet20-tiny": Task(cifar_resnet20, tiny_imagenet, 200, _with(_SGD, epochs=3, learning_rate=0.05)),
+    "vgg-cifar10": Task(small_vgg, _PART, 10, _with(_SGD, learning_rate=0.02), "vgg-tiny"),
+    "vit-cifar10": Task(small_vit, _PART, 10, _VIT, "vit-tiny"),
+    "minilm-mrpc": Task(minilm, mrpc, 2, _BERT),
+    "minilm-cola": Task(minilm, cola, 2, _BERT, metric="matthews"),
+    "resnet20-scratch": Task(
+        resnet20, functools.partial(cifar10, number=10000, augment=True), 10, _SCRATCH, repeats=False
+    ),
+}
+GPU = {
+    f"{name}-{data}": Task(network, {"cifar10": cifar10, "tiny": tiny_imagenet}[data], classes, spec, f"{name}-{other}")
+    for name, network, spec in (
+        ("resnet50", resnet50, _PAPER),
+        ("vgg11", vgg11_bn, _PAPER),
+        ("mobilenetv2", full_mobilenet_v2, _PAPER),
+        ("deit", deit_tiny, _with(_PAPER, optimizer="AdamW", learning_rate=3e-4, weight_decay=0.05, warmup=0.05)),
+    )
+    for data, other, classes in (("cifar10", "tiny", 10), ("tiny", "cifar10", 200))
+} | {
+    "bert-mrpc": Task(bert_base, mrpc, 2, _with(_BERT, learning_rate=2e-5), "bert-agnews"),
+    "bert-cola": Task(bert_base, cola, 2, _with(_BERT, learning_rate=2e-5), "bert-agnews", "matthews"),
+}
+DIGITS = {
+    "vgg-digits": Task(digits_vgg, digits, 10, TrainingSpec(epochs=6, learning_rate=0.05)),
+    "vit-digits": Task(digits_vit, digits, 10, _with(_VIT, epochs=6), "vit-digits"),
+}
+TIERS = {"cpu": CPU, "gpu": GPU, "digits": DIGITS}
+
+
+_BEGIN = _with(_SCRATCH, learning_rate=0.05, epochs=12)
+_BEGIN_VIT = _with(_VIT, epochs=12, batch_size=64, learning_rate=1e-3)
+PRETRAINING = {
+    "vgg-tiny": Pretraining(small_vgg, tiny_imagenet, 200, _BEGIN),
+    "vit-tiny": Pretraining(small_vit, tiny_imagenet, 200, _BEGIN_VIT),
+    "bert-agnews": Pretraining(bert_base, agnews, 4, _with(_BERT, learning_rate=1e-4)),
+    "vit-digits": Pretraining(digits_vit, digits, 10, _with(_BEGIN_VIT, epochs=1)),
+} | {
+    f"{name}-{data}": Pretraining(network, source, classes, _with(spec, epochs=30))
+    for name, network, spec in (
+        ("resnet50", resnet50, _BEGIN),
+        ("vgg11", vgg11_bn, _BEGIN),
+        ("mobilenetv2", full_mobilenet_v2, _BEGIN),
+        ("deit", deit_tiny, _BEGIN_VIT),
+    )
+    for data, source, classes in (("tiny", tiny_imagenet, 200), ("cifar10", cifar10, 10))
+}
