@@ -34,7 +34,7 @@ from smartfrz.dataset_builder.recipes import TrainingSpec
 from smartfrz.demo import DemoOptions, load_data, pretrained_network
 
 VALIDATION = 0.1  # of the training data
-MOST_VALIDATION = 500
+LEAST_VALIDATION, MOST_VALIDATION = 8, 500  # CKA needs a few
 if str(RECIPES) not in sys.path:
     sys.path.insert(0, str(RECIPES))
 
@@ -81,7 +81,7 @@ class Pretraining(NamedTuple):
 def data_of(task, most=None):
     """The task's data, at most so many samples to train on, as many to test on, and a part of them for validation."""
     train, test = task.data(most)
-    number = max(1, min(MOST_VALIDATION, round(VALIDATION * len(train))))
+    number = max(LEAST_VALIDATION, min(MOST_VALIDATION, round(VALIDATION * len(train))))
     order = np.random.default_rng(0).permutation(len(train)).tolist()
     return Data(Subset(train, order[number:]), Subset(_plain(train), order[:number]), test)
 
