@@ -158,7 +158,7 @@ def test_label_follows_the_rule(places):
 def test_train_passes_its_options_on(places, tmp_path, monkeypatch):
     seen = {}
 
-    def spy(recorded, runs, rule, options, output, name, digest, *, records, cross_validate, progress):
+    def spy(recorded, runs, rule, options, output, name, digest, *, records, cross_validate, progress, base):
         seen.update(
             rule=rule, options=options, name=name, digest=digest, records=records, cross_validate=cross_validate
         )

@@ -239,7 +239,7 @@ def train(
         RecipeError: If the loss is not finite.
     """
     torch.manual_seed(seed)
-    loader = DataLoader(data, spec.batch_size, shuffle=True, drop_last=len(data) >= spec.batch_size)  # type: ignore[arg-type]
+    loader = training_loader(data, spec)
     total = max(1, round(len(loader) * spec.epochs))
     momentum = {"momentum": spec.momentum} if spec.optimizer in ("SGD", "RMSprop") else {}
     optimizer = getattr(torch.optim, spec.optimizer)(
@@ -264,6 +264,11 @@ def train(
             scheduler.step()
             if step == total:
                 break
+
+
+def training_loader(data: Dataset[Any], spec: TrainingSpec) -> DataLoader[Any]:
+    """Shuffled batches of one size."""
+    return DataLoader(data, spec.batch_size, shuffle=True, drop_last=len(data) >= spec.batch_size)  # type: ignore[arg-type]
 
 
 def schedule_factor(spec: TrainingSpec, progress: float) -> float:
