@@ -158,9 +158,9 @@ def describe(recipe: Recipe, check: Check) -> str:
     ]
     if check.init_missing:
         lines.append(f"model.init       {recipe.model.init!r} is not recorded yet: checked with random weights")
-    if check.total_steps < 4 * recipe.recording.records:
+    if check.total_steps < recipe.recording.records:
         lines.append(
-            f"few steps        {check.total_steps} steps are few for {recipe.recording.records} records: train longer"
+            f"few steps        {check.total_steps} steps are fewer than the {recipe.recording.records} records: train longer"
         )
     return "\n".join(lines)
 

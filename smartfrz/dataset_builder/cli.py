@@ -27,7 +27,7 @@ from smartfrz.predictor.contract import REPRESENTATIONS, PredictorInfo
 
 # For going on from a base: docs/recipes.md has what was measured.
 _FURTHER_LEARNING_RATE = 1e-4
-_PULL = 100.0
+_PULL = 1000.0
 
 
 @click.group(cls=Group)

@@ -205,7 +205,7 @@ def recipe_text(new: NewRecipe, file: Path) -> str:
         if ":" in data
         else _FOLDER.format(folder=_quoted(data), image_size=new.image_size)
     )
-    return _TEMPLATE.format(
+    text = _TEMPLATE.format(
         file=file.name,
         name=_quoted(new.name or file.stem),
         architecture=_quoted(architecture),
@@ -213,6 +213,16 @@ def recipe_text(new: NewRecipe, file: Path) -> str:
         arguments=heads.get(library, "{{}}").format(classes or 10),
         data=section,
         training=_FINE_TUNING if architecture == "transformer" else _FROM_SCRATCH,
+    )
+    return _aligned(text)
+
+
+def _aligned(text: str) -> str:
+    """Comments behind entries in one column."""
+    rows = [re.match(r"(\S.*?\S) {2,}(#.*)", line) for line in text.splitlines()]
+    return "".join(
+        f"{row[1]:30s} {row[2]}\n" if row and not line.startswith("#   ") else f"{line}\n"
+        for row, line in zip(rows, text.splitlines(), strict=True)
     )
 
 

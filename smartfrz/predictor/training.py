@@ -174,7 +174,7 @@ def fit(
     progress: Callable[[float, str], None] = lambda fraction, text: None,
     base: FreezePredictor | None = None,
 ) -> FreezePredictor:
-    """Train a predictor; keep its best state by AUC on the validation runs.
+    """Train a predictor; keep its best state on the validation runs: by AUC, or by likelihood where there is a base.
 
     Args:
         runs: To train on.
@@ -182,7 +182,8 @@ def fit(
         options: How.
         progress: Called with the fraction done and the latest result.
         base: A network to train further instead of a new one; left as it is. Its own state counts as the first
-            candidate, so that the result is never worse than it on the validation runs.
+            candidate, so that the result is never less likely than it on the validation runs. A base ranks layers well
+            already; how sure to be of new ones is what is left to learn, and AUC does not see that.
 
     Returns:
         The network, in eval mode.
@@ -212,7 +213,8 @@ def fit(
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, options.learning_rate, total_steps=total, pct_start=0.1, cycle_momentum=False
     )
-    best = -1.0 if base is None else _validate(model, validation, options)
+    measure = "AUC" if base is None else "log likelihood"
+    best = -1.0 if base is None else _validate(model, validation, options)[measure]
     best_state, since = copy.deepcopy(model.state_dict()), 0
     for epoch in range(options.epochs):
         model.train()
@@ -228,13 +230,14 @@ def fit(
                     parameter.lerp_(anchor, min(1.0, optimizer.param_groups[0]["lr"] * options.pull))
             scheduler.step()
             progress(
-                (epoch * options.steps_per_epoch + step + 1) / total, f"loss {loss.item():.3f}, best AUC {best:.3f}"
+                (epoch * options.steps_per_epoch + step + 1) / total,
+                f"loss {loss.item():.3f}, best {measure} {best:.3f}",
             )
-        auc = _validate(model, validation, options)
-        logger.debug("epoch %d: validation AUC %.4f", epoch, auc)
+        reached = _validate(model, validation, options)[measure]
+        logger.debug("epoch %d: validation %s %.4f", epoch, measure, reached)
         since += 1
-        if auc > best:
-            best, best_state, since = auc, copy.deepcopy(model.state_dict()), 0
+        if reached > best:
+            best, best_state, since = reached, copy.deepcopy(model.state_dict()), 0
         if since >= options.stop_after:
             break
     model.load_state_dict(best_state)
@@ -254,14 +257,19 @@ def _start_from(
     return [(p, p.detach().clone()) for p in model.parameters()] if options.pull else []
 
 
-def _validate(model: FreezePredictor, validation: Sequence[LabelledRun], options: TrainingOptions) -> float:
-    auc = mean_auc(score(model, validation, options, every=RECORDS_PER_STAGE), validation, options)
+def _validate(model: FreezePredictor, validation: Sequence[LabelledRun], options: TrainingOptions) -> dict[str, float]:
+    """Means over the validation runs, at the freezing stages."""
+    scores = score(model, validation, options, every=RECORDS_PER_STAGE)
+    auc = mean_auc(scores, validation, options)
     if np.isnan(auc):
         raise ValueError(
             f"No validation run has both labels: received {[run.name for run in validation]}; expected layers that "
             "are ready and layers that are not. Change the tolerance, or record longer runs."
         )
-    return auc
+    likely = [
+        np.log(np.where(y == 1, s, 1 - s) + 1e-6).mean() for s, y in _pairs(scores, validation, options) if len(y)
+    ]
+    return {"AUC": auc, "log likelihood": float(np.mean(likely))}
 
 
 def _check_runs(runs: Sequence[LabelledRun], validation: Sequence[LabelledRun], options: TrainingOptions) -> None:
