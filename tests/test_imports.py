@@ -48,6 +48,7 @@ MAY_IMPORT = {
         "files",
         "plots",
         "cli",
+        "zoo",  # to resolve the name of a base
         "__version__",
     ],
 }

@@ -55,8 +55,8 @@ def test_zoo():
     from smartfrz import zoo
 
     assert sorted(zoo.__all__) == ["DEFAULT", "Entry", "entries", "find", "load", "located"]
-    # What only the command uses stays out of __all__.
-    assert sorted({*names} - {*zoo.__all__}) == ["embedded_folder", "source_of"]
+    # What only the commands use stays out of __all__.
+    assert sorted({*names} - {*zoo.__all__}) == ["embedded_folder", "file_of", "source_of"]
 
 
 def test_the_drawn_tree_of_errors_is_the_real_one():

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from smartfrz.dataset_builder.storage import RecordedRun
 from smartfrz.files import replacing
 from smartfrz.predictor.contract import PredictorInfo
 from smartfrz.predictor.export import export
+from smartfrz.predictor.model import FreezePredictor
 from smartfrz.predictor.runtime import Predictor
 from smartfrz.predictor.training import (
     LabelledRun,
@@ -44,6 +46,46 @@ def labelled_runs(recorded: Sequence[RecordedRun], rule: LabelRule, records: int
     return runs
 
 
+@dataclass(frozen=True)
+class Base:
+    """The predictor that training goes on from.
+
+    Attributes:
+        info: What its file says.
+        sha256: Of its file.
+        network: Its network.
+        runs: Those of the recordings it was made from that are at hand, labelled; they are trained on beside the new ones,
+            as often as all of those together. Without any, set `TrainingOptions.pull`.
+    """
+
+    info: PredictorInfo
+    sha256: str
+    network: FreezePredictor
+    runs: Sequence[LabelledRun] = ()
+
+    def split(self, runs: Sequence[LabelledRun], seed: int) -> tuple[list[LabelledRun], list[LabelledRun]]:
+        """Runs to train on and runs to validate on.
+
+        The base has been trained on its runs: validating on one of them would flatter. Those that it was validated on
+        go on doing that.
+        """
+        held = self.facts()["validated_on"]
+        old_train = [run for run in self.runs if run.name not in held]
+        validation = [run for run in self.runs if run.name in held]
+        train = list(runs)
+        if len(runs) > 1 or not validation:
+            train, new_validation = split(runs, seed)
+            validation += new_validation
+        return train * max(1, round(len(old_train) / max(1, len(train)))) + old_train, validation
+
+    def facts(self) -> dict[str, Any]:
+        """For the metadata of what is made from it; `trained_on` and `validated_on` tell of its own base, too."""
+        metrics = (self.info.metrics.get("base", {}), self.info.metrics)
+        trained, validated = ({name for m in metrics for name in m.get(k, [])} for k in ("trained_on", "validated_on"))
+        seen = {"trained_on": sorted(trained), "validated_on": sorted(validated - trained)}
+        return {"name": self.info.name, "sha256": self.sha256, **seen}
+
+
 def build_predictor(
     recorded: Sequence[RecordedRun],
     runs: Sequence[LabelledRun],
@@ -56,12 +98,13 @@ def build_predictor(
     records: int = 30,
     cross_validate: bool = True,
     progress: Progress = lambda fraction, text: None,
+    base: Base | None = None,
 ) -> str:
     """Train, evaluate, export and describe a predictor.
 
     Args:
-        recorded: The recorded runs.
-        runs: The same runs with labels.
+        recorded: The recorded runs, those of `base` included.
+        runs: The new ones of them with labels; all of them without a `base`.
         rule: The label rule, stored with the predictor.
         options: How to train.
         output: The ONNX file; the card goes beside it, with the ending `.md`.
@@ -70,12 +113,14 @@ def build_predictor(
         records: Records a run, to which `labelled_runs` thinned the recordings.
         cross_validate: Also train without each architecture in turn, for the card.
         progress: Called with the fraction done and what is being done.
+        base: Go on from this predictor instead of training a new network. An architecture that it saw cannot be held
+            out any more: pass `cross_validate=False`.
 
     Returns:
         The card, Markdown.
 
     Raises:
-        ValueError: If the runs are too few or too small.
+        ValueError: If the runs are too few or too small, or do not fit the base.
         PredictorFileError: If the exported file answers differently from the trained network.
     """
     share = 0.8 if cross_validate else 0.0
@@ -84,8 +129,13 @@ def build_predictor(
         if cross_validate
         else {}
     )
-    train, validation = split(runs, options.seed)
-    model = fit(train, validation, options, lambda done, text: progress(share + (1 - share) * done, f"final: {text}"))
+    train, validation = base.split(runs, options.seed) if base else split(runs, options.seed)
+    network = base.network if base else None
+
+    def report(done: float, text: str) -> None:
+        progress(share + (1 - share) * done, f"final: {text}")
+
+    model = fit(train, validation, options, report, network)
     scores = score(model, validation, options)
     threshold = calibrate(scores, validation, options, options.precision)
     baseline = best_accuracy_threshold(weight_change(train, options), train, options)
@@ -93,9 +143,12 @@ def build_predictor(
         "predictor": quality(scores, validation, threshold, options),
         "weight_change": quality(weight_change(validation, options), validation, baseline, options),
     }
+    if base:
+        before = score(base.network, validation, options)
+        on_validation[base.info.name] = quality(before, validation, base.info.threshold, options)
     metrics = {
         "label_rule": rule.to_dict(),
-        "trained_on": sorted(run.name for run in train),
+        "trained_on": sorted({run.name for run in train}),
         "validated_on": sorted(run.name for run in validation),
         "validation": _plain(on_validation),
         "leave_one_architecture_out": {
@@ -104,6 +157,9 @@ def build_predictor(
         },
         "weight_change_threshold": baseline,
     }
+    if base:
+        everything = {run.name: run for run in (*train, *validation)}.values()
+        metrics["base"] = base.facts() | {"moved": answers_moved(model, base.network, list(everything), options)}
     info = PredictorInfo(
         name=name,
         tailored_size=options.tailored_size,
@@ -121,6 +177,14 @@ def build_predictor(
     with replacing(output.with_suffix(".md")) as temporary:
         temporary.write_text(card, encoding="utf-8")
     return card
+
+
+def answers_moved(
+    model: FreezePredictor, base: FreezePredictor, runs: Sequence[LabelledRun], options: TrainingOptions
+) -> dict[str, float]:
+    """Mean absolute difference of the confidences that two networks give on each run, by its name; four digits."""
+    pairs = zip(runs, score(model, runs, options), score(base, runs, options), strict=True)
+    return {run.name: round(float(np.nanmean(np.abs(ours - theirs))), 4) for run, ours, theirs in pairs}
 
 
 def _plain(results: dict[str, Quality]) -> dict[str, dict[str, float | None]]:
@@ -189,6 +253,8 @@ def write_card(
             f"{means['weight_change'].pooled_auc:.3f}).",
             "",
         ]
+    if "base" in info.metrics:
+        lines += _continued(info, options)
     lines += [
         "## Runs that it was validated on",
         "",
@@ -214,6 +280,33 @@ def write_card(
     return "\n".join([*lines, "", f"SHA-256 of the recordings: `{info.dataset_sha256}`.", ""])
 
 
+def _continued(info: PredictorInfo, options: TrainingOptions) -> list[str]:
+    """What a card says of the base."""
+    base = info.metrics["base"]
+    seen = {*base["trained_on"], *base["validated_on"]}
+    old = [name for name in base["moved"] if name in seen]
+    kept = (
+        f"{len(old)} of its {len(seen)} recordings were trained on or validated on again, beside the new ones."
+        if old
+        else f"None of its {len(seen)} recordings was at hand; its weights were kept near where they were "
+        f"(`pull` {options.pull:g})."
+    )
+    return [
+        f"## Continued from {base['name']}",
+        "",
+        f"The base's SHA-256 is `{base['sha256']}`. {kept} Its answers moved by so much, in the mean over layers and "
+        "timestamps:",
+        "",
+        "| run | known to the base | confidence moved by |",
+        "|---|---|---|",
+        *(
+            f"| {name} | {'yes' if name in seen else 'no'} | {moved:.4f} |"
+            for name, moved in sorted(base["moved"].items())
+        ),
+        "",
+    ]
+
+
 def evaluate_predictor(predictor: Predictor, runs: Sequence[LabelledRun]) -> str:
     """Judge a predictor file run by run, beside the baseline.
 
@@ -222,7 +315,10 @@ def evaluate_predictor(predictor: Predictor, runs: Sequence[LabelledRun]) -> str
     """
     info = predictor.info
     options = TrainingOptions(window=info.window, tailored_size=info.tailored_size, min_records=info.min_records)
-    seen: dict[str, Any] = dict.fromkeys(info.metrics.get("trained_on", []), " (trained on)")
+    base = info.metrics.get("base", {})
+    seen: dict[str, Any] = dict.fromkeys(base.get("validated_on", []), " (its base validated on)")
+    seen |= dict.fromkeys(base.get("trained_on", []), " (its base trained on)")
+    seen |= dict.fromkeys(info.metrics.get("trained_on", []), " (trained on)")
     seen |= dict.fromkeys(info.metrics.get("validated_on", []), " (validated on)")
     baseline = info.metrics.get("weight_change_threshold", 2.0)
     results = {

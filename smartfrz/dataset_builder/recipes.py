@@ -1,6 +1,7 @@
 """Recipes: TOML files that say which model is trained on which data, and how."""
 
 import dataclasses
+import difflib
 import hashlib
 import importlib
 import json
@@ -195,9 +196,12 @@ def _resolve(recipe: Recipe, key: str, source: str) -> Callable[..., Any]:
         ) from error
     found = getattr(module, attribute, None)
     if not callable(found):
+        names = [name for name, value in vars(module).items() if callable(value)]
+        close = difflib.get_close_matches(attribute, names, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
         raise RecipeError(
             f"Recipe {recipe.name!r}: {key}.source names {attribute!r}, which module {module_name!r} does not have as "
-            "a callable. Name a function or class of that module."
+            f"a callable.{hint} Name a function or class of that module."
         )
     return found
 

@@ -239,7 +239,7 @@ def train(
         RecipeError: If the loss is not finite.
     """
     torch.manual_seed(seed)
-    loader = DataLoader(data, spec.batch_size, shuffle=True, drop_last=len(data) >= spec.batch_size)  # type: ignore[arg-type]
+    loader = training_loader(data, spec)
     total = max(1, round(len(loader) * spec.epochs))
     optimizer = optimizer_of(model, spec)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule_factor(spec, step / total))
@@ -270,6 +270,11 @@ def optimizer_of(model: nn.Module, spec: TrainingSpec) -> torch.optim.Optimizer:
         **momentum,
     )
     return optimizer
+
+
+def training_loader(data: Dataset[Any], spec: TrainingSpec) -> DataLoader[Any]:
+    """Shuffled batches of one size."""
+    return DataLoader(data, spec.batch_size, shuffle=True, drop_last=len(data) >= spec.batch_size)  # type: ignore[arg-type]
 
 
 def schedule_factor(spec: TrainingSpec, progress: float) -> float:

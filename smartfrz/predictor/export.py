@@ -1,4 +1,4 @@
-"""A trained predictor to one ONNX file that says all about itself."""
+"""A trained predictor to one ONNX file that says all about itself, and back, to train it further."""
 
 import os
 import tempfile
@@ -159,3 +159,61 @@ def _advanced(predictor: Predictor, history: NDArray[np.float32], lengths: NDArr
         answer = predictor.advance(np.ascontiguousarray(history[:, now - before : now + 1]), kept[0], kept[1], then)
         kept = np.concatenate([kept, np.stack([answer.keys, answer.values])], axis=2)
     return Prediction(answer.confidence, answer.attention) if window > before else predictor.predict(history, lengths)
+
+
+def restore(path: str | os.PathLike[str]) -> FreezePredictor:
+    """The network in a predictor file, in eval mode, after comparing its answers with the file's.
+
+    Args:
+        path: A file that `export` wrote, by any version of it.
+
+    Returns:
+        The network, float32; its `state_dict` is that of the network that was exported.
+
+    Raises:
+        PredictorFileError: If the file is no predictor, or its weights are not those of such a network: it was quantised,
+            say, or made by other software.
+    """
+    predictor = Predictor(path, device="cpu")
+    info = predictor.info
+    model = FreezePredictor(info.tailored_size, info.representation)
+    found = _weights(onnx.load(path).graph)
+    try:
+        model.load_state_dict({name: torch.from_numpy(values.copy()) for name, values in found.items()})
+        difference = parity(model, predictor)
+    except (RuntimeError, TypeError) as error:
+        raise PredictorFileError(f"{_not_restored(path)} ({error}). {_OTHER_BASE}") from error
+    if not difference <= TOLERANCE:
+        raise PredictorFileError(f"{_not_restored(path)}: the answers differ by {difference:.2g}. {_OTHER_BASE}")
+    return model.eval()
+
+
+_OTHER_BASE = "Continue from a file that smartfrz-build train made, or train from scratch."
+
+
+def _not_restored(path: str | os.PathLike[str]) -> str:
+    return f"The weights in {str(path)!r} cannot be read back into a network to be trained"
+
+
+def _weights(graph: onnx.GraphProto) -> dict[str, NDArray[np.float32]]:
+    """The state_dict that was exported; the exporter keeps most names, and folds the rest.
+
+    A linear layer on a matrix keeps both names. On a batch of them it becomes `MatMul` with a nameless transposed weight,
+    and `Add` with the bias. The first layer of `Motion.through` becomes a `Split` of the weight, one part of which is
+    added to the nameless bias as a column.
+    """
+    values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    state = {name: value for name, value in values.items() if name.endswith((".weight", ".bias"))}
+    made_by = {output: node for node in graph.node for output in node.output}
+    for add in graph.node:
+        if add.op_type != "Add":
+            continue
+        for one, other in (add.input, add.input[::-1]):
+            before = made_by.get(other)
+            if one not in values or before is None:
+                continue
+            if before.op_type == "MatMul" and one in state and before.input[1] in values:
+                state[one.replace(".bias", ".weight")] = values[before.input[1]].T
+            elif before.op_type == "Split" and before.input[0] in state:
+                state[before.input[0].replace(".weight", ".bias")] = values[one].ravel()
+    return state

@@ -65,6 +65,8 @@ class TrainingOptions:
         epochs: At most so many.
         stop_after: Epochs without a better validation result after which training stops.
         precision: Share of right freezes that the threshold is calibrated for on the validation runs.
+        pull: Where a network is trained further: how strongly its weights are pulled back to where they were, in the
+            place of `weight_decay`. 0 lets them go.
         seed: Of initial weights and sampling; the same seed trains the same predictor.
     """
 
@@ -83,6 +85,7 @@ class TrainingOptions:
     epochs: int = 10
     stop_after: int = 4
     precision: float = 0.9
+    pull: float = 0.0
     seed: int = 0
 
 
@@ -169,37 +172,50 @@ def fit(
     validation: Sequence[LabelledRun],
     options: TrainingOptions,
     progress: Callable[[float, str], None] = lambda fraction, text: None,
+    base: FreezePredictor | None = None,
 ) -> FreezePredictor:
-    """Train a predictor; keep its best state by AUC on the validation runs.
+    """Train a predictor; keep its best state on the validation runs: by AUC, or by likelihood where there is a base.
 
     Args:
         runs: To train on.
         validation: Whole runs that are not among `runs`: windows of one run resemble each other.
         options: How.
         progress: Called with the fraction done and the latest result.
+        base: A network to train further instead of a new one; left as it is. Its own state counts as the first
+            candidate, so that the result is never less likely than it on the validation runs. A base ranks layers well
+            already; how sure to be of new ones is what is left to learn, and AUC does not see that.
 
     Returns:
         The network, in eval mode.
 
     Raises:
-        ValueError: If there are no runs, or a pool is smaller than the tailored size.
+        ValueError: If there are no runs, a pool is smaller than the tailored size, or `base` is of another tailored
+            size or representation than `options`.
+
+    Source:
+        The pull is L2-SP of Li, Grandvalet and Davoine 2018 (arXiv:1802.01483), applied beside the optimizer's step as
+        AdamW does with weight decay, instead of through the gradient.
     """
     _check_runs(runs, validation, options)
     torch.manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
     model = FreezePredictor(options.tailored_size, options.representation, options.dropout)
+    anchors = _start_from(base, model, options) if base is not None else []
     windows = _Windows(runs, options, rng)
     parameters = model.parameters()
     optimizer: torch.optim.Optimizer
+    decay = 0.0 if anchors else options.weight_decay
     if options.optimizer == "sgd":
-        optimizer = torch.optim.SGD(parameters, options.learning_rate, 0.9, weight_decay=options.weight_decay)
+        optimizer = torch.optim.SGD(parameters, options.learning_rate, 0.9, weight_decay=decay)
     else:
-        optimizer = torch.optim.AdamW(parameters, options.learning_rate, weight_decay=options.weight_decay)
+        optimizer = torch.optim.AdamW(parameters, options.learning_rate, weight_decay=decay)
     total = options.epochs * options.steps_per_epoch
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, options.learning_rate, total_steps=total, pct_start=0.1, cycle_momentum=False
     )
-    best, best_state, since = -1.0, copy.deepcopy(model.state_dict()), 0
+    measure = "AUC" if base is None else "log likelihood"
+    best = -1.0 if base is None else _validate(model, validation, options)[measure]
+    best_state, since = copy.deepcopy(model.state_dict()), 0
     for epoch in range(options.epochs):
         model.train()
         for step in range(options.steps_per_epoch):
@@ -209,24 +225,51 @@ def fit(
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
+            with torch.no_grad():
+                for parameter, anchor in anchors:
+                    parameter.lerp_(anchor, min(1.0, optimizer.param_groups[0]["lr"] * options.pull))
             scheduler.step()
             progress(
-                (epoch * options.steps_per_epoch + step + 1) / total, f"loss {loss.item():.3f}, best AUC {best:.3f}"
+                (epoch * options.steps_per_epoch + step + 1) / total,
+                f"loss {loss.item():.3f}, best {measure} {best:.3f}",
             )
-        auc = mean_auc(score(model, validation, options, every=RECORDS_PER_STAGE), validation, options)
-        logger.debug("epoch %d: validation AUC %.4f", epoch, auc)
-        if np.isnan(auc):
-            raise ValueError(
-                f"No validation run has both labels: received {[run.name for run in validation]}; expected layers that "
-                "are ready and layers that are not. Change the tolerance, or record longer runs."
-            )
+        reached = _validate(model, validation, options)[measure]
+        logger.debug("epoch %d: validation %s %.4f", epoch, measure, reached)
         since += 1
-        if auc > best:
-            best, best_state, since = auc, copy.deepcopy(model.state_dict()), 0
+        if reached > best:
+            best, best_state, since = reached, copy.deepcopy(model.state_dict()), 0
         if since >= options.stop_after:
             break
     model.load_state_dict(best_state)
     return model.eval()
+
+
+def _start_from(
+    base: FreezePredictor, model: FreezePredictor, options: TrainingOptions
+) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """Give `model` the weights of `base`; each parameter with where it is to be pulled to, if it is."""
+    if (base.tailored_size, base.representation) != (options.tailored_size, options.representation):
+        raise ValueError(
+            f"`base` reads tailored_size={base.tailored_size} as {base.representation!r}, but the options say "
+            f"{options.tailored_size} and {options.representation!r}; expected the same. Change the options."
+        )
+    model.load_state_dict(base.state_dict())
+    return [(p, p.detach().clone()) for p in model.parameters()] if options.pull else []
+
+
+def _validate(model: FreezePredictor, validation: Sequence[LabelledRun], options: TrainingOptions) -> dict[str, float]:
+    """Means over the validation runs, at the freezing stages."""
+    scores = score(model, validation, options, every=RECORDS_PER_STAGE)
+    auc = mean_auc(scores, validation, options)
+    if np.isnan(auc):
+        raise ValueError(
+            f"No validation run has both labels: received {[run.name for run in validation]}; expected layers that "
+            "are ready and layers that are not. Change the tolerance, or record longer runs."
+        )
+    likely = [
+        np.log(np.where(y == 1, s, 1 - s) + 1e-6).mean() for s, y in _pairs(scores, validation, options) if len(y)
+    ]
+    return {"AUC": auc, "log likelihood": float(np.mean(likely))}
 
 
 def _check_runs(runs: Sequence[LabelledRun], validation: Sequence[LabelledRun], options: TrainingOptions) -> None:

@@ -42,10 +42,17 @@ def load(predictor: Any = DEFAULT, *, device: Device = "auto", registries: Seque
     """
     if not isinstance(predictor, (str, os.PathLike)):
         return predictor
+    with file_of(predictor, registries) as path:
+        return Predictor(path, device=device)
+
+
+def file_of(
+    predictor: str | os.PathLike[str], registries: Sequence[str] = ()
+) -> contextlib.AbstractContextManager[str | Path]:
+    """The file that `load` reads; names and addresses are `located`, with its errors, paths are not looked at."""
     text = os.fspath(predictor)
     named = isinstance(predictor, str) and (urls.is_url(text) or not (text.endswith(".onnx") or os.sep in text))
-    with located(text, registries) if named else contextlib.nullcontext(text) as path:
-        return Predictor(path, device=device)
+    return located(text, registries) if named else contextlib.nullcontext(text)
 
 
 @contextlib.contextmanager

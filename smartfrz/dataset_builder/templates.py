@@ -1,0 +1,255 @@
+"""`smartfrz-build new`: a commented recipe from the name of a model."""
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from smartfrz.errors import MissingDependencyError, RecipeError
+
+# Beginnings of model names, and the architecture family that the recipes of smartfrz-base put them into.
+FAMILIES = {
+    "transformer": (
+        "vit",
+        "deit",
+        "swin",
+        "beit",
+        "bert",
+        "roberta",
+        "distilbert",
+        "minilm",
+        "electra",
+        "albert",
+        "gpt",
+    ),
+    "inverted-residual-cnn": ("mobilenet", "efficientnet", "mnasnet", "tf_efficientnet", "fbnet", "mixnet"),
+    "residual-cnn": ("resnet", "resnext", "wide_resnet", "regnet", "seresnet"),
+    "plain-cnn": ("vgg", "alexnet", "squeezenet"),
+}
+_IMAGE_DATA = "pictures"
+_TEMPLATE = """\
+# Written by smartfrz-build new. docs/recipes.md explains every entry; what is not here has its default.
+#   smartfrz-build check {file}     # two steps: layers, memory, time
+#   smartfrz-build run {file} ...   # record, label, train, evaluate, export
+
+name = {name}                  # the recording is <name>.parquet
+architecture = {architecture}  # a guess from the model's name; recipes of one family are held out together
+seed = 0                       # initial weights, and data order of the reference
+
+[model]
+source = {source}
+arguments = {arguments}
+# init = "other-recipe"        # start from the finished reference model of another recipe, or from a .safetensors file
+
+[data]
+{data}
+
+[training]
+{training}
+
+[recording]
+records = 60                   # timestamps; training a predictor thins them to its own
+pool_size = 2048               # sampled weights a layer, at least the predictor's tailored size
+probe_size = 96                # test examples on which CKA is taken
+seed = 1                       # data order of the recorded run
+reinitialize = false           # true: record from other initial weights than the reference's; for training from scratch
+"""
+_FOLDER = """\
+folder = {folder}              # folder/train/<class>/ and folder/test/<class>/, .png or .jpg
+image_size = {image_size}
+# source = "my_data:pictures"  # instead: my_data.py beside this file, whose function returns (train, test) datasets of
+#                              # (inputs, target)"""
+_FUNCTION = """\
+source = {data_source}         # module:callable, looked up beside this file first; returns (train, test) datasets of
+#                              # (inputs, target); a dict as inputs is passed to the model as keyword arguments
+# arguments = {{ num_train = 3000 }}"""
+_FROM_SCRATCH = """\
+epochs = 10                    # may be a fraction
+batch_size = 64
+optimizer = "SGD"              # SGD, Adam, AdamW, RMSprop, Adagrad
+learning_rate = 0.05
+momentum = 0.9
+weight_decay = 5e-4
+schedule = "cosine"            # cosine, linear, constant, step"""
+_FINE_TUNING = """\
+epochs = 3                     # may be a fraction
+batch_size = 32
+optimizer = "AdamW"            # SGD, Adam, AdamW, RMSprop, Adagrad
+learning_rate = 5e-5
+weight_decay = 0.01
+schedule = "linear"            # cosine, linear, constant, step
+warmup = 0.1                   # fraction of the run"""
+
+
+@dataclass(frozen=True)
+class NewRecipe:
+    """What `smartfrz-build new` is asked for.
+
+    Attributes:
+        model: As for `resolve_name`.
+        data: A folder of pictures, relative to the current one, or `module:callable`; empty for a folder `pictures` or, for
+            texts, `my_data:texts`.
+        num_classes: Of the model's head; 0 to count the classes in the folder, or else 10.
+        name: Of the recipe; empty for one from the model's name.
+        architecture: Family; empty for a guess.
+        image_size: Of the pictures in a folder.
+    """
+
+    model: str
+    data: str = ""
+    num_classes: int = 0
+    name: str = ""
+    architecture: str = ""
+    image_size: int = 64
+
+
+def resolve_name(model: str) -> str:
+    """The `model.source` that a name means.
+
+    Args:
+        model: `torchvision:NAME`, `timm:NAME`, `transformers:NAME_OR_FOLDER`, `module:callable`, the bare name of a
+            torchvision or timm model (torchvision's, if both have it), `organisation/name` of the Hugging Face hub, or
+            the folder of a saved transformers model.
+
+    Raises:
+        RecipeError: If torchvision and timm do not have the name, or the folder holds no saved model.
+        MissingDependencyError: If the library is not installed.
+    """
+    library, colon, name = model.partition(":")
+    if colon and library == "transformers":
+        return f"transformers:{_transformers_name(name)}"
+    if colon and library not in ("torchvision", "timm"):
+        return model
+    if not colon and "/" in model:
+        return f"transformers:{_transformers_name(model)}"
+    wanted = name if colon else model
+    known = _known_names((library,) if colon else ("torchvision", "timm"))
+    for found, names in known.items():
+        # timm takes a tag of pretrained weights behind a dot.
+        if wanted in names or (found == "timm" and wanted.partition(".")[0] in names):
+            return f"{found}:{wanted}"
+    raise _unknown(wanted, " nor ".join(known), [n for names in known.values() for n in names])
+
+
+def _known_names(libraries: Iterable[str]) -> dict[str, list[str]]:
+    known, absent = {}, []
+    for library in libraries:
+        try:
+            if library == "torchvision":
+                from torchvision.models import list_models
+            else:
+                from timm import list_models
+        except ImportError:
+            absent.append(library)
+            continue
+        known[library] = sorted(list_models())
+    if not known:
+        raise MissingDependencyError(
+            f"Model names are looked up in {' and '.join(absent)}, which cannot be imported. Install one with: pip install "
+            f"{absent[0]}, or name the model as module:callable or transformers:NAME."
+        )
+    return known
+
+
+def _transformers_name(name: str) -> str:
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        return str(folder.resolve())
+    if folder.is_dir():
+        raise RecipeError(
+            f"Folder {name!r} has no config.json; expected a model that save_pretrained saved. Name that folder, or a "
+            "model of the Hugging Face hub."
+        )
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or not name:
+        beside = folder.parent.iterdir() if folder.parent.is_dir() else iter(())
+        raise _unknown(name, "the folders there", [str(p) for p in beside if (p / "config.json").is_file()])
+    return name  # of the hub, which is asked when the model is built
+
+
+def _unknown(name: str, where: str, names: list[str]) -> RecipeError:
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return RecipeError(
+        f"Unknown model {name!r}: not in {where}.{hint} Expected torchvision:NAME, timm:NAME, transformers:NAME_OR_FOLDER "
+        "or module:callable."
+    )
+
+
+def recipe_text(new: NewRecipe, file: Path) -> str:
+    """A recipe, TOML with comments.
+
+    Raises:
+        RecipeError: As `resolve_name`, or if `data` is a folder without the classes of a training split.
+        MissingDependencyError: As `resolve_name`.
+    """
+    source = resolve_name(new.model)
+    library, _, model_name = source.partition(":")
+    short = model_name.rstrip("/").rpartition("/")[2]
+    architecture = new.architecture or _family(short)
+    is_text = library == "transformers"
+    classes = new.num_classes
+    data = new.data or ("my_data:texts" if is_text else _IMAGE_DATA)
+    if new.data and ":" not in new.data:
+        classes = classes or _count_classes(Path(new.data))
+        data = os.path.relpath(new.data, file.parent)
+    heads = {
+        "torchvision": "{{ num_classes = {} }}",
+        "timm": "{{ num_classes = {}, pretrained = false }}  # true: start from weights of the timm hub",
+        "transformers": "{{ num_labels = {}, ignore_mismatched_sizes = true }}",
+    }
+    section = (
+        _FUNCTION.format(data_source=_quoted(data))
+        if ":" in data
+        else _FOLDER.format(folder=_quoted(data), image_size=new.image_size)
+    )
+    text = _TEMPLATE.format(
+        file=file.name,
+        name=_quoted(new.name or file.stem),
+        architecture=_quoted(architecture),
+        source=_quoted(source),
+        arguments=heads.get(library, "{{}}").format(classes or 10),
+        data=section,
+        training=_FINE_TUNING if architecture == "transformer" else _FROM_SCRATCH,
+    )
+    return _aligned(text)
+
+
+def _aligned(text: str) -> str:
+    """Comments behind entries in one column."""
+    rows = [re.match(r"(\S.*?\S) {2,}(#.*)", line) for line in text.splitlines()]
+    return "".join(
+        f"{row[1]:30s} {row[2]}\n" if row and not line.startswith("#   ") else f"{line}\n"
+        for row, line in zip(rows, text.splitlines(), strict=True)
+    )
+
+
+def default_file(model: str) -> Path:
+    """Where the recipe of a model goes unless told: `<name>.toml` in the current directory."""
+    short = model.rstrip("/").rpartition("/")[2].rpartition(":")[2]
+    return Path(re.sub(r"[^\w.-]+", "-", short) + ".toml")
+
+
+def _family(name: str) -> str:
+    lowered = name.lower()
+    for family, beginnings in FAMILIES.items():
+        if any(re.search(rf"(^|[^a-z]){beginning}", lowered) for beginning in beginnings):
+            return family
+    return re.split(r"[^a-z]", lowered)[0] or "other"
+
+
+def _count_classes(folder: Path) -> int:
+    train = folder / "train"
+    classes = [p for p in train.iterdir() if p.is_dir()] if train.is_dir() else []
+    if len(classes) < 2:
+        raise RecipeError(
+            f"{str(train)!r} holds {len(classes)} folders; expected at least two, one a class. Pass as --data the folder "
+            "that holds train/<class>/ and test/<class>/, or module:callable."
+        )
+    return len(classes)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text)  # a JSON string is a TOML basic string
