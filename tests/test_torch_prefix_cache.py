@@ -229,6 +229,22 @@ def test_without_ids_batches_that_are_padded_to_their_own_length_are_noticed(cap
     assert use_of(freezer).hits == 0
 
 
+def test_without_ids_passes_without_gradients_run_as_they_are():
+    model = seeded(Net)
+    freezer = attach(model, sgd(model), NET, {"conv1"}, cache=always())
+    inputs, targets = data().tensors
+    for _ in range(5):
+        nn.functional.cross_entropy(model(inputs), targets).backward()
+        freezer.step()
+    hits, ran = use_of(freezer).hits, []
+    model.conv1.register_forward_hook(lambda *_: ran.append(1))
+    with torch.no_grad():
+        model(inputs)
+    model.eval()(inputs)
+    assert (len(ran), use_of(freezer).hits) == (2, hits)
+    assert hits > 0
+
+
 def test_ids_once_given_say_which_forward_passes_are_cached():
     model = seeded(Net)
     freezer = attach(model, sgd(model), NET, {"conv1"}, cache=always())

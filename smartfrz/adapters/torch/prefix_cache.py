@@ -273,8 +273,8 @@ class CachedPrefix:
                     f"freezer.batch received {len(keys)} ids, but the model's inputs have the shapes {shapes}; expected "
                     "one id for each sample. Give the ids of this very batch."
                 )
-        elif self._named or not batch_size((args, kwargs)):
-            return forward(*args, **kwargs)
+        elif self._named or not torch.is_grad_enabled() or not batch_size((args, kwargs)):
+            return forward(*args, **kwargs)  # without gradients dropout may be wanted, as by those who average over it
         try:
             given = self._given(keys, forward, args, kwargs)
             if given is not None and self._now is not None:
