@@ -1,0 +1,200 @@
+"""`smartfrz-build new`: recipes from model names."""
+
+import sys
+import types
+
+import numpy as np
+import pytest
+from builder_fixtures import invoke, write_digit_recipes
+from PIL import Image
+
+from smartfrz.dataset_builder import templates
+from smartfrz.dataset_builder.checking import check_recipe, describe
+from smartfrz.dataset_builder.cli import main as build
+from smartfrz.dataset_builder.recipes import build_model, load_recipe
+from smartfrz.dataset_builder.templates import NewRecipe, default_file, recipe_text, resolve_name
+from smartfrz.errors import MissingDependencyError, RecipeError
+
+FAMILIES = {
+    "resnet18": "residual-cnn",
+    "wide_resnet50_2": "residual-cnn",
+    "mobilenet_v3_small": "inverted-residual-cnn",
+    "vgg11_bn": "plain-cnn",
+    "vit_b_16": "transformer",
+    "distilbert-base-uncased": "transformer",
+    "all-MiniLM-L6": "transformer",
+    "poolformer_s12": "poolformer",
+    "5": "other",
+}
+
+
+def saved_bert(folder):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertForSequenceClassification(BertConfig(vocab_size=20, num_labels=3, **sizes)).save_pretrained(folder)
+    return folder
+
+
+def write_pictures(folder, classes=3, number=8):
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in range(classes):
+            place = folder / split / f"class{name}"
+            place.mkdir(parents=True)
+            for index in range(number):
+                pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(place / f"{index}.png")
+    return folder
+
+
+@pytest.fixture
+def mock_libraries(monkeypatch):
+    """Stand-ins for torchvision and timm with two model names each, nothing else."""
+    for library, names in (("torchvision", ["resnet18", "vgg11"]), ("timm", ["resnet18", "convnext_tiny"])):
+        module, models = types.ModuleType(library), types.ModuleType(f"{library}.models")
+        module.list_models = models.list_models = lambda names=names: list(names)
+        monkeypatch.setitem(sys.modules, library, module)
+        monkeypatch.setitem(sys.modules, f"{library}.models", models)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_are_guessed(name):
+    assert templates._family(name) == FAMILIES[name]
+
+
+def test_bare_names_are_looked_up_with_mock_libraries(mock_libraries):
+    assert resolve_name("resnet18") == "torchvision:resnet18"
+    assert resolve_name("timm:resnet18") == "timm:resnet18"
+    assert resolve_name("convnext_tiny.in12k") == "timm:convnext_tiny.in12k"
+
+
+@pytest.mark.parametrize("name", ["resnet81", "torchvision:resnet81", "timm:resnet81"])
+def test_unknown_names_are_told_with_mock_libraries(mock_libraries, name):
+    with pytest.raises(RecipeError, match=r"Unknown model 'resnet81': not in .*Did you mean 'resnet18'\?"):
+        resolve_name(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "library"), [("resnet18", "torchvision"), ("torchvision:resnet18", "torchvision"), ("timm:x", "timm")]
+)
+def test_missing_libraries_are_named(monkeypatch, name, library):
+    for absent in ("torchvision", "torchvision.models", "timm"):
+        monkeypatch.setitem(sys.modules, absent, None)
+    with pytest.raises(MissingDependencyError, match=f"Install one with: pip install {library}"):
+        resolve_name(name)
+
+
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_a_recipe_of_a_real_library_is_checked(tmp_path, monkeypatch, library):
+    pytest.importorskip(library)
+    monkeypatch.chdir(tmp_path)
+    write_pictures(tmp_path / "photos")
+    result = invoke(build, "new", f"{library}:resnet18", "--data", "photos", "--image-size", 32)
+    assert result.exit_code == 0, result.output
+    recipe = load_recipe("resnet18.toml")
+    assert (recipe.model.source, recipe.model.arguments["num_classes"]) == (f"{library}:resnet18", 3)
+    assert (recipe.architecture, recipe.data.folder, recipe.data.image_size) == ("residual-cnn", "photos", 32)
+    checked = check_recipe(recipe, tmp_path)
+    assert len(checked.layers) == 21
+    with pytest.raises(RecipeError, match=r"Did you mean 'resnet18'\?"):
+        resolve_name(f"{library}:resnet188")
+
+
+def test_a_saved_transformers_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = saved_bert(tmp_path / "tiny-bert")
+    result = invoke(build, "new", "transformers:tiny-bert", "-o", "bert.toml", "--num-classes", "4")
+    assert result.exit_code == 0, result.output
+    recipe = load_recipe("bert.toml")
+    assert recipe.model.source == f"transformers:{folder}"
+    assert (recipe.architecture, recipe.data.source, recipe.training.optimizer) == (
+        "transformer",
+        "my_data:texts",
+        "AdamW",
+    )
+    assert build_model(recipe, 0).config.num_labels == 4
+    with pytest.raises(RecipeError, match=r"Did you mean '\./tiny-bert'|Did you mean 'tiny-bert'"):
+        resolve_name("transformers:./tiny-bret")
+
+
+def test_names_of_the_hub_are_taken_as_they_are():
+    assert resolve_name("distilbert/distilbert-base-uncased") == "transformers:distilbert/distilbert-base-uncased"
+    assert resolve_name("mymodels:build") == "mymodels:build"
+    assert str(default_file("distilbert/distilbert-base-uncased")) == "distilbert-base-uncased.toml"
+    assert str(default_file("timm:vit_tiny.augreg")) == "vit_tiny.augreg.toml"
+
+
+def test_names_with_quotes_stay_text(tmp_path):
+    path = tmp_path / 'a"b.toml'
+    path.write_text(recipe_text(NewRecipe("parts:net", data='da"ta:x', architecture="\\"), path))
+    recipe = load_recipe(path)
+    assert (recipe.name, recipe.data.source, recipe.architecture) == ('a"b', 'da"ta:x', "\\")
+
+
+def test_a_folder_without_classes_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match=r"holds 0 folders; expected at least two, one a class\. Pass as --data"):
+        recipe_text(NewRecipe("parts:net", data=str(tmp_path)), tmp_path / "x.toml")
+
+
+# check
+
+
+@pytest.fixture(scope="module")
+def digit_recipe(tmp_path_factory):
+    return load_recipe(write_digit_recipes(tmp_path_factory.mktemp("digits"))[0])
+
+
+def test_a_check_counts_what_a_recording_will_hold(digit_recipe, tmp_path):
+    checked = check_recipe(digit_recipe, tmp_path)
+    assert checked.layers == {"0": 72, "3": 1152, "6": 8192, "8": 320}
+    assert (checked.num_train, checked.num_test, checked.total_steps) == (1200, 597, 4 * 37)
+    assert checked.recording_bytes == 4 * 4 * 16 * 64
+    assert checked.activation_bytes > 32 * 64 * 4  # the pictures of a batch alone
+    assert len(checked.losses) == 2
+    assert all(np.isfinite(checked.losses))
+    assert checked.total_seconds(16) > 2 * checked.total_steps * checked.step_seconds > 0
+    assert list(tmp_path.iterdir()) == []
+    text = describe(digit_recipe, checked)
+    assert "layers           4\n" in text
+    assert "2 x 148 steps, 16 records: about" in text
+
+
+def edited(recipe, folder, *changes):
+    text = (recipe.folder / f"{recipe.name}.toml").read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    path = recipe.folder / f"{folder.name}.toml"
+    path.write_text(text)
+    return load_recipe(path)
+
+
+def test_initial_weights_that_are_not_made_yet_are_told(digit_recipe, tmp_path):
+    recipe = edited(digit_recipe, tmp_path, ("[data]", 'init = "cnn-mnist"\n[data]'))
+    assert "'cnn-mnist' is not recorded yet: checked with random weights" in describe(
+        recipe, check_recipe(recipe, tmp_path)
+    )
+
+
+def test_too_few_classes_are_told(digit_recipe, tmp_path):
+    (digit_recipe.folder / "digit_parts.py").write_text(
+        (digit_recipe.folder / "digit_parts.py").read_text().replace("nn.Linear(32, 10)", "nn.Linear(32, classes)")
+        .replace("def cnn(width=8", "def cnn(classes=10, width=8")
+    )  # fmt: skip
+    sys.modules.pop("digit_parts", None)
+    recipe = edited(digit_recipe, tmp_path, ("arguments = {}", "arguments = { classes = 4 }"))
+    with pytest.raises(RecipeError, match=r"labels from 0 to 9, but the model gives 4 classes; .*model\.arguments"):
+        check_recipe(recipe, tmp_path)
+
+
+def test_an_unknown_callable_is_told(digit_recipe, tmp_path):
+    recipe = edited(digit_recipe, tmp_path, ("digit_parts:cnn", "digit_parts:cn"))
+    with pytest.raises(RecipeError, match=r"does not have as a callable\. Did you mean 'cnn'\?"):
+        check_recipe(recipe, tmp_path)
+
+
+def test_a_loss_that_is_not_finite_is_told(digit_recipe, tmp_path):
+    recipe = edited(digit_recipe, tmp_path, ("learning_rate = 0.03", "learning_rate = 1e35"))
+    with pytest.raises(RecipeError, match=r"The loss is (nan|inf) at step 2\. Lower training\.learning_rate"):
+        check_recipe(recipe, tmp_path)
