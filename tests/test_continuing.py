@@ -19,7 +19,7 @@ from builder_fixtures import (
 )
 
 from smartfrz.dataset_builder import building
-from smartfrz.dataset_builder.building import Base, answers_moved, build_predictor
+from smartfrz.dataset_builder.building import Base, build_predictor
 from smartfrz.dataset_builder.cli import main as build
 from smartfrz.dataset_builder.recipes import load_recipe
 from smartfrz.dataset_builder.recording import record
@@ -58,10 +58,6 @@ def recorded(tmp_path_factory):
 
 def new_runs(recorded):
     return building.labelled_runs(recorded, RULE, 16)
-
-
-def moved(model, base, runs):
-    return np.mean(list(answers_moved(model, base, runs, SMALL).values()))
 
 
 # Weights out of the file
