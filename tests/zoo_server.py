@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-FOLDER = Path(sys.argv[1])
+FOLDER = Path(sys.argv[1]) if __name__ == "__main__" else Path()  # pytest imports it, to look for doctests
 asked = {}
 
 
