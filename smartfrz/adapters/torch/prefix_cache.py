@@ -217,18 +217,16 @@ class CachedPrefix:
             self._automatic.enter_context(self._led_here())
 
     @contextmanager
-    def batch(self, ids: Any = None) -> Iterator[None]:
+    def batch(self, ids: Any) -> Iterator[None]:
         """While it lasts, forward passes of the model are of these samples.
 
         Args:
-            ids: An integer for each sample of the batch, in a sequence, an array or a tensor. None:
-                samples are known by their content.
+            ids: An integer for each sample of the batch, in a sequence, an array or a tensor.
         """
-        if ids is not None and not self._named:
-            self._named = True
-            self._automatic.close()
-        keys = None if ids is None else _keys(ids)
-        if self.off or not self.active or keys is None:
+        self._named = True
+        self._automatic.close()
+        keys = _keys(ids)
+        if self.off or not self.active:
             yield
             return
         self._ids = keys
@@ -265,31 +263,30 @@ class CachedPrefix:
         if self.off or not self.active or not self._entry.training or torch.compiler.is_compiling():
             return forward(*args, **kwargs)
         keys = self._ids
+        batch = batch_size((args, kwargs)) if keys is None else len(keys)
         if keys is not None:
             rows = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor) and value.dim()]
-            if not any(len(value) == len(keys) for value in rows):
+            if not any(len(value) == batch for value in rows):
                 shapes = [tuple(value.shape) for value in rows]
                 raise ValueError(
-                    f"freezer.batch received {len(keys)} ids, but the model's inputs have the shapes {shapes}; expected "
+                    f"freezer.batch received {batch} ids, but the model's inputs have the shapes {shapes}; expected "
                     "one id for each sample. Give the ids of this very batch."
                 )
-        elif self._named or not torch.is_grad_enabled() or not batch_size((args, kwargs)):
+        elif self._named or not torch.is_grad_enabled() or not batch:
             return forward(*args, **kwargs)  # without gradients dropout may be wanted, as by those who average over it
         try:
-            given = self._given(keys, forward, args, kwargs)
+            given = self._given(keys, batch, forward, args, kwargs)
             if given is not None and self._now is not None:
-                rows_of_batch = batch_size((args, kwargs)) if keys is None else len(keys)
-                return Walk(rows_of_batch, start=self._now.cut, given=given).run(forward, args, kwargs)
+                return Walk(batch, start=self._now.cut, given=given).run(forward, args, kwargs)
         except Refusal as refusal:
             self.switch_off(f"the model no longer does what it did when it was checked: {refusal}")
         return forward(*args, **kwargs)
 
     def _given(
-        self, ids: list[int] | None, forward: Callable[..., Any], args: Any, kwargs: Any
+        self, ids: list[int] | None, batch: int, forward: Callable[..., Any], args: Any, kwargs: Any
     ) -> dict[int, torch.Tensor] | None:
         """What crosses the cut for this batch; None if the model has to run as it is."""
         start = time.perf_counter()
-        batch = batch_size((args, kwargs)) if ids is None else len(ids)
         try:
             inputs = signature((args, kwargs), batch)
         except TypeError as error:
@@ -298,8 +295,8 @@ class CachedPrefix:
         prints = fingerprints((args, kwargs), batch)
         # Without ids, two independent numbers are a sample's name: two samples share both with a chance of 2^-60.
         keys = fingerprints((args, kwargs), batch, which=1) if ids is None else ids
-        for key, number in zip(keys, prints, strict=True) if ids is not None else ():
-            if self._seen.setdefault(key, number) != number:
+        for key, number in zip(keys, prints, strict=True):
+            if ids is not None and self._seen.setdefault(key, number) != number:
                 self.switch_off(
                     f"sample {key} is not what it was when it was last seen. Are samples augmented at random, or padded "
                     "to the longest one of a batch? Wrap the data set in PrefixCache.indexed(dataset, views=2), and pad "
@@ -352,7 +349,7 @@ class CachedPrefix:
                 return None
             if not self._is_worth_it(read, len(hits)):
                 return None
-        left = [row for row in range(batch) if row not in set(hits)]
+        left = sorted(set(range(batch)) - set(hits))
         for older in reversed(self._older):
             rows = [row for row in left if older.store.has(keys[row], prints[row])]
             if rows:
