@@ -14,7 +14,6 @@ training (batches, both passes, optimizer, freezer), without evaluation.
 """
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -27,6 +26,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
+from benchmarks.lines import earlier, note
 from smartfrz.adapters.torch import SmartFRZ
 from smartfrz.demo import DemoOptions, load_data, pretrained_network
 from smartfrz.errors import SmartFRZError
@@ -167,9 +167,7 @@ def main():
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
     options = parser.parse_args()
-    lines = []
-    if options.output and options.output.exists():
-        lines = [json.loads(line) for line in options.output.read_text().splitlines()]
+    lines = earlier(options.output)
     for seed in map(int, options.seeds.split(",")):
         for task in options.tasks.split(","):
             if any((line["task"], line["seed"]) == (task, seed) for line in lines):
@@ -181,10 +179,7 @@ def main():
                 continue
             for line in run(task, seed, trainers):
                 lines.append(line)
-                print(json.dumps(line), file=sys.stderr, flush=True)
-                if options.output:
-                    with options.output.open("a") as file:
-                        file.write(json.dumps(line) + "\n")
+                note(line, options.output)
     table(lines)
 
 

@@ -25,6 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.lines import earlier
+
 BACKENDS = ("tensorflow", "jax", "torch")
 SEEDS = (0, 1, 2)
 ROOT = Path(__file__).parent.parent
@@ -169,9 +171,7 @@ def main():
     parser.add_argument("--predictor", default="smartfrz-base")
     parser.add_argument("--here", action="store_true", help="Run in this process, and print the lines only.")
     options = parser.parse_args()
-    lines = []
-    if options.output and options.output.exists():
-        lines = [json.loads(line) for line in options.output.read_text().splitlines()]
+    lines = earlier(options.output)
     for backend in options.backends.split(","):
         for seed in map(int, options.seeds.split(",")):
             if options.here:

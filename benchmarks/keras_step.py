@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.keras_fit import ONE_THREAD
+from benchmarks.lines import earlier, note
 
 FRACTIONS = (1 / 4, 1 / 2, 3 / 4)
 NETWORKS = ("mobilenetv2", "resnet14")
@@ -175,9 +176,7 @@ def main():
         for row in measure(options.networks, options.cases.endswith("/jit"), options.steps):
             print(json.dumps(row))
         return
-    rows = []
-    if options.output and options.output.exists():
-        rows = [json.loads(line) for line in options.output.read_text().splitlines()]
+    rows = earlier(options.output)
     for network in options.networks.split(","):
         for case in options.cases.split(","):
             backend, _, mode = case.partition("/")
@@ -198,10 +197,7 @@ def main():
             for line in result.stdout.splitlines():
                 row = labels | json.loads(line)
                 rows.append(row)
-                print(json.dumps(row), file=sys.stderr, flush=True)
-                if options.output:
-                    with options.output.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
+                note(row, options.output)
     table(rows)
 
 

@@ -24,7 +24,6 @@ with, whose lines are not written a second time.
 
 import argparse
 import functools
-import json
 import math
 import statistics
 import sys
@@ -42,6 +41,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from benchmarks.freeze_order import RECIPES, TASKS, TURN, logits
 from benchmarks.keras_fit import cell
+from benchmarks.lines import earlier, note
 from smartfrz import __version__
 from smartfrz.adapters.torch import PrefixCache, SmartFRZ, trace_layers
 from smartfrz.demo import pretrained_network
@@ -444,9 +444,7 @@ def main():
     torch.set_num_threads(1)
     given = {"epochs": options.epochs, "train_samples": options.train_samples}
     limits = {key: value for key, value in given.items() if value is not None}
-    lines = []
-    if options.output and options.output.exists():
-        lines = [json.loads(line) for line in options.output.read_text().splitlines()]
+    lines = earlier(options.output)
     jobs = []
     for what, measure in (("curve", curve), ("steps", steps)):
         for task in TASKS if options.what in (what, None) else ():
@@ -462,10 +460,7 @@ def main():
         try:
             for line in measure(task, *arguments):
                 lines.append(line)
-                print(json.dumps(line), file=sys.stderr, flush=True)
-                if options.output:
-                    with options.output.open("a") as file:
-                        file.write(json.dumps(line) + "\n")
+                note(line, options.output)
         except (OSError, SmartFRZError) as error:
             print(f"{task} is left out: {error}", file=sys.stderr)
     for line in lines:
