@@ -7,6 +7,7 @@ environment variable SMARTFRZ_DATA names: one .npz a data set, for each split th
 end) and `<split>_y` (labels).
 """
 
+import csv
 import gzip
 import io
 import os
@@ -122,15 +123,30 @@ class _Tokens(Dataset):
 
 def movie_sentences(length=32, num_train=5000, num_test=1000):
     """Sentences of film reviews, positive or negative, as tokens of MiniLM's vocabulary."""
-    from transformers import AutoTokenizer
-
     lines = (CACHE / "movieReviewSnippets_GroundTruth.txt").read_text(encoding="utf-8").splitlines()
     rows = [line.split("\t") for line in lines]
-    order = np.random.default_rng(0).permutation(len(rows))
-    labels = torch.tensor([int(float(rows[i][1]) > 0) for i in order])
+    return _sentences([(row[2], int(float(row[1]) > 0)) for row in rows], length, num_train, num_test)
+
+
+def sst2(length=32, num_train=5000, num_test=1000):
+    """Phrases of film reviews, positive or negative (the first of `text/sst2`), as tokens of MiniLM's vocabulary."""
+    path = Path(os.environ.get("SMARTFRZ_DATA", ".")) / "text" / "sst2" / "train.tsv"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: set SMARTFRZ_DATA to the folder that holds text/sst2/train.tsv")
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    return _sentences([(row[0], int(row[1])) for row in rows[1:]], length, num_train, num_test)
+
+
+def _sentences(rows, length, num_train, num_test):
+    """Of rows `(sentence, label)`, in a fixed random order."""
+    from transformers import AutoTokenizer
+
+    order = np.random.default_rng(0).permutation(len(rows))[: num_train + num_test]
+    labels = torch.tensor([rows[i][1] for i in order])
     tokenizer = AutoTokenizer.from_pretrained(CACHE / "minilm", local_files_only=True)
     encoded = tokenizer(
-        [rows[i][2] for i in order], truncation=True, max_length=length, padding="max_length", return_tensors="pt"
+        [rows[i][0] for i in order], truncation=True, max_length=length, padding="max_length", return_tensors="pt"
     )
     parts = slice(0, num_train), slice(num_train, num_train + num_test)
     return tuple(_Tokens({k: v[p] for k, v in encoded.items()}, labels[p]) for p in parts)

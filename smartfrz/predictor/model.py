@@ -37,9 +37,10 @@ class FreezePredictor(nn.Module):
         self.tailored_size = tailored_size
         self.representation = representation
         self.incremental = representation in INCREMENTAL
-        self.key = _mlp(tailored_size, 256, ENCODING_SIZE)
-        self.query = _mlp(tailored_size, 256, ENCODING_SIZE)
-        self.value = _mlp(tailored_size, 256, ENCODING_SIZE)
+        inside = len(FIGURES) if representation == "trajectory" else tailored_size
+        self.key = _mlp(inside, 256, ENCODING_SIZE)
+        self.query = _mlp(inside, 256, ENCODING_SIZE)
+        self.value = _mlp(inside, 256, ENCODING_SIZE)
         self.dropout = nn.Dropout(dropout)
         self.head = _mlp(ENCODING_SIZE, 32, 2)
 
@@ -114,9 +115,10 @@ def represent(history: torch.Tensor, real: torch.Tensor, representation: str) ->
             logarithm of their size (repeated, so that it counts), the sorted magnitudes relative
             to that size; and how many timestamps ago j was, one-hot. `steps`: (W_j - W_{j-1}) /
             rms(W_j), which later records do not change; the first row has none, and is zero.
+            `trajectory`: the `FIGURES` of each record instead of weights; see `trajectory`.
 
     Returns:
-        float32 of the shape of `history`.
+        float32 of the shape of `history`; of `trajectory` `[layers, window, len(FIGURES)]`.
     """
     if representation == "raw":
         return history
@@ -124,12 +126,98 @@ def represent(history: torch.Tensor, real: torch.Tensor, representation: str) ->
         return (history - _before(history)) / _rms(history).clamp(min=_FLOOR)
     if representation == "motion":
         return Motion.of(history, real).full(history.shape[2])
+    if representation == "trajectory":
+        return trajectory(history, real)
     now = history[:, -1:]
     displacement = (history - now) / _rms(now).clamp(min=_FLOOR)
     if representation == "displacement":
         return displacement
     magnitude = _log_magnitude(displacement)
     return magnitude if representation == "log_displacement" else _ascending(magnitude)
+
+
+# Of record j, seen from the newest record t and from the first one, 0. Distances are Euclidean, over rms(W_t).
+FIGURES = (
+    "to_now",  # log |W_t - W_j|
+    "to_first",  # log |W_j - W_0|
+    "step",  # log |W_j - W_{j-1}|
+    "lag",  # log |W_j - W_{j-4}|
+    "way",  # log |W_t - W_0|, the same for all records
+    "speed",  # log |W_t - W_{t-4}|, the same for all records
+    "share_to_now",  # to_now - way: how much of the whole way was still to go
+    "share_of_step",  # step - way
+    "slowing",  # step of j - step of t
+    "straightness",  # lag - step: four times the step where it drifts, twice where it wanders
+    "step_along_way",  # cosine of W_j - W_{j-1} and W_t - W_0
+    "step_along_last",  # cosine of W_j - W_{j-1} and W_{j-1} - W_{j-2}
+    "along_way",  # cosine of W_j - W_0 and W_t - W_0
+    "evenness",  # mean magnitude over root mean square of W_t - W_j
+    "growth",  # log rms(W_j) - log rms(W_t)
+    "records",  # how many there are
+    "ago",  # t - j
+)
+_LAG = 4
+_RECORDS = 30.0  # records a run: with them `records` says how far the run is
+
+
+def trajectory(history: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Figures of a layer's way through weight space that do not depend on which weights were sampled.
+
+    Norms and angles of displacements say how far a layer went, how fast it still is, and whether it drifts
+    or wanders; each is an average over the sampled weights, so that any sample gives nearly the same.
+
+    Args:
+        history: float32 `[layers, window, tailored_size]`.
+        real: Which rows are no padding, bool `[layers, window]`.
+
+    Returns:
+        float32 `[layers, window, len(FIGURES)]`, about zero mean and unit range; what stands on padding means nothing.
+    """
+    window = history.shape[1]
+    index = torch.arange(window, device=history.device)
+    lengths = real.sum(1)
+    first = window - lengths
+    now = history[:, -1:]
+    start = torch.gather(history, 1, first[:, None, None].expand(-1, 1, history.shape[2]))
+    scale = _rms(now).clamp(min=_FLOOR)
+    away, since = history - now, history - start
+    way = now - start
+    size_away, size_since, size_way = _rms(away), _rms(since), _rms(way)
+    # A record before the first one is taken for the first one.
+    step = history - history.index_select(1, (index - 1).clamp(min=0))
+    known = (index[None, :] > first[:, None]).unsqueeze(-1)
+    size_step = torch.where(known, _rms(step), 0.0)
+    lagged = history - history.index_select(1, (index - _LAG).clamp(min=0))
+    old_enough = (index[None, :] - _LAG >= first[:, None]).unsqueeze(-1)
+    size_lag = torch.where(old_enough, _rms(lagged), size_since)
+    before = step.index_select(1, (index - 1).clamp(min=0))
+    known_before = (index[None, :] - 1 > first[:, None]).unsqueeze(-1)
+    size_before = size_step.index_select(1, (index - 1).clamp(min=0))
+    level = [_level(size / scale) for size in (size_away, size_since, size_step, size_lag, size_way)]
+    to_now, to_first, of_step, of_lag = level[:4]
+    of_way, of_speed = level[4].expand_as(to_now), of_lag[:, -1:].expand_as(to_now)
+    cosines = (
+        torch.where(known, _mean(step * way) / (size_step * size_way).clamp(min=_FLOOR * _FLOOR), 0.0),
+        torch.where(known_before, _mean(step * before) / (size_step * size_before).clamp(min=_FLOOR * _FLOOR), 0.0),
+        _mean(since * way) / (size_since * size_way).clamp(min=_FLOOR * _FLOOR),
+    )
+    evenness = away.abs().mean(-1, keepdim=True) / size_away.clamp(min=_FLOOR)
+    growth = torch.log(_rms(history).clamp(min=_FLOOR) / scale).clamp(-1.0, 1.0)
+    records = (lengths / _RECORDS)[:, None, None].expand_as(to_now)
+    ago = ((window - 1 - index) / _RECORDS)[None, :, None].expand_as(to_now)
+    figures = [to_now, to_first, of_step, of_lag, of_way, of_speed]
+    figures += [to_now - of_way, of_step - of_way, of_step - of_step[:, -1:], of_lag - of_step]
+    figures += [*cosines, evenness, growth, records, ago]
+    return torch.cat(figures, dim=-1)
+
+
+def _mean(x: torch.Tensor) -> torch.Tensor:
+    return x.mean(-1, keepdim=True)
+
+
+def _level(size: torch.Tensor) -> torch.Tensor:
+    # Relative changes of 1e-5 to 1 map to -1 to 1.
+    return torch.log10(size + 1e-6) / 2.5 + 1.0
 
 
 class Motion(NamedTuple):
