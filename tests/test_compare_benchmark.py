@@ -25,7 +25,6 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from benchmarks import compare, compare_results  # noqa: E402
 from benchmarks.compare_results import EARLY, METHODS, matthews, read_lines, standard_error, tables  # noqa: E402
-from benchmarks.lines import add_line  # noqa: E402
 from benchmarks.tasks import DIGITS, TIERS, Task, data_of  # noqa: E402
 from smartfrz import zoo  # noqa: E402
 from smartfrz.adapters.torch import trace_layers  # noqa: E402
