@@ -31,3 +31,8 @@ def add_line(path, line):
         before = path.read_text("utf-8") if path.exists() else ""
         with replacing(path) as temporary:
             temporary.write_text(before + json.dumps(line) + "\n", "utf-8")
+
+
+def is_known(path, facts):
+    """Whether the file has a line of these facts."""
+    return any(all(line.get(key) == value for key, value in facts.items()) for line in earlier(path))
