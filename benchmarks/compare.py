@@ -1,13 +1,16 @@
 """SmartFRZ beside what it is compared with: `python -m benchmarks.compare run|pretrain|table|plots [--tier cpu|gpu]`.
 
 `run`: tasks of `benchmarks.tasks` x `METHODS` x seeds. All methods of a task and seed see the same samples in the
-same order, in one process, and take turns of a few steps, so that a machine that gets slower does so for all. Two
-methods come after the others, since they need to know how those ended: `similarity-guided` (the finished `full` run
-is its reference, kept in `--folder`) and `early-stop`: full training with its whole schedule in the share of
+same order, in one process, and take turns of a few steps, so that a machine that gets slower does so for all.
+`early-stop-30` and its like are full training with its whole schedule in so many % of the steps: what a user would do who
+has less time. Between them and `full` the accuracy of stopping early is interpolated, so that each method can be
+compared with it at its own time. Two methods come after the others, since they need to know how those ended:
+`similarity-guided` (the finished `full` run is its reference, kept in `--folder`) and `early-stop`, which has the share of
 the time that `smartfrz` took.
 
 One JSON line a run is added to `--results`; runs that are there are not repeated. What a missing run is compared with
-and is not at hand is trained along, and not written a second time. A run that was interrupted begins anew.
+and is not at hand is trained along, and not written a second time. A run that was interrupted begins anew. Several
+processes may write to one file, if each has its own tasks or seeds.
 
 - `accuracy` is of the test data, used once, at the end (`matthews` for CoLA, from `confusion`, rows are true classes);
   `curve` is of the validation part: step, CPU seconds, seconds, accuracy.
@@ -34,6 +37,7 @@ with a few dozen samples, pretraining included, to see that it works. `table` an
 import argparse
 import copy
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -41,7 +45,6 @@ import platform
 import sys
 import tempfile
 import time
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,14 +55,15 @@ from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
-from benchmarks.compare_results import METHODS, matthews, plots, read_lines, tables
+from benchmarks.compare_results import EARLY, METHODS, matthews, plots, read_lines, tables
 from benchmarks.freeze_order import TURN
+from benchmarks.lines import add_line
 from benchmarks.prefix_cache import list_of, positive
 from benchmarks.tasks import PRETRAINING, TIERS, data_of, load_except_head
 from smartfrz import __version__, zoo
 from smartfrz.adapters.torch import PrefixCache, SmartFRZ, trace_layers
 from smartfrz.adapters.torch.costs import measure_step
-from smartfrz.baselines import AutoFreeze, LinearFreezing, WeightChange
+from smartfrz.baselines import AutoFreeze, EarlyStop, LinearFreezing, WeightChange
 from smartfrz.dataset_builder.cka import cka_of_grams
 from smartfrz.dataset_builder.oracle import SimilarityGuided
 from smartfrz.dataset_builder.recording import (
@@ -202,7 +206,7 @@ def policy_of(method, job, model, steps_per_epoch, probe):
         return SimilarityGuided(model, reference, probe)
     return {
         "linear": LinearFreezing,
-        "autofreeze": partial(AutoFreeze, steps_per_epoch=steps_per_epoch),
+        "autofreeze": functools.partial(AutoFreeze, steps_per_epoch=steps_per_epoch),
         "weight-change": WeightChange,
     }[method]()
 
@@ -218,19 +222,20 @@ class Run:
     Args:
         job: What is trained.
         method: One of `METHODS`.
-        total_steps: Of a run that is shorter than full training; the schedule is scaled.
+        data: That of the job, which all of its runs share.
+        share: Of the steps of full training, for a run that stops early; the schedule is scaled.
     """
 
-    def __init__(self, job, method, total_steps=None):
+    def __init__(self, job, method, data, share=1.0):
         self.job, self.method, self.task = job, method, job.task
         self.spec = self.task.training
-        samples, self.validation, self.test = job.data()
+        samples, self.validation, self.test = data
         self.model = job.model()
         order = torch.Generator().manual_seed(job.seed)
         indexed = PrefixCache.indexed(samples, seed=job.seed)
         self.loader = DataLoader(indexed, self.spec.batch_size, shuffle=True, drop_last=True, generator=order)
         self.full_steps = max(1, round(len(self.loader) * self.spec.epochs))
-        self.total_steps, self.step = total_steps or self.full_steps, 0
+        self.total_steps, self.step = EarlyStop(EARLY.get(method, share)).steps(self.full_steps), 0
         self.moments = {math.ceil(self.total_steps * (k + 1) / MOMENTS) for k in range(MOMENTS)}
         self.optimizer = optimizer_of(self.model, self.spec)
         factor = without_schedule if method == "linear" else schedule_factor
@@ -243,7 +248,7 @@ class Run:
             args, keywords = arguments(probe)
             self.probe, self.layers = probe, trace_layers(self.model.eval(), *args, **keywords)
             self.grams = {0: layer_grams(self.model, self.layers, probe)}
-        elif method != "early-stop":
+        elif not method.startswith("early-stop"):
             cache = PrefixCache(memory="4GB") if method == "smartfrz+cache" else None
             policy = policy_of(method, job, self.model, len(self.loader), probe)
             self.freezer = SmartFRZ(
@@ -430,8 +435,15 @@ def take_turns(runs):
         pass
 
 
-def compare(job, methods, known):
-    """One line for each of `methods` that `known`, method to line of this job, lacks."""
+def compare(job, methods, known, load=None):
+    """One line for each of `methods` that `known`, method to line of this job, lacks.
+
+    Args:
+        job: What is trained.
+        methods: Of `METHODS`.
+        known: Method to line.
+        load: Returns the data, and is called only if there is something to do; the job's own by default.
+    """
     missing = [method for method in methods if method not in known]
     if not job.task.repeats:
         missing = [method for method in missing if method != "smartfrz+cache"]
@@ -441,7 +453,10 @@ def compare(job, methods, known):
         first |= {"smartfrz"} - set(known)
     if first or (missing and not ("full" in known and job.reference.exists())):
         first.add("full")
-    runs = {method: Run(job, method) for method in METHODS if method in first}
+    if not missing:
+        return
+    data = (load or job.data)()
+    runs = {method: Run(job, method, data) for method in METHODS if method in first}
     take_turns(runs)
     if runs:
         with replacing(job.reference) as temporary:
@@ -457,12 +472,12 @@ def compare(job, methods, known):
         known[method] = line
     later = {}
     if "similarity-guided" in missing:
-        later["similarity-guided"] = Run(job, "similarity-guided")
+        later["similarity-guided"] = Run(job, "similarity-guided", data)
     if "early-stop" in missing:
         fast = known["smartfrz"]
         clock = "cpu_seconds" if job.device == "cpu" else "train_seconds"
-        share = fast[clock] / fast[f"full_{clock}"]
-        later["early-stop"] = Run(job, "early-stop", max(1, round(share * fast["full_steps"])))
+        share = EarlyStop.at_time_of(fast[clock], fast[f"full_{clock}"]).share
+        later["early-stop"] = Run(job, "early-stop", data, share)
     take_turns(later)
     for method, run in later.items():
         line = run.line(known["full"])
@@ -479,22 +494,17 @@ def drift(early, full):
     return {key: value / early.step / (full[key] / full["steps"]) for key, value in seconds.items()}
 
 
-def add_line(path, line):
-    """To a file that is whole at any time."""
-    before = path.read_text("utf-8") if path.exists() else ""
-    with replacing(path) as temporary:
-        temporary.write_text(before + json.dumps(line) + "\n", "utf-8")
-
-
 def run_all(options, settings, folder, results):
     """All jobs; what they lack is printed, and they are left out."""
     predictor = zoo.load(options.predictor)
     for name in options.tasks or TIERS[options.tier]:
+        # one copy for all seeds and methods of a task, and none once it is over
+        load = functools.cache(Job(options.tier, name, 0, settings, predictor, folder, options.device).data)
         for seed in options.seeds:
             job = Job(options.tier, name, seed, settings, predictor, folder, options.device)
             same = {line["method"]: line for line in read_lines(results) if job.facts.items() <= line.items()}
             try:
-                for line in compare(job, options.methods, same):
+                for line in compare(job, options.methods, same, load):
                     add_line(results, line)
                     print(f"{name}, seed {seed}, {line['method']}: {100 * line['accuracy']:.1f}", file=sys.stderr)
             except (OSError, SmartFRZError) as error:

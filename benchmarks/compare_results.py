@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from benchmarks.keras_fit import cell
 from smartfrz.files import replacing
 
+EARLY = {f"early-stop-{percent}": percent / 100 for percent in (30, 50, 70, 85)}  # method to share of the steps
 METHODS = (
     "full",
     "smartfrz",
@@ -25,6 +25,7 @@ METHODS = (
     "weight-change",
     "similarity-guided",
     "early-stop",
+    *EARLY,
 )
 STYLES = {
     "full": ("#7d8597", "--", "o"),
@@ -37,7 +38,7 @@ STYLES = {
     "weight-change": ("#f2b134", "-", ">"),
     "similarity-guided": ("#588157", ":", "P"),
     "early-stop": ("#111111", "--", "X"),
-}
+} | {method: ("#111111", ":", f"${round(100 * share)}$") for method, share in EARLY.items()}
 SIZES = (
     itemgetter("backward_flops"),
     itemgetter("total_flops"),
@@ -77,8 +78,19 @@ def clock_of(line):
     return "cpu_seconds" if line["device"] == "cpu" else "train_seconds"
 
 
+def stops_early(method):
+    """Whether it is full training in fewer steps."""
+    return method.startswith("early-stop")
+
+
 def share_of_full(line, clock=None):
-    """Training time, of the full run's, were it run at the same time."""
+    """Training time, of the full run's, were it run at the same time.
+
+    Of full training that stops early this is its share of the steps: while it runs, more runs share the machine than in
+    the mean over the whole of full training.
+    """
+    if stops_early(line["method"]):
+        return line["steps"] / line["full_steps"]
     clock = clock or clock_of(line)
     return line[clock] / line[f"full_{clock}"] / line.get("drift", {}).get(clock, 1.0)
 
@@ -113,21 +125,76 @@ def paired(lines, method, value):
     return [value(line) - value(full[line["seed"]]) for line in chosen]
 
 
+def early_curve(lines, seed):
+    """What full training reaches in which share of its time, of one seed: rising shares, accuracies in %.
+
+    Returns:
+        Two lists, which end with full training; None if that or the shorter runs were not measured.
+    """
+    full = [line for line in lines if line["seed"] == seed and line["method"] == "full"]
+    early = [line for line in lines if line["seed"] == seed and stops_early(line["method"])]
+    if not full or not early:
+        return None
+    points = {share_of_full(line): 100 * line["accuracy"] for line in early} | {1.0: 100 * full[0]["accuracy"]}
+    shares = sorted(points)
+    return shares, [points[share] for share in shares]
+
+
+def against_early(lines, method):
+    """Of each seed: a method's accuracy less that of stopping early in the method's own time, in points.
+
+    Linear between the shares that were measured. Before the first of them it is that one's, which took longer: the
+    method is then judged too severely.
+    """
+    differences = []
+    for line in lines:
+        curve = early_curve(lines, line["seed"]) if line["method"] == method else None
+        if curve is not None:
+            differences.append(100 * line["accuracy"] - float(np.interp(share_of_full(line), *curve)))
+    return differences
+
+
+def cell(values, form, unit=""):
+    """Mean ± standard deviation, and in brackets the standard error of the mean; of one value only that."""
+    if not values:
+        return ""
+    text = f"{statistics.mean(values):{form}}"
+    if len(values) > 1:
+        deviation = statistics.stdev(values)
+        form = form.lstrip("+")
+        text += f" ± {deviation:{form}} ({deviation / math.sqrt(len(values)):{form}})"
+    return text + unit
+
+
+def mean_of_tasks(values):
+    """Of lists of values, one a task: the mean of their means, and its standard error (None with one seed).
+
+    The tasks are those that they are: the error is that of the seeds alone.
+    """
+    mean = statistics.mean(map(statistics.mean, values))
+    if min(map(len, values)) < 2:
+        return mean, None
+    return mean, math.sqrt(sum(statistics.variance(found) / len(found) for found in values)) / len(values)
+
+
 def task_table(name, lines):
-    """Markdown: means and standard deviations over seeds; differences and shares are taken within a seed."""
+    """Markdown: means, standard deviations and standard errors over seeds; all is compared within a seed."""
     full = {line["seed"]: line for line in lines if line["method"] == "full"}
     metric = "Matthews correlation x 100" if lines[0]["metric"] == "matthews" else "test accuracy, %"
-    columns = f"{name} | seeds | {metric} | difference, points | CPU time | wall time | backward FLOPs | all FLOPs"
-    rows = [f"| {columns} | peak memory | memory at the end | deciding | frozen layers |", "|" + "---|" * 12]
+    columns = f"{name} | seeds | {metric} | difference, points | to stopping early at equal time | CPU time | wall time"
+    columns += " | backward FLOPs | all FLOPs | peak memory | memory at the end | deciding | frozen layers"
+    rows = [f"| {columns} |", "|" + "---|" * 13]
     for method in METHODS:
         found = [line for line in lines if line["method"] == method]
         if not found:
             continue
         cells = [method, str(len(found)), cell([100 * line["accuracy"] for line in found], ".1f")]
         differences = paired(lines, method, lambda line: 100 * line["accuracy"])
-        cells.append(cell(differences, "+.1f") if differences and method != "full" else "")
+        cells.append(cell(differences, "+.1f") if method != "full" else "")
+        judged = method != "full" and not stops_early(method)
+        cells.append(cell(against_early(lines, method), "+.1f") if judged else "")
         for clock in ("cpu_seconds", "train_seconds"):
-            cells.append(cell([100 * share_of_full(line, clock) for line in found], ".1f") + " %")
+            cells.append(cell([100 * share_of_full(line, clock) for line in found], ".1f", " %"))
         for value in SIZES:
             pairs = [(value(line), value(full[line["seed"]])) for line in found if line["seed"] in full and value(line)]
             cells.append(f"{100 * statistics.mean(a / b for a, b in pairs):.1f} %" if pairs else "")
@@ -167,24 +234,40 @@ def task_table(name, lines):
 
 def summary(groups):
     """Markdown: each method over all tasks."""
-    rows = [
-        "| all tasks | tasks | mean difference, points | worst task | training time, geometric mean |",
-        "|" + "---|" * 5,
-    ]
+    columns = "all tasks | tasks | mean difference, points | worst task | training time, geometric mean"
+    columns += " | to stopping early at equal time, points | better on"
+    rows = [f"| {columns} |", "|" + "---|" * 7]
     for method in METHODS:
-        differences, shares = {}, []
+        differences, early, shares = {}, {}, []
         for name, lines in groups.items():
             found = paired(lines, method, lambda line: 100 * line["accuracy"])
             if found:
-                differences[name] = statistics.mean(found)
+                differences[name] = found
                 shares += [statistics.mean(share_of_full(line) for line in lines if line["method"] == method)]
-        if differences and method != "full":
-            worst = min(differences, key=differences.get)
-            rows.append(
-                f"| {method} | {len(differences)} | {statistics.mean(differences.values()):+.2f} "
-                f"| {differences[worst]:+.2f} ({worst}) | {100 * statistics.geometric_mean(shares):.1f} % |"
-            )
+                if not stops_early(method) and (judged := against_early(lines, method)):
+                    early[name] = judged
+        if not differences or method == "full":
+            continue
+        worst = min(differences, key=lambda name: statistics.mean(differences[name]))
+        cells = [method, str(len(differences)), _with_error(*mean_of_tasks(list(differences.values())))]
+        cells += [f"{statistics.mean(differences[worst]):+.2f} ({worst})"]
+        cells += [f"{100 * statistics.geometric_mean(shares):.1f} %"]
+        better = sum(statistics.mean(found) > 0 for found in early.values())
+        cells += [_with_error(*mean_of_tasks(list(early.values()))), f"{better} of {len(early)}"] if early else ["", ""]
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def _with_error(mean, error):
+    return f"{mean:+.2f}" + ("" if error is None else f" ({error:.2f})")
+
+
+NOTES = (
+    "Times, FLOPs and memory are those of full training of the same seed = 100 %. After ± is the standard deviation over "
+    "seeds, in brackets the standard error of the mean; differences are taken within a seed, and the errors over all tasks "
+    "are those of the seeds, the tasks being what they are. *To stopping early at equal time*: accuracy less that of full "
+    "training in fewer steps, its schedule scaled, interpolated at the time that the method took."
+)
 
 
 def tables(lines):
@@ -194,7 +277,7 @@ def tables(lines):
     groups = tasks_of(lines)
     machines = sorted({line["machine"] for line in lines})
     found = [task_table(name, group) for name, group in groups.items()]
-    return "\n\n".join([*found, summary(groups), f"Machine: {'; '.join(machines)}."])
+    return "\n\n".join([*found, summary(groups), NOTES, f"Machine: {'; '.join(machines)}."])
 
 
 def _panels(groups, height=3.2, width=5.2):
@@ -216,7 +299,7 @@ def _legend(figure, methods):
         for m in METHODS
         if m in methods
     ]
-    figure.legend(handles=made, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    figure.legend(handles=made, loc="outside lower center", ncols=7, fontsize=8, frameon=False)
 
 
 def _drawn(axes, method, x, y, **options):
@@ -250,6 +333,8 @@ def accuracy_against_time(groups):
     axes = figure.subplots()
     methods = set()
     for method in METHODS[1:]:
+        if stops_early(method):
+            continue
         points = []
         for lines in groups.values():
             differences = paired(lines, method, lambda line: 100 * line["accuracy"])
@@ -262,15 +347,29 @@ def accuracy_against_time(groups):
             axes.scatter(*zip(*points, strict=True), s=22, color=colour, marker=marker, alpha=0.45, linewidths=0)
             middle = np.mean(points, 0)
             axes.scatter(*middle, s=130, color=colour, marker=marker, edgecolors="white", zorder=3)
+    curve = [point for method in EARLY if (point := _early_point(groups, method))]
+    if curve:
+        axes.plot(*zip(*curve, (0.0, 0.0), strict=True), color=STYLES["early-stop"][0], linewidth=1.5, zorder=2)
+        axes.scatter(*zip(*curve, strict=True), s=30, color=STYLES["early-stop"][0], marker="X", zorder=2)
+        methods.add("early-stop")
     axes.axhline(0, color=STYLES["full"][0], linestyle="--", linewidth=1)
     axes.set_xlabel("training time saved, % of full training")
     axes.set_ylabel("difference to full training, points")
     axes.set_title(
-        f"Small: a task; large: the mean of the method's tasks ({len(groups)} in all)", loc="left", fontsize=10
+        f"Small: a task; large: the mean of the method's tasks ({len(groups)} in all); black: full training in fewer steps",
+        loc="left",
+        fontsize=10,
     )
     axes.grid(alpha=0.3)
     _legend(figure, methods)
     return figure
+
+
+def _early_point(groups, method):
+    """Means over tasks of the time saved and the difference; None if it was not measured."""
+    found = [paired(lines, method, lambda line: 100 * line["accuracy"]) for lines in groups.values()]
+    found = [statistics.mean(differences) for differences in found if differences]
+    return (100 * (1 - EARLY[method]), statistics.mean(found)) if found else None
 
 
 def memory_over_time(groups):
@@ -295,7 +394,7 @@ def frozen_moments(groups):
     figure, axes = _panels(groups)
     image = None
     for name, lines in groups.items():
-        found = {m: group for m, group in _by_method(lines).items() if m not in ("full", "early-stop")}
+        found = {m: group for m, group in _by_method(lines).items() if m != "full" and not stops_early(m)}
         layers = next((line["layers"] for group in found.values() for line in group), [])
         rows = np.full((len(found), len(layers)), np.nan)
         for row, group in enumerate(found.values()):

@@ -3,6 +3,7 @@
 import numpy as np
 from click.testing import CliRunner
 
+from smartfrz.dataset_builder.building import dataset_of
 from smartfrz.dataset_builder.labels import LabelRule, label_layers
 from smartfrz.dataset_builder.recipes import load_recipe
 from smartfrz.dataset_builder.storage import RecordedRun, write_run
@@ -30,7 +31,7 @@ def recorded_run(name="cnn-a", architecture="cnn", *, seed=0, layers=6, timestam
     facts = {
         "name": name,
         "architecture": architecture,
-        "recipe": {"recording": {"records": timestamps}},
+        "recipe": {"recording": {"records": timestamps}, "data": {"source": f"made_up:data_{name.rpartition('-')[2]}"}},
         "accuracies": {"reference": 0.9, "recorded": 0.89},
     }
     return RecordedRun(
@@ -50,7 +51,10 @@ def recorded_runs(plan=PLAN, **options):
 
 
 def labelled(runs):
-    return [LabelledRun(run.name, run.architecture, run.weights, label_layers(run.cka, RULE)) for run in runs]
+    return [
+        LabelledRun(run.name, run.architecture, run.weights, label_layers(run.cka, RULE), dataset=dataset_of(run.facts))
+        for run in runs
+    ]
 
 
 def labelled_run(*arguments, **options):

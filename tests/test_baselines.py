@@ -8,7 +8,7 @@ import pytest
 from numpy_adapter import ChangePredictor, NumpyAdapter, ScriptedPredictor
 
 from smartfrz import baselines
-from smartfrz.baselines import AutoFreeze, FullTraining, LinearFreezing, WeightChange
+from smartfrz.baselines import AutoFreeze, EarlyStop, FullTraining, LinearFreezing, WeightChange
 from smartfrz.baselines.linear_freezing import annealed, moments
 from smartfrz.errors import StateError, UnsupportedModelError
 from smartfrz.predictor.controller import FreezeController, OneProcess, schedule, stages_apart
@@ -424,7 +424,28 @@ def test_a_policy_that_only_says_its_confidence_is_enough():
 
 
 def test_public_names():
-    names = ["AutoFreeze", "FullTraining", "LinearFreezing", "WeightChange"]
+    names = ["AutoFreeze", "EarlyStop", "FullTraining", "LinearFreezing", "WeightChange"]
     public = [n for n, v in vars(baselines).items() if n[0] != "_" and isinstance(v, type)]
     assert sorted(public) == baselines.__all__ == names
     assert dataclasses.is_dataclass(WeightChange)
+
+
+def test_stopping_early_shortens_what_is_counted_in_steps():
+    early = EarlyStop.at_time_of(30.0, 50.0)
+    assert early == EarlyStop(0.6)
+    assert (early.steps(1000), early.steps(50), early.steps(1)) == (600, 30, 1)
+    assert EarlyStop(1.0).steps(77) == 77
+    # a method that was slower than full training is compared with full training
+    assert EarlyStop.at_time_of(60.0, 50.0) == EarlyStop(1.0)
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, 1.01, math.nan])
+def test_a_share_of_training_lies_between_nothing_and_all_of_it(share):
+    with pytest.raises(ValueError, match=r"`share` is .*; expected a share of the steps of full training in \(0, 1\]"):
+        EarlyStop(share)
+
+
+@pytest.mark.parametrize(("seconds", "full"), [(0.0, 1.0), (1.0, 0.0), (math.nan, 1.0), (1.0, math.inf)])
+def test_times_are_positive(seconds, full):
+    with pytest.raises(ValueError, match="expected positive numbers"):
+        EarlyStop.at_time_of(seconds, full)

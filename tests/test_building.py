@@ -9,9 +9,11 @@ import torch
 from builder_fixtures import PLAN, RULE, SMALL, labelled, recorded_runs
 
 from smartfrz.dataset_builder.building import build_predictor, evaluate_predictor, mean_quality
+from smartfrz.predictor.evaluation import Regression
 from smartfrz.predictor.runtime import Predictor
 from smartfrz.predictor.training import Quality, score, weight_change
 
+METHODS = ["predictor", "weight change", "weight change calibrated", "logistic regression"]
 DIGEST = hashlib.sha256(b"the recordings").hexdigest()
 QUICK = dataclasses.replace(SMALL, epochs=1)
 
@@ -76,16 +78,41 @@ def test_the_card_shows_the_baseline_beside_the_predictor(built):
     header, *body = rows(built[1], "held out")
     assert header[1:3] == ["judged by", "AUC"]
     assert [row[:2] for row in body] == [
-        [held_out, method]
-        for held_out in ("cnn", "transformer", "mean")
-        for method in ("predictor", "weight change", "weight change calibrated")
+        [held_out, method] for held_out in ("cnn", "transformer", "mean") for method in METHODS
     ]
     for column in range(2, len(header)):
-        for method in range(3):
-            values = [float(row[column]) for row in body[method::3]]
+        for method in range(4):
+            values = [float(row[column]) for row in body[method::4]]
             assert values[2] == pytest.approx((values[0] + values[1]) / 2, abs=2e-3)
     _, *validated = rows(built[1], "runs")
-    assert [row[1] for row in validated] == ["predictor", "weight change"]
+    assert [row[1] for row in validated] == METHODS
+
+
+def test_the_card_tells_of_data_sets_that_were_held_out(built):
+    path, card, _ = built
+    section = card[card.index("## A data set that it never saw") :]
+    _, *body = rows(section, "held out")
+    assert [row[0] for row in body] == ["data_a"] * 4 + ["data_b"] * 4 + ["mean"] * 4
+    assert list(Predictor(path).info.metrics["leave_one_dataset_out"]) == ["data_a", "data_b"]
+
+
+def test_the_card_shows_how_sure_to_be_of_a_confidence(built):
+    path, card, _ = built
+    errors = Predictor(path).info.metrics["calibration_error"]
+    assert list(errors) == ["architecture", "dataset"]
+    for group, title in (("architecture", "## An architecture"), ("dataset", "## A data set")):
+        header, *body = rows(card[card.index(title) :], "confidence")
+        assert header[1:] == METHODS
+        assert [row[0] for row in body] == [f"{k / 10:.1f} to {(k + 1) / 10:.1f}" for k in range(10)] + [
+            "expected calibration error"
+        ]
+        assert [float(cell) for cell in body[-1][1:]] == pytest.approx(
+            [errors[group][method.replace(" ", "_")] for method in METHODS], abs=1e-3
+        )
+        for column in range(1, 5):
+            counts = [int(row[column].split("(")[1].strip(")").replace(",", "")) for row in body[:-1] if row[column]]
+            # the windows of all runs, of three seeds
+            assert sum(counts) == 3 * sum((run.labels >= 0)[:, 3:].sum() for run in labelled(recorded_runs()))
 
 
 def test_the_card_lists_the_recordings(built):
@@ -105,7 +132,7 @@ def test_progress_rises_to_one(built):
     assert done == sorted(done)
     assert done[-1] == pytest.approx(1.0)
     phases = [text.split(":")[0] for _, text in built[2]]
-    assert list(Counter(phases)) == ["without cnn", "without transformer", "final"]
+    assert list(Counter(phases)) == ["without cnn", "without transformer", "without data_a", "without data_b", "final"]
 
 
 def test_the_same_seed_gives_the_same_file(tmp_path, recorded):
@@ -154,16 +181,20 @@ def test_evaluation_marks_the_runs_that_the_predictor_knows(built, recorded):
         | {name: "(validated on)" for name in metrics["validated_on"]}
         | {"new": "(held out)"}
     )
-    assert [row[1] for row in body] == ["predictor", "weight change"] * 5
+    assert [row[1] for row in body] == ["predictor", "weight change", "logistic regression"] * 5
 
 
 def test_evaluation_uses_the_stored_thresholds(built):
     predictor, runs = Predictor(built[0]), labelled(recorded_runs({"new": "mlp"}))
-    header, model, baseline = rows(evaluate_predictor(predictor, runs), "run")
-    known = runs[0].labels >= 0
+    table = evaluate_predictor(predictor, runs)
+    header, model, baseline, regression = rows(table, "run")
+    assert "of the 1 runs that are held out" in table
+    assert rows(table, "confidence")[0][1:] == ["predictor", "weight change", "logistic regression"]
+    known, fitted = runs[0].labels >= 0, predictor.info.metrics["logistic_regression"]
     for row, values, threshold in (
         (model, score(predictor, runs, SMALL)[0], predictor.info.threshold),
         (baseline, weight_change(runs, SMALL)[0], predictor.info.metrics["weight_change_threshold"]),
+        (regression, Regression.from_dict(fitted).score(runs, SMALL)[0], fitted["threshold"]),
     ):
         decided = known & np.isfinite(values)
         accuracy = ((values >= threshold) == runs[0].labels)[decided].mean()

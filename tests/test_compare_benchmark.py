@@ -1,8 +1,11 @@
 """The comparison of all methods, on digits: real training, at a size of seconds."""
 
+import gc
 import json
 import statistics
+import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +24,13 @@ from torch.nn.functional import cross_entropy  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from benchmarks import compare, compare_results  # noqa: E402
-from benchmarks.compare_results import METHODS, matthews, read_lines, standard_error, tables  # noqa: E402
+from benchmarks.compare_results import EARLY, METHODS, matthews, read_lines, standard_error, tables  # noqa: E402
 from benchmarks.tasks import DIGITS, TIERS, Task, data_of  # noqa: E402
 from smartfrz import zoo  # noqa: E402
 from smartfrz.adapters.torch import trace_layers  # noqa: E402
 
 TASKS = ["vgg-digits", "vit-digits"]
-FREEZING = [method for method in METHODS if method not in ("full", "early-stop")]
+FREEZING = [method for method in METHODS if method != "full" and not compare_results.stops_early(method)]
 
 
 @pytest.fixture(scope="module")
@@ -122,13 +125,26 @@ def test_flops_are_those_of_the_layers_that_were_trained(lines, task):
 @pytest.mark.parametrize("task", TASKS)
 def test_stopping_early_takes_the_share_of_steps_that_smartfrz_took_of_the_time(lines, task):
     early, fast = of(lines, task, "early-stop"), of(lines, task, "smartfrz")
-    share = fast["cpu_seconds"] / fast["full_cpu_seconds"]
+    share = min(1.0, fast["cpu_seconds"] / fast["full_cpu_seconds"])  # a slower run is compared with full training
     assert early["steps"] == max(1, round(share * fast["full_steps"]))
     assert early["time_of_smartfrz"] == early["cpu_seconds"] / fast["cpu_seconds"]
-    rounding = abs(early["time_of_smartfrz"] / early["drift"]["cpu_seconds"] - 1)
     assert compare_results.share_of_full(early) == pytest.approx(early["steps"] / early["full_steps"])
     assert of(lines, task, "similarity-guided")["drift"] == early["drift"]
-    assert rounding <= 0.5 / (share * fast["full_steps"]) + 1e-9
+    if share < 1.0:
+        rounding = abs(early["time_of_smartfrz"] / early["drift"]["cpu_seconds"] - 1)
+        assert rounding <= 0.5 / (share * fast["full_steps"]) + 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_shorter_full_training_needs_no_other_method(lines, task, tmp_path):
+    full = of(lines, task, "full")
+    for method, share in EARLY.items():
+        line = of(lines, task, method)
+        assert line["steps"] == max(1, round(share * full["steps"]))
+        assert line["backward_flops"] == full["backward_flops"] / full["steps"] * line["steps"]
+        assert not line["events"]
+        assert "drift" not in line
 
 
 @pytest.mark.slow
@@ -207,9 +223,83 @@ def test_differences_are_paired_by_seed():
     table = tables(lines).splitlines()
     row = next(row for row in table if row.startswith("| linear | 2"))
     deviation = statistics.stdev([49, 71])
-    assert f"| 60.0 ± {deviation:.1f} | +0.0 ± 1.4 | 50.0 ± 14.1 % | 50.0 ± 14.1 % | 40.0 % | 100.0 % |" in row
+    error = deviation / np.sqrt(2)
+    times = "50.0 ± 14.1 (10.0) %"
+    assert (
+        f"| 60.0 ± {deviation:.1f} ({error:.1f}) | +0.0 ± 1.4 (1.0) |  | {times} | {times} | 40.0 % | 100.0 % |" in row
+    )
     assert "test set (400): 2.4." in "\n".join(table)
-    assert next(row for row in table if row.startswith("| linear | 1")).endswith("+0.00 (cpu made-up) | 50.0 % |")
+    overall = next(row for row in table if row.startswith("| linear | 1"))
+    assert overall.endswith("| +0.00 (1.00) | +0.00 (cpu made-up) | 50.0 % |  |  |")
+
+
+def early(method, seed, accuracy, steps):
+    return made_up(method, seed, accuracy, steps, steps=steps, full_steps=10)
+
+
+def test_stopping_early_is_interpolated_at_the_time_of_each_method_of_each_seed():
+    lines = [made_up("full", 0, 0.8, 10.0), early("early-stop-50", 0, 0.7, 5), early("early-stop-30", 0, 0.4, 3)]
+    lines += [made_up("full", 1, 0.9, 10.0), early("early-stop-50", 1, 0.8, 5), early("early-stop-30", 1, 0.5, 3)]
+    lines += [made_up("linear", 0, 0.6, 4.0), made_up("linear", 1, 0.81, 7.5)]
+    assert compare_results.early_curve(lines, 0) == ([0.3, 0.5, 1.0], pytest.approx([40.0, 70.0, 80.0]))
+    # halfway between 40 and 70; halfway between 80 and 90
+    assert compare_results.against_early(lines, "linear") == pytest.approx([60 - 55, 81 - 85])
+    # before the shortest one that was measured, the shortest; of seeds without full training, nothing
+    lines += [made_up("autofreeze", 0, 0.5, 1.0), made_up("autofreeze", 2, 0.5, 1.0)]
+    assert compare_results.against_early(lines, "autofreeze") == pytest.approx([50 - 40])
+    table = tables(lines)
+    assert "| linear | 2 | 70.5 ± 14.8 (10.5) | -14.5 ± 7.8 (5.5) | +0.5 ± 6.4 (4.5) |" in table
+    assert "| linear | 1 | -14.50 (5.50) | -14.50 (cpu made-up) | 57.5 % | +0.50 (4.50) | 1 of 1 |" in table
+    assert "| early-stop-50 | 1 | -10.00 (0.00) | -10.00 (cpu made-up) | 50.0 % |  |  |" in table
+    assert compare_results._early_point({"made-up": lines}, "early-stop-30") == pytest.approx((70.0, -40.0))
+    assert compare_results._early_point({"made-up": lines}, "early-stop-85") is None
+
+
+def test_the_error_over_tasks_is_that_of_their_seeds():
+    mean, error = compare_results.mean_of_tasks([[1.0, 3.0], [-1.0, 1.0, 0.0]])
+    assert mean == 1.0
+    assert error == pytest.approx(np.sqrt(2 / 2 + 1 / 3) / 2)
+    assert compare_results.mean_of_tasks([[1.0], [2.0, 4.0]]) == (2.0, None)
+
+
+WRITE = """
+import pathlib, sys
+from benchmarks.lines import add_line
+for number in range(40):
+    add_line(pathlib.Path(sys.argv[1]), {"name": sys.argv[2], "number": number, "much": "x" * 2000})
+"""
+
+
+def test_two_processes_add_to_one_file_and_no_line_is_lost(tmp_path):
+    path = tmp_path / "new" / "r.jsonl"
+    writers = [subprocess.Popen([sys.executable, "-c", WRITE, str(path), name], cwd=ROOT) for name in "ab"]
+    assert [writer.wait(60) for writer in writers] == [0, 0]
+    found = read_lines(path)
+    for name in "ab":
+        assert [line["number"] for line in found if line["name"] == name] == list(range(40))
+
+
+def test_runs_of_a_job_share_its_data(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setitem(DIGITS, "vgg-digits", DIGITS["vgg-digits"]._replace(data=counted(made)))
+    path, predictor = tmp_path / "r.jsonl", str(zoo.load("smartfrz-base").path)
+    options = ["run", "--tier", "digits", "--tasks", "vgg-digits", "--samples", "48", "--epochs", "1", "--seeds", "0,1"]
+    options += ["--methods", "full,early-stop-50", "--folder", str(tmp_path), "--predictor", predictor]
+    compare.main([*options, "--results", str(path)])
+    assert len(made) == 1
+    compare.main([*options, "--results", str(path)])
+    assert len(made) == 1  # nothing to do, nothing to read
+    gc.collect()
+    assert [reference() for reference in made] == [None]
+
+
+def counted(made):
+    def data(most):
+        samples, test = DIGITS["vit-digits"].data(most)
+        made.append(weakref.ref(samples))
+        return samples, test
+
+    return data
 
 
 def test_standard_errors():

@@ -11,9 +11,9 @@ import time
 import pytest
 from builder_fixtures import DIGIT_RUNS, invoke, write_digit_recipes, write_recipe
 
-from smartfrz.dataset_builder.cli import _can_hold_out
 from smartfrz.dataset_builder.cli import main as build
 from smartfrz.dataset_builder.recipes import reference_file
+from smartfrz.predictor.evaluation import can_hold_out
 from smartfrz.predictor.runtime import Predictor
 
 COMMAND = [sys.executable, "-c", "from smartfrz.dataset_builder import main; main()"]
@@ -157,4 +157,4 @@ def test_what_training_would_refuse_is_said_before_recording(tmp_path):
     ("architectures", "possible"), [("aabb", True), ("aaab", False), ("abc", True), ("aaa", False), ("ab", False)]
 )
 def test_holding_out_needs_two_runs_besides(architectures, possible):
-    assert _can_hold_out(list(architectures)) is possible
+    assert can_hold_out(list(architectures)) is possible

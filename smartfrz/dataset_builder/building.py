@@ -12,17 +12,26 @@ from smartfrz.dataset_builder.labels import LabelRule, label_layers, soft_target
 from smartfrz.dataset_builder.storage import RecordedRun
 from smartfrz.files import replacing
 from smartfrz.predictor.contract import PredictorInfo
+from smartfrz.predictor.evaluation import (
+    Baselines,
+    Judged,
+    Regression,
+    Reliability,
+    can_hold_out,
+    leave_one_out,
+    reliability_table,
+    weight_change_confidence,
+)
 from smartfrz.predictor.export import export
 from smartfrz.predictor.model import FreezePredictor
 from smartfrz.predictor.runtime import Predictor
 from smartfrz.predictor.training import (
     LabelledRun,
     Quality,
+    Scores,
     TrainingOptions,
-    best_accuracy_threshold,
     calibrate,
     fit,
-    leave_one_architecture_out,
     quality,
     score,
     split,
@@ -30,6 +39,7 @@ from smartfrz.predictor.training import (
 )
 
 Progress = Callable[[float, str], None]
+HeldOut = dict[str, dict[str, dict[str, list[Judged]]]]  # what is held out, which one, method, a judgement a seed
 
 
 def labelled_runs(recorded: Sequence[RecordedRun], rule: LabelRule, records: int) -> list[LabelledRun]:
@@ -42,8 +52,17 @@ def labelled_runs(recorded: Sequence[RecordedRun], rule: LabelRule, records: int
         every = max(1, round(run.facts["recipe"]["recording"]["records"] / records))
         labels, targets = label_layers(run.cka, rule), soft_targets(run.cka, rule)
         thin = slice(every - 1, None, every)
-        runs.append(LabelledRun(run.name, run.architecture, run.weights[:, thin], labels[:, thin], targets[:, thin]))
+        weights, dataset = run.weights[:, thin], dataset_of(run.facts)
+        runs.append(LabelledRun(run.name, run.architecture, weights, labels[:, thin], targets[:, thin], dataset))
     return runs
+
+
+def dataset_of(facts: dict[str, Any]) -> str:
+    """The data set of a recording, by its recipe: the function that makes it, or the folder of pictures."""
+    data = facts["recipe"].get("data", {})
+    source = str(data.get("source", "")).rpartition(":")[2] or str(data.get("folder", ""))
+    name = data.get("arguments", {}).get("name", "")
+    return " ".join(part for part in (source, str(name)) if part) or "unknown"
 
 
 @dataclass(frozen=True)
@@ -124,11 +143,17 @@ def build_predictor(
         PredictorFileError: If the exported file answers differently from the trained network.
     """
     share = 0.8 if cross_validate else 0.0
-    by_seed = (
-        leave_one_architecture_out(runs, options, lambda done, text: progress(share * done, text))
-        if cross_validate
-        else {}
-    )
+    held_out: HeldOut = {}
+    if cross_validate:
+        by_dataset = can_hold_out([run.dataset for run in runs])
+        part = share / 2 if by_dataset else share
+        held_out["architecture"] = leave_one_out(
+            runs, options, "architecture", lambda done, text: progress(part * done, text)
+        )
+        if by_dataset:
+            held_out["dataset"] = leave_one_out(
+                runs, options, "dataset", lambda done, text: progress(part * (1 + done), text)
+            )
     train, validation = base.split(runs, options.seed) if base else split(runs, options.seed)
     network = base.network if base else None
 
@@ -138,24 +163,28 @@ def build_predictor(
     model = fit(train, validation, options, report, network)
     scores = score(model, validation, options)
     threshold = calibrate(scores, validation, options, options.precision)
-    baseline = best_accuracy_threshold(weight_change(train, options), train, options)
-    on_validation = {
-        "predictor": quality(scores, validation, threshold, options),
-        "weight_change": quality(weight_change(validation, options), validation, baseline, options),
+    baselines = Baselines.fit(train, train, options)
+    on_validation = {"predictor": quality(scores, validation, threshold, options)} | {
+        method: judged.quality for method, judged in baselines.judge(validation, validation, options).items()
     }
     if base:
         before = score(base.network, validation, options)
         on_validation[base.info.name] = quality(before, validation, base.info.threshold, options)
+    said = baselines.scores("logistic_regression", validation, options)
+    regression_threshold = calibrate(said, validation, options, options.precision)
     metrics = {
         "label_rule": rule.to_dict(),
         "trained_on": sorted({run.name for run in train}),
         "validated_on": sorted(run.name for run in validation),
         "validation": _plain(on_validation),
-        "leave_one_architecture_out": {
-            architecture: _plain({method: mean_quality(q) for method, q in methods.items()})
-            for architecture, methods in by_seed.items()
+        "leave_one_architecture_out": _means(held_out.get("architecture", {})),
+        "leave_one_dataset_out": _means(held_out.get("dataset", {})),
+        "calibration_error": {
+            group: {method: round(reliability.error, 4) for method, reliability in _pooled(methods).items()}
+            for group, methods in held_out.items()
         },
-        "weight_change_threshold": baseline,
+        "weight_change_threshold": baselines.weight_change,
+        "logistic_regression": baselines.statistics.to_dict() | {"threshold": regression_threshold},
     }
     if base:
         everything = {run.name: run for run in (*train, *validation)}.values()
@@ -173,7 +202,7 @@ def build_predictor(
         min_records=options.min_records,
     )
     difference = export(model, info, output)
-    card = write_card(info, recorded, on_validation, by_seed, difference, options)
+    card = write_card(info, recorded, on_validation, held_out, difference, options)
     with replacing(output.with_suffix(".md")) as temporary:
         temporary.write_text(card, encoding="utf-8")
     return card
@@ -185,6 +214,25 @@ def answers_moved(
     """Mean absolute difference of the confidences that two networks give on each run, by its name; four digits."""
     pairs = zip(runs, score(model, runs, options), score(base, runs, options), strict=True)
     return {run.name: round(float(np.nanmean(np.abs(ours - theirs))), 4) for run, ours, theirs in pairs}
+
+
+def _means(methods: dict[str, dict[str, list[Judged]]]) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Of each group that was held out: means over seeds."""
+    return {group: _plain({m: _mean_of(found) for m, found in by.items()}) for group, by in methods.items()}
+
+
+def _mean_of(judged: Sequence[Judged]) -> Quality:
+    return mean_quality([one.quality for one in judged])
+
+
+def _pooled(methods: dict[str, dict[str, list[Judged]]]) -> dict[str, Reliability]:
+    """Of each method, the windows of all groups and seeds together."""
+    found: dict[str, Reliability] = {}
+    for by in methods.values():
+        for method, judged in by.items():
+            for one in judged:
+                found[method] = found[method] + one.reliability if method in found else one.reliability
+    return found
 
 
 def _plain(results: dict[str, Quality]) -> dict[str, dict[str, float | None]]:
@@ -214,7 +262,7 @@ def write_card(
     info: PredictorInfo,
     recorded: Sequence[RecordedRun],
     validation: dict[str, Quality],
-    by_seed: dict[str, dict[str, list[Quality]]],
+    held_out: HeldOut,
     difference: float,
     options: TrainingOptions,
 ) -> str:
@@ -232,27 +280,8 @@ def write_card(
         f"Runtime differ by at most {difference:.1g}.",
         "",
     ]
-    if by_seed:
-        held_out = {a: {m: mean_quality(q) for m, q in methods.items()} for a, methods in by_seed.items()}
-        methods = list(next(iter(by_seed.values())))
-        means = {m: mean_quality([q[m] for q in held_out.values()]) for m in methods}
-        seeds = range(len(next(iter(by_seed.values()))["predictor"]))
-        each = [mean_quality([q["predictor"][seed] for q in by_seed.values()]) for seed in seeds]
-        lines += [
-            "## An architecture that it never saw",
-            "",
-            f"Trained anew without each architecture, with {len(each)} seeds, judged on that architecture's runs (means over"
-            " seeds and runs; pooled AUC: over the windows of all its runs together). The baseline, "
-            "weight change, is the relative change over the last 3 records, with the threshold of the highest accuracy "
-            "on the training runs.",
-            "",
-            *_table(held_out | {"mean": means}, "held out"),
-            "",
-            f"Mean AUC of the predictor by seed: {', '.join(f'{q.auc:.3f}' for q in each)} (pooled: "
-            f"{', '.join(f'{q.pooled_auc:.3f}' for q in each)}); of the baseline: {means['weight_change'].auc:.3f} (pooled: "
-            f"{means['weight_change'].pooled_auc:.3f}).",
-            "",
-        ]
+    for group, methods in held_out.items():
+        lines += _never_seen(group, methods)
     if "base" in info.metrics:
         lines += _continued(info, options)
     lines += [
@@ -278,6 +307,42 @@ def write_card(
             f"{accuracies['reference']:.3f}, {accuracies['recorded']:.3f} | {used} |"
         )
     return "\n".join([*lines, "", f"SHA-256 of the recordings: `{info.dataset_sha256}`.", ""])
+
+
+def _never_seen(group: str, by_seed: dict[str, dict[str, list[Judged]]]) -> list[str]:
+    """What a card says of architectures or data sets that were held out."""
+    what = {"architecture": "architecture", "dataset": "data set"}[group]
+    groups = {name: {m: _mean_of(found) for m, found in by.items()} for name, by in by_seed.items()}
+    methods = list(next(iter(groups.values())))
+    means = {m: mean_quality([q[m] for q in groups.values()]) for m in methods}
+    seeds = range(len(next(iter(by_seed.values()))["predictor"]))
+    each = [mean_quality([q["predictor"][seed].quality for q in by_seed.values()]) for seed in seeds]
+    return [
+        f"## {'An' if what[0] == 'a' else 'A'} {what} that it never saw",
+        "",
+        f"Trained anew without each {what}, with {len(each)} seeds, judged on that {what}'s runs (means over"
+        " seeds and runs; pooled AUC: over the windows of all its runs together). The baseline, "
+        "weight change, is the relative change over the last 3 records, with the threshold of the highest accuracy "
+        "on the training runs; calibrated, with one chosen as the predictor's is. Logistic regression reads the change over "
+        "1, 3, 10 and all records of the same history, their ratios and slope, and how long the history is.",
+        "",
+        *_table(groups | {"mean": means}, "held out"),
+        "",
+        f"Mean AUC of the predictor by seed: {', '.join(f'{q.auc:.3f}' for q in each)} (pooled: "
+        f"{', '.join(f'{q.pooled_auc:.3f}' for q in each)}); of the baselines: "
+        + "; ".join(
+            f"{m.replace('_', ' ')} {means[m].auc:.3f} (pooled: {means[m].pooled_auc:.3f})"
+            for m in methods
+            if m not in ("predictor", "weight_change_calibrated")
+        )
+        + ".",
+        "",
+        "How sure to be of a confidence: the share of windows with it that were ready, and how many those are, over "
+        "everything that was held out.",
+        "",
+        *reliability_table({m: [reliability] for m, reliability in _pooled(by_seed).items()}),
+        "",
+    ]
 
 
 def _continued(info: PredictorInfo, options: TrainingOptions) -> list[str]:
@@ -320,12 +385,35 @@ def evaluate_predictor(predictor: Predictor, runs: Sequence[LabelledRun]) -> str
     seen |= dict.fromkeys(base.get("trained_on", []), " (its base trained on)")
     seen |= dict.fromkeys(info.metrics.get("trained_on", []), " (trained on)")
     seen |= dict.fromkeys(info.metrics.get("validated_on", []), " (validated on)")
-    baseline = info.metrics.get("weight_change_threshold", 2.0)
-    results = {
-        run.name + seen.get(run.name, " (held out)"): {
-            "predictor": quality(score(predictor, [run], options), [run], info.threshold, options),
-            "weight_change": quality(weight_change([run], options), [run], baseline, options),
+    results: dict[str, dict[str, Quality]] = {}
+    known: dict[str, list[Reliability]] = {}
+    for run in runs:
+        judged = {
+            method: Judged(quality(scores, [run], threshold, options), Reliability.of(confidence, [run], options))
+            for method, (scores, confidence, threshold) in _said(predictor, [run], options).items()
         }
-        for run in runs
-    }
-    return "\n".join(_table(results, "run"))
+        results[run.name + seen.get(run.name, " (held out)")] = {m: one.quality for m, one in judged.items()}
+        if run.name not in seen:
+            for method, one in judged.items():
+                known.setdefault(method, []).append(one.reliability)
+    lines = _table(results, "run")
+    if known:
+        unseen = [run for run in runs if run.name not in seen]
+        lines += ["", f"Confidence, and share that was ready, of the {len(unseen)} runs that are held out:", ""]
+        lines += reliability_table(known)
+    return "\n".join(lines)
+
+
+def _said(
+    predictor: Predictor, runs: Sequence[LabelledRun], options: TrainingOptions
+) -> dict[str, tuple[Scores, Scores, float]]:
+    """Scores, confidences and threshold of a predictor, and of the baselines that its file holds."""
+    metrics, threshold = predictor.info.metrics, predictor.info.metrics.get("weight_change_threshold", 2.0)
+    own = score(predictor, runs, options)
+    change = weight_change(runs, options), weight_change_confidence(runs, options, threshold)
+    said = {"predictor": (own, own, predictor.info.threshold), "weight_change": (*change, threshold)}
+    if "logistic_regression" in metrics:  # older files have none
+        fitted = metrics["logistic_regression"]
+        probability = Regression.from_dict(fitted).score(runs, options)
+        said["logistic_regression"] = probability, probability, fitted["threshold"]
+    return said

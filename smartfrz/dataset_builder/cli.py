@@ -392,6 +392,7 @@ def _old_files(base: Any, folder: Path, new_names: set[str]) -> list[Path]:
 def _train(plan: _Plan, files: Sequence[Path]) -> None:
     """Train, export, write the card and print it."""
     from smartfrz.dataset_builder.building import build_predictor, labelled_runs
+    from smartfrz.predictor.evaluation import can_hold_out
 
     _quiet_exporter()
     new = [read_run(path) for path in files]
@@ -403,7 +404,7 @@ def _train(plan: _Plan, files: Sequence[Path]) -> None:
         base = dataclasses.replace(base, runs=labelled_runs(old, plan.rule, plan.records))
     cross_validate = plan.cross_validate
     if cross_validate is None:
-        cross_validate = _can_hold_out([run.architecture for run in new])
+        cross_validate = can_hold_out([run.architecture for run in new])
         if not cross_validate:
             click.echo(
                 "Too few runs to hold out each architecture in turn: the card says nothing of new ones.", err=True
@@ -429,12 +430,6 @@ def _train(plan: _Plan, files: Sequence[Path]) -> None:
             raise click.ClickException(str(error)) from error
     click.echo(card)
     click.echo(f"Wrote {plan.output} and {plan.output.with_suffix('.md')}.")
-
-
-def _can_hold_out(architectures: list[str]) -> bool:
-    """Whether there are two architectures, and without each two runs left: to train on and to validate on."""
-    rest = [len(architectures) - architectures.count(architecture) for architecture in set(architectures)]
-    return len(rest) > 1 and min(rest) > 1
 
 
 @main.command()

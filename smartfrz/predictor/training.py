@@ -1,7 +1,6 @@
 """Training a predictor offline, and judging it on runs that it has not seen."""
 
 import copy
-import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +32,7 @@ class LabelledRun:
         labels: 1 freeze, 0 keep training, -1 unknown; int8 `[num_layers, timestamps]`.
         targets: What is trained on: how clearly to freeze, in [0, 1], float32 of the same shape.
             Defaults to the labels.
+        dataset: Data sets are held out together.
     """
 
     name: str
@@ -40,6 +40,7 @@ class LabelledRun:
     weights: NDArray[np.float32]
     labels: NDArray[np.int8]
     targets: NDArray[np.float32] | None = None
+    dataset: str = "unknown"
 
 
 @dataclass(frozen=True)
@@ -488,41 +489,19 @@ def leave_one_architecture_out(
     progress: Callable[[float, str], None] = lambda fraction, text: None,
     num_seeds: int = 3,
 ) -> dict[str, dict[str, list[Quality]]]:
-    """Train without one architecture and judge on it; the same for each.
+    """Train without one architecture and judge on it; the same for each. See `smartfrz.predictor.evaluation`.
 
     Returns:
-        Architecture to `{"predictor": [...], "weight_change": [...], "weight_change_calibrated": [...]}`,
-        one result a seed. The threshold of `weight_change` is the most accurate one on the training
-        runs; the other two are calibrated on the validation runs.
+        Architecture to method to one result a seed. The threshold of `weight_change` is the most accurate one on the
+        training runs; the others are calibrated on the validation runs.
 
     Raises:
         ValueError: If there are fewer than two architectures.
     """
-    architectures = sorted({run.architecture for run in runs})
-    if len(architectures) < 2:
-        raise ValueError(
-            f"Holding out an architecture needs at least two: received runs of {architectures}. Record another one."
-        )
-    results: dict[str, dict[str, list[Quality]]] = {}
-    for index, held_out in enumerate(architectures):
-        rest = [run for run in runs if run.architecture != held_out]
-        test = [run for run in runs if run.architecture == held_out]
-        threshold = best_accuracy_threshold(weight_change(rest, options), rest, options)
-        baseline = quality(weight_change(test, options), test, threshold, options)
-        methods = results[held_out] = {"predictor": [], "weight_change": [], "weight_change_calibrated": []}
-        for number in range(num_seeds):
-            seeded = dataclasses.replace(options, seed=options.seed + number)
-            train, validation = split(rest, seeded.seed)
+    from smartfrz.predictor.evaluation import leave_one_out  # which builds on this module
 
-            def report(done: float, text: str, round_done: int = index * num_seeds + number, a: str = held_out) -> None:
-                progress((round_done + done) / len(architectures) / num_seeds, f"without {a}: {text}")
-
-            model = fit(train, validation, seeded, report)
-            methods["weight_change"].append(baseline)
-            for name, judge in (
-                ("predictor", lambda runs, model=model: score(model, runs, options)),
-                ("weight_change_calibrated", lambda runs: weight_change(runs, options)),
-            ):
-                threshold = calibrate(judge(validation), validation, seeded, seeded.precision)
-                methods[name].append(quality(judge(test), test, threshold, seeded))
-    return results
+    judged = leave_one_out(runs, options, "architecture", progress, num_seeds)
+    return {
+        held_out: {method: [one.quality for one in found] for method, found in methods.items()}
+        for held_out, methods in judged.items()
+    }
