@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # The plain requirement would bring gigabytes of CUDA; a CPU build is enough for demo and tests.
 TORCH ?= torch==2.13.0
+# The parser of Triton's model configurations, for the tests.
+TRITON ?= tritonclient[grpc]
 # The tests run Keras on each of its backends.
 KERAS ?= keras==3.15.1 tensorflow-cpu==2.21.0 jax==0.10.2 tensorboard
 RUN := $(VENV)/bin/python -m
@@ -21,7 +23,7 @@ help:
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) pip install -q --disable-pip-version-check "$(TORCH)" -e ".[build,demo,hf,lightning,hub,cpu]" peft $(KERAS) \
-		pytest pytest-xdist hypothesis ruff mypy
+		"$(TRITON)" pytest pytest-xdist hypothesis ruff mypy
 	touch $@
 
 demo: $(VENV)/.installed

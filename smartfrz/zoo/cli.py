@@ -14,7 +14,7 @@ import click
 from smartfrz.errors import DownloadError, PredictorFileError, SmartFRZError
 from smartfrz.files import replacing
 from smartfrz.predictor.runtime import Predictor
-from smartfrz.zoo import cache, download, embedded_folder, located, publish, registry, urls
+from smartfrz.zoo import cache, download, embedded_folder, file_of, located, publish, registry, triton, urls
 from smartfrz.zoo.registry import Entry
 
 _CARD_SIZE = 2**20
@@ -168,6 +168,34 @@ def publish_(file: Path, target: str, card: Path | None, private: bool, **facts:
     entry = publish.describe(file, **facts)
     address = publish.publish(file, target, entry, publish.card_of(card or file), private=private)
     click.echo(f"published {entry}: smartfrz zoo download {entry} --registry {address}")
+
+
+@zoo.command()
+@click.argument("name")
+@_registries
+@click.option(
+    "--triton",
+    "folder",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="A model repository of Triton Inference Server; made if there is none.",
+)
+@click.option("--name", "model", default="", help="Of the model there. Default: the name in the file.")
+@click.option(
+    "--max-layers",
+    default=triton.MAX_LAYERS,
+    type=click.IntRange(0),
+    show_default=True,
+    help="Layers of one run, in which Triton puts requests together. 0: no batching, tensors as in the file.",
+)
+def export(name: str, registries: tuple[str, ...], folder: Path, model: str, max_layers: int) -> None:
+    """Write a predictor as other servers want it.
+
+    NAME is a name, name@version, path or address.
+    """
+    with _plain_warnings(), file_of(name, registries) as path:
+        place = triton.export(path, folder, name=model, max_layers=max_layers)
+    click.echo(f"wrote {place}: tritonserver --model-repository={folder.absolute()}")
 
 
 @zoo.command("path")
