@@ -26,10 +26,15 @@ $(VENV)/.installed: pyproject.toml
 		"$(TRITON)" pytest pytest-xdist hypothesis ruff mypy
 	touch $@
 
+# The JavaScript example is a test as well. Nothing but the package itself is fetched.
+examples/node_modules/.installed: examples/package.json
+	cd examples && npm install --ignore-scripts --no-package-lock --no-audit --no-fund
+	touch $@
+
 demo: $(VENV)/.installed
 	$(VENV)/bin/smartfrz demo
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed $(if $(shell command -v npm),examples/node_modules/.installed)
 	$(RUN) pytest -n auto --dist loadscope
 
 lint: $(VENV)/.installed
