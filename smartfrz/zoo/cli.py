@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -119,7 +120,7 @@ def download_(name: str, registries: tuple[str, ...], output: Path | None) -> No
 
 
 @zoo.command()
-@click.argument("path", required=False, type=click.Path(exists=True, path_type=Path))
+@click.argument("path", required=False, type=click.Path(path_type=Path))
 def verify(path: Path | None) -> None:
     """Check a predictor, or a folder with a registry; without PATH, this package and the cache."""
     faults = 0
@@ -247,8 +248,21 @@ def _to_verify(path: Path | None) -> Iterator[tuple[str, Path, str | None]]:
             yield str(entry), _path(entry), entry.sha256
         for file in cache.kept():
             yield str(file), file, file.stem
+    elif not path.exists():
+        known = re.fullmatch(registry.NAME, str(path).partition("@")[0]) and not path.suffix
+        raise click.BadParameter(
+            f"'{path}' does not exist; expected a predictor (.onnx), a registry (.json), or a folder with {registry.FILE}. "
+            + (f"If {path} is a name: smartfrz zoo path {path} says where its file lies. " if known else "")
+            + "Without PATH, this package and the cache are checked.",
+            param_hint="PATH",
+        )
     elif path.is_dir() or path.suffix == ".json":
         place = path / registry.FILE if path.is_dir() else path
+        if not place.exists():
+            raise click.BadParameter(
+                f"'{path}' has no {registry.FILE}; expected a folder with one. Pass the .onnx file itself.",
+                param_hint="PATH",
+            )
         for entry in registry.parse(place.read_bytes(), place.absolute().as_uri()):
             if local := urls.local_path(entry.address):
                 yield str(entry), local, entry.sha256
