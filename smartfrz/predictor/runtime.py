@@ -212,7 +212,7 @@ class Predictor:
                 f"{expected}. Pass what encode() or advance() returned for these layers."
             )
         self._check_history(newest, lengths, past)
-        feed = {HISTORY: newest, LENGTHS: lengths, PAST_KEYS: keys, PAST_VALUES: values}
+        feed: dict[str, NDArray[Any]] = {HISTORY: newest, LENGTHS: lengths, PAST_KEYS: keys, PAST_VALUES: values}
         return Advance(*self._run([CONFIDENCE, ATTENTION, KEYS, VALUES], feed))
 
     def _check_incremental(self) -> None:
