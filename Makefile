@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # The plain requirement would bring gigabytes of CUDA; a CPU build is enough for demo and tests.
 TORCH ?= torch==2.13.0
+# The parser of Triton's model configurations, for the tests.
+TRITON ?= tritonclient[grpc]
 # The tests run Keras on each of its backends.
 KERAS ?= keras==3.15.1 tensorflow-cpu==2.21.0 jax==0.10.2 tensorboard
 RUN := $(VENV)/bin/python -m
@@ -20,14 +22,19 @@ help:
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) pip install -q --disable-pip-version-check "$(TORCH)" -e ".[build,demo,hf,lightning,hub,cpu]" peft $(KERAS) \
-		pytest pytest-xdist hypothesis ruff mypy
+	$(RUN) pip install -q --disable-pip-version-check "$(TORCH)" -e ".[build,demo,hf,lightning,hub,ray,cpu]" peft $(KERAS) \
+		"$(TRITON)" pytest pytest-xdist hypothesis ruff mypy
+	touch $@
+
+# The JavaScript example is a test as well. Nothing but the package itself is fetched.
+examples/node_modules/.installed: examples/package.json
+	cd examples && npm install --ignore-scripts --no-package-lock --no-audit --no-fund
 	touch $@
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/smartfrz demo
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed $(if $(shell command -v npm),examples/node_modules/.installed)
 	$(RUN) pytest -n auto --dist loadscope
 
 lint: $(VENV)/.installed

@@ -44,6 +44,7 @@ MAY_IMPORT = {
         "dataset_builder",
         "predictor",
         "adapters.torch",
+        "adapters.keras",  # in keras_recording.py only
         "errors",
         "files",
         "plots",
@@ -115,3 +116,13 @@ def test_onnxruntime_and_torch_are_imported_where_the_design_says():
             found.setdefault(name.partition(".")[0], set()).add(file.name)
     assert found["onnxruntime"] == {"runtime.py"}
     assert found["torch"] == TRAINING_ONLY
+
+
+def test_keras_is_imported_by_one_module_of_the_dataset_builder():
+    folder = Path(smartfrz.__file__).parent / "dataset_builder"
+    found = {f.name for f in folder.glob("*.py") if any(n.partition(".")[0] == "keras" for n in imports_of(f))}
+    adapters = {
+        f.name for f in folder.glob("*.py") if any(n.startswith("smartfrz.adapters.keras") for n in imports_of(f))
+    }
+    assert found == adapters == {"keras_recording.py"}
+    assert "keras" not in loaded_after("import smartfrz.dataset_builder.recording")

@@ -2,6 +2,7 @@ import importlib.metadata
 import logging
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ ort = pytest.importorskip("onnxruntime")
 
 from smartfrz import zoo  # noqa: E402
 from smartfrz.errors import MissingDependencyError, PredictorFileError  # noqa: E402
+from smartfrz.predictor import runtime  # noqa: E402
 from smartfrz.predictor.contract import PREFIX, seal  # noqa: E402
 from smartfrz.predictor.runtime import Predictor  # noqa: E402
 
@@ -142,6 +144,102 @@ def test_cuda_where_there_is_none(predictor_file):
         pytest.skip("this machine has CUDA")
     with pytest.raises(MissingDependencyError, match=r"device='cuda' was asked for.*smartfrz\[gpu\].*device=\"auto\""):
         Predictor(predictor_file, device="cuda")
+
+
+@pytest.fixture
+def mock_gpu_build(monkeypatch):
+    """As if CUDA were compiled in; a session asked for it gets what `behaviour` says. Nothing is said yet."""
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(runtime, "_said", set())
+    real = ort.InferenceSession
+
+    def behave(behaviour):
+        def session(content, options, providers, **more):
+            if "CUDAExecutionProvider" not in providers:
+                return real(content, options, providers=providers)
+            assert more == {"enable_fallback": 0}  # it would print
+            return behaviour(real(content, options, providers=["CPUExecutionProvider"]))
+
+        monkeypatch.setattr(ort, "InferenceSession", session)
+
+    return behave
+
+
+def no_device(session):
+    raise RuntimeError("CUDA failure 100: no CUDA-capable device is detected\nand more")
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "reason"),
+    [(lambda session: session, ""), (no_device, " (CUDA failure 100: no CUDA-capable device is detected)")],
+)
+def test_mock_gpu_build_without_a_usable_gpu_says_so_once_and_uses_the_cpu(
+    mock_gpu_build, behaviour, reason, predictor_file, caplog, capfd
+):
+    mock_gpu_build(behaviour)
+    for _ in range(2):
+        assert Predictor(predictor_file).device == "cpu"
+    (message,) = caplog.messages
+    assert f"cannot use a GPU here{reason}: predictors run on the CPU" in message
+    Predictor(predictor_file, device="cpu").predict(HISTORY, LENGTHS)
+    assert len(caplog.messages) == 1
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(MissingDependencyError, match=r"device='cuda' was asked for, but ONNX Runtime cannot use it"):
+        Predictor(predictor_file, device="cuda")
+
+
+def test_mock_gpu_runs_are_bound_and_in_one_piece(mock_gpu_build, predictor_file, predictor, monkeypatch):
+    class OnGpu:
+        """A session that says it runs on a GPU, and counts."""
+
+        def __init__(self, session):
+            self._session, self.bound = session, 0
+
+        def get_providers(self):
+            return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+        def run_with_iobinding(self, *arguments):
+            self.bound += 1
+            self._session.run_with_iobinding(*arguments)
+
+        def __getattr__(self, name):
+            assert name != "run"
+            return getattr(self._session, name)
+
+    mock_gpu_build(OnGpu)
+    on_cpu = runtime._BoundRun
+    monkeypatch.setattr(runtime, "_BoundRun", lambda session, device: on_cpu(session, {"cuda": "cpu"}[device]))
+    gpu = Predictor(predictor_file)
+    assert gpu.device == "cuda"
+    history = np.random.default_rng(0).normal(size=(100, 10, 64)).cumsum(1).astype(np.float32)
+    lengths = np.full(100, 10)
+    answer = gpu.predict(history, lengths)
+    assert gpu._session.bound == 1
+    np.testing.assert_allclose(answer.confidence, predictor.predict(history, lengths).confidence, atol=1e-6)
+
+
+def test_bound_runs_answer_as_plain_ones(predictor):
+    """On the CPU: there the buffers are its own memory."""
+    bound, rng = runtime._BoundRun(predictor._session, "cpu"), np.random.default_rng(0)
+    for shape in ((3, 5, 64), (3, 5, 64), (4, 10, 64), (2, 1, 64)):
+        history = rng.normal(size=shape).astype(np.float32)
+        kept, lengths = history.copy(), np.full(shape[0], shape[1])
+        answer = bound(["confidence", "attention"], {"history": history, "lengths": lengths})
+        for one, other in zip(answer, predictor.predict(history, lengths), strict=True):
+            np.testing.assert_array_equal(one, other)
+        np.testing.assert_array_equal(history, kept)
+        assert bound(["attention"], {"history": history[:, ::-1], "lengths": lengths})[0].shape == shape[:2]
+    np.testing.assert_array_equal(history, kept)
+
+
+def test_bound_runs_of_several_threads_do_not_mix(predictor):
+    bound, rng = runtime._BoundRun(predictor._session, "cpu"), np.random.default_rng(0)
+    histories, lengths = rng.normal(size=(16, 6, 10, 64)).astype(np.float32), np.full(6, 10)
+    expected = [predictor.predict(history, lengths).confidence for history in histories]
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda h: bound(["confidence"], {"history": h, "lengths": lengths})[0], histories))
+    for one, other in zip(answers, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_an_unknown_device(predictor_file):

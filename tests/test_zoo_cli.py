@@ -21,14 +21,22 @@ SHA256 = registry.sha256(BASE.read_bytes())
 WRONG_USAGE = {
     "no such command": (["lst"], "No such command 'lst'"),
     "no name": (["download"], "Missing argument 'NAME'"),
-    "no file to verify": (["verify", "{empty}/gone.onnx"], "does not exist"),
+    "no file to verify": (
+        ["verify", "{empty}/gone.onnx"],
+        "gone.onnx' does not exist; expected a predictor (.onnx), a registry (.json), or a folder with registry.json",
+    ),
+    "a name to verify": (
+        ["verify", "smartfrz-base"],
+        "smartfrz-base is a name: smartfrz zoo path smartfrz-base says where",
+    ),
+    "a folder without registry": (["verify", "{empty}"], "has no registry.json; expected a folder with one"),
     "no file to add": (["add", "{empty}/gone.onnx", "{empty}"], "does not exist"),
     "no target": (["publish", "{base}"], "Missing argument 'TARGET'"),
     "an address that is not kept": (["download", "https://example.org/x.onnx"], "Add it, or pass --output"),
 }
 FAILURES = {
     "unknown name": (["show", "smartfrz-bse"], "Did you mean 'smartfrz-base'?"),
-    "unknown version": (["path", "smartfrz-base@9"], "has no version 9. Known versions: 1."),
+    "unknown version": (["path", "smartfrz-base@99"], "has no version 99. Known versions: "),
     "missing registry": (["list", "--registry", "{empty}"], "registry.json does not exist"),
     "unencrypted registry": (["list", "--registry", "http://example.org/zoo"], "is not encrypted"),
     "no predictor": (["add", "{text}", "{empty}"], "is not a SmartFRZ predictor, or is cut"),
@@ -90,12 +98,16 @@ def test_failures(case, places, tmp_path):
 def test_list():
     result = smartfrz("list")
     assert result.exit_code == 0
-    header, row = result.stdout.splitlines()
+    header, *rows = result.stdout.splitlines()
+    row = next(row for row in rows if row.startswith("smartfrz-base@"))
+    assert len(rows) == len(registry.embedded())
     assert header.split()[:2] == ["predictor", "window"]
-    assert row.split()[:6] == ["smartfrz-base@1", "30", "1024", "motion", "vision,language", "0.873"]
+    entry = registry.find("smartfrz-base")
+    facts = [str(entry), str(entry.window), str(entry.tailored_size), entry.representation, ",".join(entry.domains)]
+    assert row.split()[:6] == [*facts, f"{entry.metrics['auc']:.3f}"]
     assert row.endswith("in this package")
-    (entry,) = json.loads(smartfrz("list", "--json").stdout)
-    assert entry["sha256"] == SHA256
+    listed = {entry["name"]: entry for entry in json.loads(smartfrz("list", "--json").stdout)}
+    assert listed["smartfrz-base"]["sha256"] == SHA256
 
 
 def test_show():
@@ -128,7 +140,7 @@ def test_download_path_and_verify(server, tmp_path, monkeypatch):
 
     result = smartfrz("verify")
     assert result.exit_code == 0
-    assert [line.split()[0] for line in result.stdout.splitlines()] == ["ok", "ok"]
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["ok"] * (len(registry.embedded()) + 1)
     path.write_bytes(path.read_bytes()[:-10])
     result = smartfrz("verify")
     assert result.exit_code == 1
@@ -187,7 +199,7 @@ def test_add_and_publish(places, tmp_path):
     address = (tmp_path / "zoo" / "registry.json").as_uri()
     assert result.stdout == f"published bare@3: smartfrz zoo download bare@3 --registry {address}\n"
     listed = json.loads(smartfrz("list", "--registry", tmp_path / "zoo", "--json").stdout)
-    assert [(e["name"], e["version"], e["domains"]) for e in listed[1:]] == [
+    assert [(e["name"], e["version"], e["domains"]) for e in listed[len(registry.embedded()) :]] == [
         ("bare", "3", []),
         ("mine", "1", ["vision", "language"]),
     ]

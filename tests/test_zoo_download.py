@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -59,6 +60,7 @@ def server(tmp_path_factory):
     (folder / "damaged.onnx").write_bytes(other)
     (folder / "text.onnx").write_text("no predictor\n")
     process = ServerProcess(tmp_path_factory.mktemp("log") / "log", "zoo_server.py", folder)
+    process.folder = folder
     yield process
     process.stop()
 
@@ -184,13 +186,15 @@ def test_a_redirect_in_circles_ends(server):
 
 
 def test_a_cut_is_gone_on_with(server):
-    assert fetched(f"{server.url}/once-1000000/tiny-zoo-1.onnx", size=len(CONTENT)) == CONTENT
-    assert server.requests("once-1000000") == ["-", "bytes=1000000-"]
+    cut = len(CONTENT) // 4
+    assert fetched(f"{server.url}/once-{cut}/tiny-zoo-1.onnx", size=len(CONTENT)) == CONTENT
+    assert server.requests(f"once-{cut}") == ["-", f"bytes={cut}-"]
 
 
 def test_several_cuts_without_a_known_size(server):
-    assert fetched(f"{server.url}/cut-1500000/tiny-zoo-1.onnx") == CONTENT
-    assert server.requests("cut-1500000") == ["-", "bytes=1500000-", "bytes=3000000-"]
+    cut = len(CONTENT) // 3 + 1
+    assert fetched(f"{server.url}/cut-{cut}/tiny-zoo-1.onnx") == CONTENT
+    assert server.requests(f"cut-{cut}") == ["-", f"bytes={cut}-", f"bytes={2 * cut}-"]
 
 
 def test_a_server_without_ranges_begins_anew(server):
@@ -214,12 +218,13 @@ def test_the_wrong_part_of_a_file_is_refused(server):
 
 
 def test_a_server_that_always_cuts_is_given_up_and_what_came_is_kept(server, registry_of, folder):
-    path = registry_of("cut-100000")
-    with pytest.raises(UnreachableError, match=rf"broke off after 500000 of {len(CONTENT)} bytes\. Tried 5 times"):
+    cut = len(CONTENT) // 8
+    path, arrived = registry_of(f"cut-{cut}"), 5 * cut
+    with pytest.raises(UnreachableError, match=rf"broke off after {arrived} of {len(CONTENT)} bytes\. Tried 5 times"):
         zoo.load("tiny-zoo", registries=[path])
-    assert (folder / "predictors" / f"{SHA256}.part").read_bytes() == CONTENT[:500000]
+    assert (folder / "predictors" / f"{SHA256}.part").read_bytes() == CONTENT[:arrived]
     assert zoo.load("tiny-zoo", device="cpu", registries=[registry_of("plain")]).info.name == "smartfrz-base"
-    assert server.requests("plain")[-1] == "bytes=500000-"
+    assert server.requests("plain")[-1] == f"bytes={arrived}-"
     assert parts(folder) == [f"{SHA256}.onnx"]
 
 
@@ -250,7 +255,9 @@ def test_a_server_that_says_nothing_is_given_up(monkeypatch):
 
 def test_a_file_with_another_hash_is_not_kept(registry_of, folder):
     path = registry_of("plain", sha256="a" * 64)
-    with pytest.raises(ChecksumError, match=r"has SHA-256 16a47437de8a...; expected aaaaaaaaaaaa... for tiny-zoo@1"):
+    with pytest.raises(
+        ChecksumError, match=rf"has SHA-256 {SHA256[:12]}\.\.\.; expected aaaaaaaaaaaa\.\.\. for tiny-zoo@1"
+    ):
         zoo.load("tiny-zoo", registries=[path])
     assert parts(folder) == []
 
@@ -261,6 +268,42 @@ def test_a_beginning_of_another_file_is_noticed(server, registry_of, folder):
     zoo.load("tiny-zoo", device="cpu", registries=[registry_of("plain")])
     assert server.requests("plain")[-2:] == ["bytes=1000-", "-"]
     assert parts(folder) == [f"{SHA256}.onnx"]
+
+
+# Mode of the server, or an address on it, and what the error says
+REFUSED_BY_NAME = {
+    "zip bomb": ("gzip", "comes with Content-Encoding 'gzip'; expected the plain file"),
+    "flood": ("bomb", f"goes on after {len(CONTENT)} bytes, which is all it may have"),
+    "sends more than it says": (
+        "short",
+        f"has {len(CONTENT) // 2} bytes; expected {len(CONTENT)}, as its registry says",
+    ),
+    "sends less than it says": ("long", f"has {len(CONTENT) * 2} bytes; expected {len(CONTENT)}"),
+    "redirect to a file": ("/redirect?to=file:///etc/passwd", "another scheme; that is not followed"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_BY_NAME)
+def test_nothing_of_a_refused_file_is_kept(case, server, registry_of, folder):
+    mode, message = REFUSED_BY_NAME[case]
+    path = registry_of("plain", url=f"{server.url}{mode}") if mode.startswith("/") else registry_of(mode)
+    with pytest.raises(DownloadError, match=message):
+        zoo.load("tiny-zoo", registries=[path])
+    assert parts(folder) == []
+
+
+def test_an_archive_under_the_name_of_a_predictor_is_not_unpacked(server, registry_of, folder):
+    archive = server.folder / "archive.onnx"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("../../evil.txt", bytes(2**24))
+    content = archive.read_bytes()
+    path = registry_of(
+        "plain", url=f"{server.url}/plain/archive.onnx", size=len(content), sha256=registry.sha256(content)
+    )
+    with pytest.raises(PredictorFileError, match="is not a SmartFRZ predictor, or is cut"):
+        zoo.load("tiny-zoo", registries=[path])
+    assert parts(folder) == []
+    assert not list(folder.parent.parent.rglob("evil.txt"))
 
 
 def test_what_is_no_predictor_is_not_kept(server, registry_of, folder):
@@ -318,13 +361,13 @@ def test_a_killed_download_is_gone_on_with(server, registry_of, folder):
     process = start(registry_of("slow"))
     part = folder / "predictors" / f"{SHA256}.part"
     go(process)
-    wait_for(lambda: part.exists() and part.stat().st_size > 500_000)
+    wait_for(lambda: part.exists() and part.stat().st_size > len(CONTENT) // 8)
     process.kill()
     process.wait()
     process.stdin.close()
     process.stdout.close()
     arrived = part.stat().st_size
-    assert 500_000 < arrived < len(CONTENT)
+    assert len(CONTENT) // 8 < arrived < len(CONTENT)
     assert parts(folder) == [part.name]
     zoo.load("tiny-zoo", device="cpu", registries=[registry_of("plain")])
     assert server.requests("plain")[-1] == f"bytes={arrived}-"
@@ -343,9 +386,9 @@ def test_a_cache_that_cannot_be_written_is_done_without(registry_of, tmp_path, m
 
 
 def test_a_full_disk(registry_of, folder):
-    """No file may grow beyond a megabyte, in a process of its own: neither in the cache nor among temporary files."""
+    """No file may grow beyond a quarter of it, in a process of its own: neither in the cache nor among temporary files."""
     code = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))\n"
+        f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({len(CONTENT) // 4}, {len(CONTENT) // 4}))\n"
         "from smartfrz import zoo\n"
         "try: zoo.load('tiny-zoo', registries=[sys.argv[1]])\n"
         "except zoo.DownloadError as error: print(error)"

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from smartfrz.adapters.torch.costs import measure_step
 from smartfrz.adapters.torch.layers import LayerReader, trace_layers
-from smartfrz.dataset_builder.recipes import Recipe, build_data, build_model, reference_file
+from smartfrz.dataset_builder.recipes import Recipe, build_data, build_model, is_keras, reference_file
 from smartfrz.dataset_builder.recording import (
     arguments,
     evaluate,
@@ -81,6 +81,11 @@ def check_recipe(recipe: Recipe, runs: Path) -> Check:
     if init_missing:
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, init=""))
     model = build_model(recipe, recipe.seed, runs)
+    if is_keras(model):
+        raise RecipeError(
+            f"Recipe {recipe.name!r} has a model of Keras, of which nothing is measured here; expected one of PyTorch. "
+            "Record it with a few epochs instead."
+        )
     loader = training_loader(train_data, recipe.training)
     inputs, targets = next(iter(loader))
     _check_targets(recipe, targets, forward(model.eval(), inputs))

@@ -1,13 +1,10 @@
 """`smartfrz-build`: record runs, label them, train a predictor, evaluate it."""
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
-import queue
-from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
-from multiprocessing.managers import SyncManager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +14,15 @@ from click.core import ParameterSource
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from smartfrz.cli import Group
+from smartfrz.dataset_builder.engines import Engine, LocalEngine
 from smartfrz.dataset_builder.labels import LabelRule, label_layers
-from smartfrz.dataset_builder.processes import end_with_parent
+from smartfrz.dataset_builder.places import on_this_machine
 from smartfrz.dataset_builder.recipes import Recipe, load_recipe
 from smartfrz.dataset_builder.storage import RecordedRun, read_run, run_files
 from smartfrz.errors import RecipeError
 from smartfrz.files import replacing
 from smartfrz.predictor.contract import REPRESENTATIONS, PredictorInfo
+from smartfrz.zoo import urls
 
 # For going on from a base: docs/recipes.md has what was measured.
 _FURTHER_LEARNING_RATE = 1e-4
@@ -77,66 +76,129 @@ def check(recipe: Path, runs: Path) -> None:
     click.echo(describe(loaded, check_recipe(loaded, runs)))
 
 
+_RECORDING = ("engine", "workers", "threads", "address", "cpus", "gpus", "retries")
+
+
 def _recording_options(command: Any) -> Any:
-    for option in (
-        click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1), help="Recipes at once."),
+    options = (
+        click.option(
+            "--engine",
+            type=click.Choice(["local", "ray"]),
+            default="local",
+            show_default=True,
+            help="Processes on this machine, or tasks of a Ray cluster.",
+        ),
+        click.option(
+            "--workers", default=1, show_default=True, type=click.IntRange(min=1), help="Recipes at once, local."
+        ),
         click.option(
             "--threads",
             default=None,
             type=click.IntRange(min=1),
-            help="PyTorch threads a worker. Default: PyTorch's own choice.",
+            help="PyTorch threads of a recipe. Default: PyTorch's own choice; with --engine ray as many as --cpus.",
         ),
-    ):
+        click.option(
+            "--address",
+            default=None,
+            metavar="HOST:PORT",
+            help="Of the Ray cluster. Default: RAY_ADDRESS, else a new one.",
+        ),
+        click.option("--cpus", default=1.0, show_default=True, type=click.FloatRange(0), help="Of a Ray task."),
+        click.option("--gpus", default=0.0, show_default=True, type=click.FloatRange(0), help="Of a Ray task."),
+        click.option(
+            "--retries",
+            default=3,
+            show_default=True,
+            type=click.IntRange(0),
+            help="Of a Ray task whose machine died, or which could not read or write.",
+        ),
+    )
+    for option in reversed(options):  # as decorators, the last one is applied first
         command = option(command)
     return command
 
 
 @main.command()
 @click.argument("recipes", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--output", "-o", default="runs", show_default=True, type=click.Path(path_type=Path, file_okay=False))
+@click.option("--output", "-o", default="runs", show_default=True, help="Folder; with --engine ray also an address.")
 @_recording_options
-def record(recipes: tuple[Path, ...], output: Path, workers: int, threads: int | None) -> None:
+def record(recipes: tuple[Path, ...], output: str, **options: Any) -> None:
     """Train a reference model, train again, and record weights and CKA.
 
     Finished recordings are kept: after an interruption, run the same command again.
     """
     loaded = [load_recipe(path) for path in recipes]
     _check_names(loaded)
-    _record_all(loaded, output, workers, threads)
+    _record_all(loaded, output, **options)
 
 
-def _record_all(loaded: list[Recipe], output: Path, workers: int, threads: int | None) -> list[Path]:
-    """Record recipes, each in a process; the files, in the order of the recipes."""
+@contextlib.contextmanager
+def _engine(
+    output: str,
+    engine: str,
+    workers: int,
+    threads: int | None,
+    address: str | None,
+    cpus: float,
+    gpus: float,
+    retries: int,
+) -> Iterator[Engine]:
+    """The engine that the options ask for.
+
+    Raises:
+        click.UsageError: If options do not belong together.
+    """
+    if engine == "ray":
+        from smartfrz.dataset_builder.ray_engine import RayEngine, RayOptions
+
+        if _given("workers"):
+            raise click.UsageError(
+                "--workers is for --engine local. On Ray, --cpus says how many recipes fit a machine."
+            )
+        try:
+            with RayEngine(output, RayOptions(address, cpus, gpus, retries, threads)) as chosen:
+                yield chosen
+        except ConnectionError as error:
+            raise click.ClickException(f"No Ray cluster answers at {address}: {error}") from error
+        return
+    for name in ("address", "cpus", "gpus", "retries"):
+        if _given(name):
+            raise click.UsageError(f"--{name} is for --engine ray.")
+    if urls.is_url(output):
+        raise click.UsageError(f"{output!r} is an address, to which only --engine ray records. Pass a folder.")
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    with LocalEngine(folder, workers, threads) as chosen_here:
+        yield chosen_here
+
+
+def _record_all(loaded: list[Recipe], output: str, **options: Any) -> list[str]:
+    """Record recipes; paths or addresses of the recordings, in the order of the recipes."""
     waiting = {recipe.name: recipe for recipe in loaded}
-    output.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[what]}"))
     bars = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=rich.console.Console(stderr=True))
-    context = get_context("spawn")  # forked workers deadlock in PyTorch's threads
-    manager = SyncManager(ctx=context)
-    manager.start(end_with_parent)
-    failures, files = [], {}
-    with manager, bars, ProcessPoolExecutor(workers, context, end_with_parent) as pool:
+    failures, places = [], {}
+    with _engine(output, **options) as engine, bars:
         tasks = {name: bars.add_task(name, total=1.0, what="waiting") for name in waiting}
-        messages = manager.Queue()
-        running: dict[Future[Path], str] = {}
+        running: set[str] = set()
         while waiting or running:
-            for name in _ready(waiting, set(running.values())):
-                future = pool.submit(_record, waiting.pop(name), output, threads, messages)
-                running[future] = name
-            finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
-            _show(messages, bars, tasks)
-            for future in finished:
-                name = running.pop(future)
-                error = future.exception()
+            for name in _ready(waiting, running):
+                engine.start(waiting.pop(name))
+                running.add(name)
+            results = engine.finished(timeout=0.5)
+            for message in engine.messages():
+                bars.update(tasks[message.name], completed=message.fraction, what=message.text)
+            for name, place, error in results:
+                running.remove(name)
                 bars.update(tasks[name], completed=0 if error else 1.0, what="failed" if error else "done")
                 if error:
                     failures.append(f"{name}: {error}")
                 else:
-                    files[name] = future.result()
-                    click.echo(files[name])
+                    places[name] = place
+                    click.echo(place)
     if failures:
         raise click.ClickException("Not recorded:\n" + "\n".join(failures))
-    return [files[recipe.name] for recipe in loaded]
+    return [places[recipe.name] for recipe in loaded]
 
 
 def _check_names(recipes: list[Recipe]) -> None:
@@ -163,25 +225,6 @@ def _check_names(recipes: list[Recipe]) -> None:
 def _ready(waiting: dict[str, Recipe], running: set[str]) -> list[str]:
     """Recipes whose initial weights no unfinished recipe has still to make."""
     return [name for name, recipe in waiting.items() if recipe.model.init not in running | set(waiting)]
-
-
-def _record(recipe: Recipe, output: Path, threads: int | None, messages: Any) -> Path:
-    import torch
-
-    from smartfrz.dataset_builder.recording import record as record_one
-
-    if threads:
-        torch.set_num_threads(threads)
-    return record_one(recipe, output, lambda fraction, text: messages.put((recipe.name, fraction, text)))
-
-
-def _show(messages: Any, bars: Progress, tasks: dict[str, Any]) -> None:
-    while True:
-        try:
-            name, fraction, text = messages.get_nowait()
-        except queue.Empty:
-            return
-        bars.update(tasks[name], completed=fraction, what=text)
 
 
 def _rule_options(command: Any) -> Any:
@@ -443,10 +486,10 @@ def train(runs: Path, **options: Any) -> None:
 
 @main.command()
 @click.argument("recipes", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--runs", default="runs", show_default=True, type=click.Path(path_type=Path, file_okay=False))
+@click.option("--runs", default="runs", show_default=True, help="Folder; with --engine ray also an address.")
 @_recording_options
 @_training_options
-def run(recipes: tuple[Path, ...], runs: Path, workers: int, threads: int | None, **options: Any) -> None:
+def run(recipes: tuple[Path, ...], runs: str, **options: Any) -> None:
     """Record recipes, label, train, evaluate, export and write the card, in one go.
 
     After an interruption at any point, run the same command again: what is recorded is kept, and training, which starts
@@ -454,13 +497,14 @@ def run(recipes: tuple[Path, ...], runs: Path, workers: int, threads: int | None
     """
     loaded = [load_recipe(path) for path in recipes]
     _check_names(loaded)
+    recording = {name: options.pop(name) for name in _RECORDING}
     plan = _plan([recipe.name for recipe in loaded], **options)
     _check_enough(loaded, plan)
-    files = _record_all(loaded, runs, workers, threads)
-    for path in files:
-        _show_labels(read_run(path), plan.rule)
-    _train(plan, files)
-    _evaluate(plan.output, files)
+    with on_this_machine(_record_all(loaded, runs, **recording)) as files:
+        for path in files:
+            _show_labels(read_run(path), plan.rule)
+        _train(plan, files)
+        _evaluate(plan.output, files)
 
 
 def _check_enough(recipes: list[Recipe], plan: _Plan) -> None:

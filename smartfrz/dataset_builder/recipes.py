@@ -27,7 +27,7 @@ _KINDS: dict[Any, Any] = {str: str, int: int, float: (int, float), bool: bool, d
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """`[model]`: `source` is `module:callable`, or `torchvision:`, `timm:`, `transformers:` and a name."""
+    """`[model]`: `source` is `module:callable`, or a library (as `timm`), a colon, and a name."""
 
     source: str
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -206,8 +206,14 @@ def _resolve(recipe: Recipe, key: str, source: str) -> Callable[..., Any]:
     return found
 
 
-def build_model(recipe: Recipe, seed: int, runs: Path | None = None) -> nn.Module:
-    """Make the recipe's model, with initial weights drawn from `seed` or read from `model.init`.
+def is_keras(model: Any) -> bool:
+    """Whether a model is one of Keras. On its PyTorch backend it is an `nn.Module` as well."""
+    keras = sys.modules.get("keras")
+    return keras is not None and isinstance(model, keras.Model)
+
+
+def build_model(recipe: Recipe, seed: int, runs: Path | None = None) -> Any:
+    """Make the recipe's model, an `nn.Module` or a `keras.Model`, with initial weights from `seed` or `model.init`.
 
     Args:
         recipe: The recipe.
@@ -218,22 +224,36 @@ def build_model(recipe: Recipe, seed: int, runs: Path | None = None) -> nn.Modul
         RecipeError: If the model or its initial weights cannot be found or do not fit.
         MissingDependencyError: If the library that the recipe names is not installed.
     """
+    make = _maker(recipe)
     torch.manual_seed(seed)
-    library, _, name = recipe.model.source.partition(":")
-    arguments = recipe.model.arguments
-    if library in _LIBRARIES:
-        try:
-            model = _LIBRARIES[library](name, arguments)
-        except ImportError as error:
-            raise MissingDependencyError(
-                f"Recipe {recipe.name!r} takes its model from {library}, which cannot be imported ({error}). "
-                f"Install it with: pip install {library}"
-            ) from error
-    else:
-        model = _resolve(recipe, "model", recipe.model.source)(**arguments)
+    model = make()
+    if is_keras(model):
+        from smartfrz.dataset_builder.keras_recording import seeded
+
+        model = seeded(make, seed)  # only now one knows that Keras has to be seeded
     if recipe.model.init:
         _load_init(recipe, model, runs)
     return model
+
+
+def _maker(recipe: Recipe) -> Callable[[], Any]:
+    """What makes the model, from nothing but PyTorch's or Keras's random state."""
+    library, _, name = recipe.model.source.partition(":")
+    arguments = recipe.model.arguments
+    if library not in _LIBRARIES:
+        source = _resolve(recipe, "model", recipe.model.source)
+        return lambda: source(**arguments)
+
+    def make() -> Any:
+        try:
+            return _LIBRARIES[library](name, arguments)
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"Recipe {recipe.name!r} takes its model from {library}, which cannot be imported ({error}). "
+                f"Install it with: pip install {_PACKAGES.get(library, library)}"
+            ) from error
+
+    return make
 
 
 def _torchvision(name: str, arguments: dict[str, Any]) -> nn.Module:
@@ -254,7 +274,27 @@ def _transformers(name: str, arguments: dict[str, Any]) -> nn.Module:
     return AutoModelForSequenceClassification.from_pretrained(name, **arguments)
 
 
-_LIBRARIES = {"torchvision": _torchvision, "timm": _timm, "transformers": _transformers}
+def _keras(name: str, arguments: dict[str, Any]) -> Any:
+    from smartfrz.dataset_builder.keras_recording import application
+
+    return application(name, arguments)
+
+
+def _keras_hub(name: str, arguments: dict[str, Any]) -> Any:
+    import keras_hub
+
+    # Inputs come from the recipe's own data, as tensors.
+    return keras_hub.models.Task.from_preset(name, **{"preprocessor": None, **arguments})
+
+
+_LIBRARIES: dict[str, Callable[[str, dict[str, Any]], Any]] = {
+    "torchvision": _torchvision,
+    "timm": _timm,
+    "transformers": _transformers,
+    "keras": _keras,
+    "keras_hub": _keras_hub,
+}
+_PACKAGES = {"keras": '"smartfrz[keras]"', "keras_hub": "keras-hub"}
 
 
 def reference_file(runs: Path, name: str) -> Path:
@@ -262,29 +302,39 @@ def reference_file(runs: Path, name: str) -> Path:
     return runs / f"{name}.reference.safetensors"
 
 
-def _load_init(recipe: Recipe, model: nn.Module, runs: Path | None) -> None:
-    from safetensors import SafetensorError
+def _load_init(recipe: Recipe, model: Any, runs: Path | None) -> None:
+    from safetensors import SafetensorError, numpy
     from safetensors.torch import load_file
 
     path = recipe.folder / recipe.model.init
     if path.suffix != ".safetensors" and runs is not None:
         path = reference_file(runs, recipe.model.init)
     try:
-        saved = load_file(path)
+        saved = numpy.load_file(path) if is_keras(model) else load_file(path)
     except (OSError, SafetensorError) as error:
         raise RecipeError(
             f"Recipe {recipe.name!r}: model.init is {recipe.model.init!r}, but {path.name!r} cannot be read ({error}). "
             "Record the recipe it names first, or give a safetensors file relative to the recipe."
         ) from error
-    own = model.state_dict()
-    # A head for other classes stays as initialised: that is what fine-tuning means.
-    fitting = {k: v for k, v in saved.items() if k in own and own[k].shape == v.shape}
-    if 2 * len(fitting) < len(own):
+    fitting, own = _load(model, saved)
+    if 2 * fitting < own:
         raise RecipeError(
-            f"Recipe {recipe.name!r}: only {len(fitting)} of the model's {len(own)} tensors are in {path.name!r} with "
+            f"Recipe {recipe.name!r}: only {fitting} of the model's {own} tensors are in {path.name!r} with "
             "the same name and shape. Give a checkpoint of this architecture."
         )
+
+
+def _load(model: Any, saved: dict[str, Any]) -> tuple[int, int]:
+    """Load the tensors that fit; how many those are, and how many the model has."""
+    # A head for other classes stays as initialised: that is what fine-tuning means.
+    if is_keras(model):
+        from smartfrz.dataset_builder.keras_recording import load_weights, num_variables
+
+        return load_weights(model, saved), num_variables(model)
+    own = model.state_dict()
+    fitting = {k: v for k, v in saved.items() if k in own and own[k].shape == v.shape}
     model.load_state_dict(fitting, strict=False)
+    return len(fitting), len(own)
 
 
 def build_data(recipe: Recipe) -> tuple[Dataset[Any], Dataset[Any]]:

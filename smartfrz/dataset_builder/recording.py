@@ -3,7 +3,7 @@
 import logging
 import math
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from smartfrz import __version__
 from smartfrz.adapters.torch.layers import Layer, LayerReader, layer_outputs, trace_layers
 from smartfrz.dataset_builder.cka import centered_gram, cka_of_grams
-from smartfrz.dataset_builder.recipes import Recipe, TrainingSpec, build_data, build_model, reference_file
+from smartfrz.dataset_builder.recipes import Recipe, TrainingSpec, build_data, build_model, is_keras, reference_file
 from smartfrz.dataset_builder.storage import RecordedRun, read_run, write_run
 from smartfrz.errors import DatasetFormatError, RecipeError
 from smartfrz.files import replacing
@@ -28,6 +28,7 @@ from smartfrz.predictor.tailoring import tailoring_positions
 logger = logging.getLogger("smartfrz")
 Progress = Callable[[float, str], None]
 Grams = dict[str, NDArray[np.float64]]
+Positions = dict[str, NDArray[np.int64]]
 
 
 def record(recipe: Recipe, output: Path, progress: Progress = lambda fraction, text: None) -> Path:
@@ -49,14 +50,27 @@ def record(recipe: Recipe, output: Path, progress: Progress = lambda fraction, t
     if is_recorded(recipe, output):
         return target
     train_data, test_data = build_data(recipe)
-    reference, accuracy = _reference(recipe, output, train_data, test_data, progress)
+    reference = build_model(recipe, recipe.seed, output)
+    if is_keras(reference):
+        from smartfrz.dataset_builder.keras_recording import record_keras
+
+        return record_keras(
+            recipe, target, lambda seed: build_model(recipe, seed, output), (train_data, test_data), progress
+        )
+    accuracy = _reference(recipe, output, reference, train_data, test_data, progress)
     probe = probe_batch(test_data, recipe.recording.probe_size)
     layers = trace_layers(reference.eval(), *arguments(probe)[0], **arguments(probe)[1])
     grams = layer_grams(reference, layers, probe)
     del reference
 
     model = build_model(recipe, recipe.seed + 1 if recipe.recording.reinitialize else recipe.seed, output)
-    recorder = _Recorder(model, layers, grams, probe, recipe)
+    reader = LayerReader(model, layers)
+
+    def measure(positions: Positions) -> tuple[Grams, NDArray[np.float32]]:
+        weights = np.stack([reader.weights(name, p) for name, p in positions.items()])
+        return layer_grams(model, layers, probe), weights
+
+    recorder = Recorder(recipe, {layer.name: reader.num_weights(layer.name) for layer in layers}, grams, measure)
 
     def on_step(step: int, total: int, loss: float, learning_rate: float) -> None:
         recorder.after_step(step, total, loss, learning_rate)
@@ -92,23 +106,21 @@ def is_recorded(recipe: Recipe, output: Path) -> bool:
 
 
 def _reference(
-    recipe: Recipe, output: Path, train_data: Dataset[Any], test_data: Dataset[Any], progress: Progress
-) -> tuple[nn.Module, float]:
-    """The finished reference model: read if an interrupted recording left it, else trained and kept."""
-    from safetensors import SafetensorError, safe_open
+    recipe: Recipe,
+    output: Path,
+    model: nn.Module,
+    train_data: Dataset[Any],
+    test_data: Dataset[Any],
+    progress: Progress,
+) -> float:
+    """Make a new model the finished reference: read if an interrupted recording left it, else trained and kept."""
     from safetensors.torch import save_model
 
     path = reference_file(output, recipe.name)
-    model = build_model(recipe, recipe.seed, output)
-    if path.exists():
-        try:
-            with safe_open(path, framework="pt") as file:
-                facts = file.metadata() or {}
-                if facts.get("recipe_sha256") == recipe.sha256:
-                    model.load_state_dict({key: file.get_tensor(key) for key in file.keys()}, strict=False)  # noqa: SIM118
-                    return model, float(facts["accuracy"])
-        except SafetensorError as error:
-            logger.warning("Training the reference of %s again: %s cannot be read (%s)", recipe.name, path.name, error)
+    known = read_reference(recipe, path, "pt")
+    if known is not None:
+        model.load_state_dict(known[0], strict=False)
+        return known[1]
     train(
         model,
         train_data,
@@ -119,20 +131,54 @@ def _reference(
     accuracy = evaluate(model, test_data)
     with replacing(path) as temporary:
         save_model(model, str(temporary), {"recipe_sha256": recipe.sha256, "accuracy": repr(accuracy)})
-    return model, accuracy
+    return accuracy
 
 
-class _Recorder:
-    """Collects tailored weights and CKA at evenly spaced steps of one training run."""
+def read_reference(recipe: Recipe, path: Path, framework: str) -> tuple[dict[str, Any], float] | None:
+    """Tensors and accuracy of a recipe's finished reference model, if there is one.
 
-    def __init__(self, model: nn.Module, layers: list[Layer], grams: Grams, probe: Any, recipe: Recipe):
-        self._model, self._layers, self._grams, self._probe = model, layers, grams, probe
+    Args:
+        recipe: The file has to be of this very recipe.
+        path: The safetensors file.
+        framework: What the tensors shall be: `pt` or `numpy`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework=framework) as file:
+            facts = file.metadata() or {}
+            if facts.get("recipe_sha256") == recipe.sha256:
+                return {key: file.get_tensor(key) for key in file.keys()}, float(facts["accuracy"])  # noqa: SIM118
+    except SafetensorError as error:
+        logger.warning("Training the reference of %s again: %s cannot be read (%s)", recipe.name, path.name, error)
+    return None
+
+
+class Recorder:
+    """Collects tailored weights and CKA at evenly spaced steps of one training run.
+
+    Args:
+        recipe: What is recorded.
+        sizes: How many weights each layer has, by its name, in execution order.
+        reference: Of the finished reference model.
+        measure: Gives what is now: the layers' Gram matrices, and their weights at positions, float32
+            `[num_layers, pool_size]`. It gets the same positions at every call.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        sizes: Mapping[str, int],
+        reference: Grams,
+        measure: Callable[[Positions], tuple[Grams, NDArray[np.float32]]],
+    ):
+        self._layers, self._reference, self._measure = list(sizes), reference, measure
         self._records = recipe.recording.records
-        self._reader = LayerReader(model, layers)
         pool = recipe.recording.pool_size
         self._positions = {
-            layer.name: tailoring_positions(layer.name, self._reader.num_weights(layer.name), pool, seed=recipe.seed)
-            for layer in layers
+            name: tailoring_positions(name, size, pool, seed=recipe.seed) for name, size in sizes.items()
         }
         self._rows: list[tuple[int, float, float, float]] = []
         self._cka: list[list[float]] = []
@@ -140,20 +186,22 @@ class _Recorder:
         self._losses: list[float] = []
 
     def after_step(self, step: int, total: int, loss: float, learning_rate: float) -> None:
+        """Measure, if it is time. `step` counts from 1 to `total`."""
         self._losses.append(loss)
         if step % max(1, round(total / self._records)) != 0:
             return
-        grams = layer_grams(self._model, self._layers, self._probe)
-        self._cka.append([cka_of_grams(self._grams[layer.name], grams[layer.name]) for layer in self._layers])
-        self._weights.append(np.stack([self._reader.weights(name, p) for name, p in self._positions.items()]))
+        grams, weights = self._measure(self._positions)
+        self._cka.append([cka_of_grams(self._reference[name], grams[name]) for name in self._layers])
+        self._weights.append(weights)
         self._rows.append((step, step / total, float(np.mean(self._losses)), learning_rate))
         self._losses = []
 
     def run(self, facts: dict[str, Any]) -> RecordedRun:
+        """All that was collected."""
         steps, fractions, losses, rates = (np.array(column) for column in zip(*self._rows, strict=True))
         return RecordedRun(
             facts,
-            [layer.name for layer in self._layers],
+            self._layers,
             steps.astype(np.int64),
             fractions,
             losses,
@@ -172,12 +220,15 @@ def layer_grams(model: nn.Module, layers: list[Layer], probe: Any) -> Grams:
     """
     with _probing(model), layer_outputs(model, layers) as outputs, torch.no_grad():
         num_examples = len(forward(model, probe))
-    return {name: _gram(output.float().numpy(), num_examples) for name, output in outputs.items()}
+    return {name: gram(output.float().numpy(), num_examples) for name, output in outputs.items()}
 
 
-def _gram(output: NDArray[np.float32], num_examples: int) -> NDArray[np.float64]:
-    # Windows or heads may be folded into the first dimension. An output without examples, such as
-    # that of position embeddings, has no CKA.
+def gram(output: NDArray[np.float32], num_examples: int) -> NDArray[np.float64]:
+    """Centered Gram matrix of a layer's output, float64 `[num_examples, num_examples]`.
+
+    Windows or heads may be folded into the first dimension. An output without examples, such as that of position
+    embeddings, has no CKA: NaN.
+    """
     if len(output) % num_examples:
         return np.full((num_examples, num_examples), np.nan)
     return centered_gram(output.reshape(num_examples, -1))
@@ -252,12 +303,21 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-            if not math.isfinite(loss.item()):
-                raise RecipeError(f"The loss is {loss.item()} at step {step}. Lower training.learning_rate.")
+            check_finite(loss.item(), step)
             on_step(step, total, loss.item(), optimizer.param_groups[0]["lr"])
             scheduler.step()
             if step == total:
                 break
+
+
+def check_finite(loss: float, step: int) -> None:
+    """Whether training makes sense still.
+
+    Raises:
+        RecipeError: If not.
+    """
+    if not math.isfinite(loss):
+        raise RecipeError(f"The loss is {loss} at step {step}. Lower training.learning_rate.")
 
 
 def optimizer_of(model: nn.Module, spec: TrainingSpec) -> torch.optim.Optimizer:

@@ -3,6 +3,8 @@
 import importlib.metadata
 import logging
 import os
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +30,7 @@ from smartfrz.predictor.inspection import MAX_FILE_SIZE, check_onnx
 
 logger = logging.getLogger("smartfrz")
 Device = Literal["auto", "cpu", "cuda"]
+_CUDA = "CUDAExecutionProvider"
 _ROWS_PER_RUN = 240  # what the graph works on stays in a core's cache then
 
 
@@ -98,7 +101,8 @@ class Predictor:
         self._check_graph(file)
         self._fetched_only = _onnxruntime().RunOptions()
         self._fetched_only.only_execute_path_to_fetches = True
-        self.device = "cuda" if "CUDAExecutionProvider" in self._session.get_providers() else "cpu"
+        self.device = "cuda" if _CUDA in self._session.get_providers() else "cpu"
+        self._run = _BoundRun(self._session, "cuda") if self.device == "cuda" else self._session.run
 
     def _check_graph(self, file: str) -> None:
         # Dynamic dimensions come as names, fixed ones as integers.
@@ -148,7 +152,7 @@ class Predictor:
         self._check_history(history, lengths)
         together = max(1, _ROWS_PER_RUN // history.shape[1]) if self.device == "cpu" else len(history)
         if len(history) <= together:
-            return Prediction(*self._session.run([CONFIDENCE, ATTENTION], {HISTORY: history, LENGTHS: lengths}))
+            return Prediction(*self._run([CONFIDENCE, ATTENTION], {HISTORY: history, LENGTHS: lengths}))
         parts = [slice(start, start + together) for start in range(0, len(history), together)]
         answers = [self.predict(history[part], lengths[part]) for part in parts]
         return Prediction(*(np.concatenate(arrays) for arrays in zip(*answers, strict=True)))
@@ -174,7 +178,7 @@ class Predictor:
         self._check_incremental()
         lengths = np.full(len(history), history.shape[1], np.int64)
         self._check_history(history, lengths)
-        answer = self._session.run([KEYS, VALUES], {HISTORY: history, LENGTHS: lengths}, self._fetched_only)
+        answer = self._run([KEYS, VALUES], {HISTORY: history, LENGTHS: lengths}, self._fetched_only)
         return answer[0], answer[1]
 
     def advance(
@@ -208,8 +212,8 @@ class Predictor:
                 f"{expected}. Pass what encode() or advance() returned for these layers."
             )
         self._check_history(newest, lengths, past)
-        feed = {HISTORY: newest, LENGTHS: lengths, PAST_KEYS: keys, PAST_VALUES: values}
-        return Advance(*self._session.run([CONFIDENCE, ATTENTION, KEYS, VALUES], feed))
+        feed: dict[str, NDArray[Any]] = {HISTORY: newest, LENGTHS: lengths, PAST_KEYS: keys, PAST_VALUES: values}
+        return Advance(*self._run([CONFIDENCE, ATTENTION, KEYS, VALUES], feed))
 
     def _check_incremental(self) -> None:
         if not self._incremental:
@@ -272,7 +276,47 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
+class _BoundRun:
+    """As `InferenceSession.run`, with inputs and outputs bound to the memory of a device.
+
+    The history stays on the host, where it is made from samples of all layers and shifted by a row at each record. A
+    decision copies it once, a few MiB, into buffers on the device that are kept from call to call; nothing is copied
+    between the nodes of the graph, and all answers come back at the end.
+
+    Args:
+        session: The session.
+        device: `"cuda"`; `"cpu"` is the same without copies, and what is tested where there is no GPU.
+    """
+
+    def __init__(self, session: Any, device: str):
+        self._session, self._device = session, device
+        self._buffers: dict[str, Any] = {}
+        self._lock = threading.Lock()  # callers in several threads share the buffers
+
+    def __call__(
+        self, outputs: Sequence[str], feed: Mapping[str, NDArray[Any]], options: Any = None
+    ) -> list[NDArray[np.float32]]:
+        with self._lock:
+            binding = self._session.io_binding()
+            for name, array in feed.items():
+                binding.bind_ortvalue_input(name, self._on_device(name, array))
+            for name in outputs:
+                binding.bind_output(name, self._device)
+            self._session.run_with_iobinding(binding, options)
+            return list(binding.copy_outputs_to_cpu())
+
+    def _on_device(self, name: str, array: NDArray[Any]) -> Any:
+        array = np.ascontiguousarray(array)
+        buffer = self._buffers.get(name)
+        if buffer is not None and tuple(buffer.shape()) == array.shape and array.size:
+            buffer.update_inplace(array)
+        else:
+            buffer = self._buffers[name] = _onnxruntime().OrtValue.ortvalue_from_numpy(array, self._device)
+        return buffer
+
+
 def _session(content: bytes, file: str, device: Device, num_threads: int) -> Any:
+    """A session on the GPU if it is to be there and can be, else on the CPU."""
     ort = _onnxruntime()
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
@@ -281,14 +325,26 @@ def _session(content: bytes, file: str, device: Device, num_threads: int) -> Any
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
-    providers = ["CPUExecutionProvider"]
+    session, reason = None, ""
     # What is available is what was compiled in, not what works here: only the session can tell.
-    if device != "cpu" and "CUDAExecutionProvider" in ort.get_available_providers():
-        providers.insert(0, "CUDAExecutionProvider")
-        if device == "auto":
-            ort.set_default_logger_severity(4)  # no error lines where falling back is fine
+    if device != "cpu" and _CUDA in ort.get_available_providers():
+        session, reason = _cuda_session(ort, content, options, quiet=device == "auto")
+        if session is None and device == "auto":
+            _say_once(
+                "The GPU build of ONNX Runtime cannot use a GPU here%s: predictors run on the CPU. It needs an NVIDIA GPU, "
+                'its driver, CUDA and cuDNN; if you want the CPU, pass device="cpu" or install "smartfrz[cpu]".',
+                f" ({reason})" if reason else "",
+            )
+    if device == "cuda" and session is None:
+        raise MissingDependencyError(
+            f"device='cuda' was asked for, but ONNX Runtime cannot use it{f' ({reason})' if reason else ''}; it has "
+            f"{ort.get_available_providers()}. Install the GPU build, pip uninstall -y onnxruntime; pip install "
+            '"smartfrz[gpu]", with CUDA and cuDNN, or pass device="auto".'
+        )
+    if session is not None:
+        return session
     try:
-        session = ort.InferenceSession(content, options, providers=providers)
+        return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except (
         state.Fail,
         state.InvalidProtobuf,
@@ -299,11 +355,28 @@ def _session(content: bytes, file: str, device: Device, num_threads: int) -> Any
         raise PredictorFileError(
             f"ONNX Runtime cannot load {file!r}: {error}. Copy the file again, or update onnxruntime."
         ) from error
+
+
+def _cuda_session(ort: Any, content: bytes, options: Any, *, quiet: bool) -> tuple[Any, str]:
+    """A session on the GPU; None, and why if that is known, where there is none that can be used."""
+    if quiet:
+        ort.set_default_logger_severity(4)  # no error lines where falling back is fine
+    try:
+        # Without its own fallback, which prints.
+        session = ort.InferenceSession(content, options, providers=[_CUDA, "CPUExecutionProvider"], enable_fallback=0)
+    except Exception as error:
+        # CUDA fails in many ways; a file that is at fault fails on the CPU as well, and is told then.
+        return None, str(error).strip().partition("\n")[0][:200]
     finally:
         ort.set_default_logger_severity(2)
-    if device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
-        raise MissingDependencyError(
-            f"device='cuda' was asked for, but ONNX Runtime runs on {session.get_providers()}. Install the GPU build, "
-            'pip uninstall -y onnxruntime; pip install "smartfrz[gpu]", with CUDA and cuDNN, or pass device="auto".'
-        )
-    return session
+    return (session, "") if _CUDA in session.get_providers() else (None, "")
+
+
+_said: set[str] = set()
+
+
+def _say_once(message: str, *values: object) -> None:
+    """Log a warning once in a process: a training makes several predictors."""
+    if message not in _said:
+        _said.add(message)
+        logger.warning(message, *values)

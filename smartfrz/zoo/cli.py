@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import click
 from smartfrz.errors import DownloadError, PredictorFileError, SmartFRZError
 from smartfrz.files import replacing
 from smartfrz.predictor.runtime import Predictor
-from smartfrz.zoo import cache, download, embedded_folder, located, publish, registry, urls
+from smartfrz.zoo import cache, download, embedded_folder, file_of, located, publish, registry, triton, urls
 from smartfrz.zoo.registry import Entry
 
 _CARD_SIZE = 2**20
@@ -119,7 +120,7 @@ def download_(name: str, registries: tuple[str, ...], output: Path | None) -> No
 
 
 @zoo.command()
-@click.argument("path", required=False, type=click.Path(exists=True, path_type=Path))
+@click.argument("path", required=False, type=click.Path(path_type=Path))
 def verify(path: Path | None) -> None:
     """Check a predictor, or a folder with a registry; without PATH, this package and the cache."""
     faults = 0
@@ -168,6 +169,34 @@ def publish_(file: Path, target: str, card: Path | None, private: bool, **facts:
     entry = publish.describe(file, **facts)
     address = publish.publish(file, target, entry, publish.card_of(card or file), private=private)
     click.echo(f"published {entry}: smartfrz zoo download {entry} --registry {address}")
+
+
+@zoo.command()
+@click.argument("name")
+@_registries
+@click.option(
+    "--triton",
+    "folder",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="A model repository of Triton Inference Server; made if there is none.",
+)
+@click.option("--name", "model", default="", help="Of the model there. Default: the name in the file.")
+@click.option(
+    "--max-layers",
+    default=triton.MAX_LAYERS,
+    type=click.IntRange(0),
+    show_default=True,
+    help="Layers of one run, in which Triton puts requests together. 0: no batching, tensors as in the file.",
+)
+def export(name: str, registries: tuple[str, ...], folder: Path, model: str, max_layers: int) -> None:
+    """Write a predictor as other servers want it.
+
+    NAME is a name, name@version, path or address.
+    """
+    with _plain_warnings(), file_of(name, registries) as path:
+        place = triton.export(path, folder, name=model, max_layers=max_layers)
+    click.echo(f"wrote {place}: tritonserver --model-repository={folder.absolute()}")
 
 
 @zoo.command("path")
@@ -219,8 +248,21 @@ def _to_verify(path: Path | None) -> Iterator[tuple[str, Path, str | None]]:
             yield str(entry), _path(entry), entry.sha256
         for file in cache.kept():
             yield str(file), file, file.stem
+    elif not path.exists():
+        known = re.fullmatch(registry.NAME, str(path).partition("@")[0]) and not path.suffix
+        raise click.BadParameter(
+            f"'{path}' does not exist; expected a predictor (.onnx), a registry (.json), or a folder with {registry.FILE}. "
+            + (f"If {path} is a name: smartfrz zoo path {path} says where its file lies. " if known else "")
+            + "Without PATH, this package and the cache are checked.",
+            param_hint="PATH",
+        )
     elif path.is_dir() or path.suffix == ".json":
         place = path / registry.FILE if path.is_dir() else path
+        if not place.exists():
+            raise click.BadParameter(
+                f"'{path}' has no {registry.FILE}; expected a folder with one. Pass the .onnx file itself.",
+                param_hint="PATH",
+            )
         for entry in registry.parse(place.read_bytes(), place.absolute().as_uri()):
             if local := urls.local_path(entry.address):
                 yield str(entry), local, entry.sha256

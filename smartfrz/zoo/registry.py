@@ -20,9 +20,10 @@ FORMAT_VERSION = 1
 FILE = "registry.json"
 EMBEDDED = "embedded"
 MAX_SIZE = 4 * 2**20  # bytes of a registry: some thousand predictors
+# Lower case only: some file systems do not tell cases apart.
+NAME, NAME_EXPECTED = r"[a-z0-9][a-z0-9._-]{0,63}", "up to 64 of a-z, 0-9, '.', '_' and '-'"
 _PATTERNS = {
-    # Lower case only: some file systems do not tell cases apart.
-    "name": (r"[a-z0-9][a-z0-9._-]{0,63}", "up to 64 of a-z, 0-9, '.', '_' and '-'"),
+    "name": (NAME, NAME_EXPECTED),
     "version": (r"[0-9]{1,6}(\.[0-9]{1,6}){0,2}", "up to three numbers, as in '1' or '2.0.1'"),
     "file": (r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\.onnx", "a plain file name that ends in .onnx, without a folder"),
     "sha256": (r"[0-9a-f]{64}", "64 hexadecimal digits"),

@@ -1,0 +1,211 @@
+"""Recordings as tasks of a Ray cluster, their files in any place that fsspec can write.
+
+A task trains in a temporary folder of its machine and sends the reference model when that is finished, and the
+recording at the end. It can so be killed at any moment: it is started again on another machine, which goes on from the
+reference model. A recording is there whole or not at all, and the files are those that `LocalEngine` makes.
+"""
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from smartfrz.dataset_builder.engines import Message, Result
+from smartfrz.dataset_builder.places import absolute, place_of
+from smartfrz.dataset_builder.recipes import Recipe, reference_file
+from smartfrz.errors import MissingDependencyError
+
+logger = logging.getLogger("smartfrz")
+_PAUSE = 0.5  # seconds between two messages of one task
+
+
+@dataclasses.dataclass(frozen=True)
+class RayOptions:
+    """Which cluster, and what a task needs.
+
+    Attributes:
+        address: Of the cluster, as `host:6379`; None for the one of RAY_ADDRESS, else for one that is started here.
+        cpus: That Ray reserves for a task.
+        gpus: As `cpus`. Training itself stays on the CPU, unless the recipe's own model moves elsewhere.
+        retries: How often a task is started again whose machine or process died, or which could not read or write.
+        threads: PyTorch threads of a task; None for as many as `cpus`.
+    """
+
+    address: str | None = None
+    cpus: float = 1.0
+    gpus: float = 0.0
+    retries: int = 3
+    threads: int | None = None
+
+
+class RayEngine:
+    """An `Engine` on Ray. Every machine of the cluster needs this package, and access to the data of the recipes.
+
+    Modules beside a recipe are sent along.
+
+    Args:
+        output: Folder of the recordings: an address for fsspec, or a path on a disk that all machines share.
+        options: Which cluster, and what a task needs.
+
+    Raises:
+        MissingDependencyError: If Ray, or the package for `output`, is not installed.
+        ConnectionError: If there is no cluster at that address.
+    """
+
+    def __init__(self, output: str, options: RayOptions):
+        self._ray = _ray()
+        self._output, self._options = absolute(output), options
+        place_of(self._output)  # else every task would have to find out
+        started_here = options.address is None and not os.environ.get("RAY_ADDRESS")
+        self._ray.init(
+            options.address,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            **({"include_dashboard": False} if started_here else {}),
+        )
+        self._board = self._pinned_board()
+        self._task = self._ray.remote(_record_there).options(
+            num_cpus=options.cpus,
+            num_gpus=options.gpus,
+            max_retries=options.retries,
+            retry_exceptions=[OSError],
+        )
+        self._running: dict[Any, str] = {}
+        self._warn_of_small_machines()
+
+    def __enter__(self) -> "RayEngine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ray.shutdown()
+
+    def _pinned_board(self) -> Any:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        # On the machine of the command: others may die.
+        here = NodeAffinitySchedulingStrategy(self._ray.get_runtime_context().get_node_id(), soft=True)
+        return self._ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
+
+    def _warn_of_small_machines(self) -> None:
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        need = {"CPU": self._options.cpus, "GPU": self._options.gpus}
+        if not any(all(node.get(kind, 0) >= wanted for kind, wanted in need.items()) for node in nodes):
+            logger.warning(
+                "No machine of the cluster has %g CPUs and %g GPUs: recordings wait until one comes. Lower --cpus or --gpus "
+                "if none will.",
+                self._options.cpus,
+                self._options.gpus,
+            )
+
+    def start(self, recipe: Recipe) -> None:
+        """As `Engine.start`."""
+        modules = {path.name: path.read_bytes() for path in sorted(recipe.folder.glob("*.py"))}
+        threads = self._options.threads or max(1, int(self._options.cpus))
+        reference = self._task.remote(recipe, modules, self._output, threads, self._board)
+        self._running[reference] = recipe.name
+
+    def finished(self, timeout: float) -> list[Result]:
+        """As `Engine.finished`."""
+        if not self._running:
+            return []
+        from ray.exceptions import RayError, RayTaskError
+
+        results = []
+        for reference in self._ray.wait(list(self._running), timeout=timeout)[0]:
+            name = self._running.pop(reference)
+            try:
+                results.append(Result(name, self._ray.get(reference)))
+            except RayTaskError as error:  # what the task raised; its own text is a traceback
+                results.append(Result(name, "", error.cause))
+            except RayError as error:
+                results.append(Result(name, "", error))
+        return results
+
+    def messages(self) -> Iterator[Message]:
+        """As `Engine.messages`."""
+        for name, (fraction, text) in self._ray.get(self._board.taken.remote()).items():
+            yield Message(name, fraction, text)
+
+
+class _Board:
+    """An actor on which tasks write how far they are."""
+
+    def __init__(self) -> None:
+        self._news: dict[str, tuple[float, str]] = {}
+
+    def tell(self, name: str, fraction: float, text: str) -> None:
+        self._news[name] = (fraction, text)
+
+    def taken(self) -> dict[str, tuple[float, str]]:
+        news, self._news = self._news, {}
+        return news
+
+
+def _record_there(recipe: Recipe, modules: dict[str, bytes], output: str, threads: int, board: Any) -> str:
+    """The task: record one recipe on whichever machine this is; where the recording is then."""
+    import torch
+
+    from smartfrz.dataset_builder.recording import is_recorded, record
+
+    torch.set_num_threads(threads)
+    place = place_of(output)
+    with TemporaryDirectory(prefix="smartfrz-") as name:
+        runs = Path(name) / "runs"
+        runs.mkdir()
+        recipe = dataclasses.replace(recipe, folder=_folder(recipe.folder, modules, Path(name) / "recipe"))
+        reference = reference_file(runs, recipe.name)
+        wanted = [f"{recipe.name}.parquet", reference.name]
+        if recipe.model.init and not recipe.model.init.endswith(".safetensors"):
+            wanted.append(reference_file(runs, recipe.model.init).name)
+        for file in wanted:
+            place.fetch(file, runs)
+        if is_recorded(recipe, runs):
+            return place.where(f"{recipe.name}.parquet")
+        sent = [_written(reference)]
+        told = [0.0]
+
+        def progress(fraction: float, text: str) -> None:
+            if text == "recording" and sent[0] != _written(reference):
+                sent[0] = _written(reference)
+                place.send(reference)
+            if time.monotonic() - told[0] > _PAUSE:
+                told[0] = time.monotonic()
+                board.tell.remote(recipe.name, fraction, text)
+
+        path = record(recipe, runs, progress)
+        place.send(path)
+        return place.where(path.name)
+
+
+def _written(file: Path) -> int:
+    """When a file was written, 0 if never."""
+    return file.stat().st_mtime_ns if file.exists() else 0
+
+
+def _folder(folder: Path, modules: dict[str, bytes], copy: Path) -> Path:
+    """The recipe's folder, if this machine has the same one; else a copy with the modules that were sent along."""
+    try:
+        if all((folder / name).read_bytes() == content for name, content in modules.items()) and folder.is_dir():
+            return folder
+    except OSError:
+        pass
+    copy.mkdir()
+    for name, content in modules.items():
+        (copy / name).write_bytes(content)
+    return copy
+
+
+def _ray() -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what later versions do; else it warns
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingDependencyError(
+            '--engine ray needs Ray, which is not installed. Type: pip install "smartfrz[build,ray,cpu]"'
+        ) from error
+    return ray
