@@ -16,6 +16,11 @@ new. Its graph has four tensors more; a caller that leaves the two inputs out ne
 
 docs/format.md says what is fed when.
 
+A predictor that also looks at where in the network a layer stands (`POSITIONAL`) has one input more; again a caller that
+leaves it out need not know of it:
+
+    in   position    float32 [layers]   0 for the first layer in execution order, 1 for the last; -1, the default: unknown
+
 The facts about a predictor are metadata properties of the file, all strings, whose names start with
 `smartfrz.`; `PredictorInfo` lists them.
 
@@ -35,11 +40,14 @@ from smartfrz.errors import PredictorFileError
 
 FORMAT_VERSION = 1
 HISTORY, LENGTHS, CONFIDENCE, ATTENTION = "history", "lengths", "confidence", "attention"
+POSITION = "position"
 PAST_KEYS, PAST_VALUES, KEYS, VALUES = "past_keys", "past_values", "keys", "values"
 ENCODING_SIZE = 64
 PREFIX = "smartfrz."
 REPRESENTATIONS = ("raw", "displacement", "log_displacement", "sorted_displacement", "motion", "steps", "trajectory")
 INCREMENTAL = ("raw", "steps")  # the encoding of a record does not depend on later ones
+POSITIONAL = ("trajectory",)  # also reads where in the network a layer stands
+UNKNOWN_POSITION = -1.0
 _NO_HASH = b"0" * 64
 _HASH = re.compile(rb"smartfrz\.sha256\x12\x40([0-9a-f]{64})")
 

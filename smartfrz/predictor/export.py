@@ -21,6 +21,8 @@ from smartfrz.predictor.contract import (
     LENGTHS,
     PAST_KEYS,
     PAST_VALUES,
+    POSITION,
+    UNKNOWN_POSITION,
     VALUES,
     PredictorInfo,
     seal,
@@ -72,11 +74,16 @@ def serialise(model: FreezePredictor, info: PredictorInfo) -> bytes:
         example += [torch.randn(3, 5, ENCODING_SIZE), torch.randn(3, 5, ENCODING_SIZE)]
         inputs, outputs = [*inputs, PAST_KEYS, PAST_VALUES], [*outputs, KEYS, VALUES]
         shapes |= {"past_keys": {0: layers, 1: past}, "past_values": {0: layers, 1: past}}
+    named = {}
+    if model.positional:
+        named = {"position": torch.tensor([0.0, 0.5, UNKNOWN_POSITION])}
+        inputs, shapes = [*inputs, POSITION], shapes | {"position": {0: layers}}
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")  # the exporter's notes on its own internals
         program = torch.onnx.export(
             model,
             tuple(example),
+            kwargs=named,
             dynamo=True,
             input_names=inputs,
             output_names=outputs,
@@ -98,7 +105,10 @@ def serialise(model: FreezePredictor, info: PredictorInfo) -> bytes:
     del proto.metadata_props[:]
     replace_sorts(proto.graph)
     if model.incremental:
-        _make_past_optional(proto.graph)
+        none = np.zeros((1, 0, ENCODING_SIZE), np.float32)
+        _make_optional(proto.graph, {PAST_KEYS: none, PAST_VALUES: none})
+    if model.positional:
+        _make_optional(proto.graph, {POSITION: np.full(1, UNKNOWN_POSITION, np.float32)})
     proto.graph.name = "predictor"
     proto.producer_version = ""  # the same weights give the same file under any patch release
     onnx.helper.set_model_props(proto, dict(sorted(info.to_metadata().items())))
@@ -106,22 +116,21 @@ def serialise(model: FreezePredictor, info: PredictorInfo) -> bytes:
     return proto.SerializeToString(deterministic=True)
 
 
-def _make_past_optional(graph: onnx.GraphProto) -> None:
-    """Give both inputs a default: no records, for any number of layers."""
-    one = onnx.numpy_helper.from_array(np.array([1], np.int64), "past_one")
-    nodes = [
-        onnx.helper.make_node("Shape", [HISTORY], ["past_layers"], start=0, end=1),
-        onnx.helper.make_node("Concat", ["past_layers", one.name, one.name], ["past_shape"], axis=0),
-    ]
-    graph.initializer.append(one)
-    for name in (PAST_KEYS, PAST_VALUES):
+def _make_optional(graph: onnx.GraphProto, defaults: dict[str, NDArray[np.float32]]) -> None:
+    """Give inputs a default: one row, which is repeated for any number of layers."""
+    nodes = [onnx.helper.make_node("Shape", [HISTORY], ["optional_layers"], start=0, end=1)]
+    ones = onnx.numpy_helper.from_array(
+        np.ones(len(next(iter(defaults.values())).shape) - 1, np.int64), "optional_ones"
+    )
+    graph.initializer.append(ones)
+    nodes.append(onnx.helper.make_node("Concat", ["optional_layers", ones.name], ["optional_shape"], axis=0))
+    for name, default in defaults.items():
         (value,) = (value for value in graph.input if value.name == name)
-        value.type.tensor_type.shape.dim[0].dim_param = "past_layers"  # 1 in the default
-        none = np.zeros((1, 0, value.type.tensor_type.shape.dim[2].dim_value), np.float32)
-        graph.initializer.append(onnx.numpy_helper.from_array(none, name))
+        value.type.tensor_type.shape.dim[0].dim_param = "optional_layers"  # 1 in the default
+        graph.initializer.append(onnx.numpy_helper.from_array(default, name))
         for node in graph.node:
             node.input[:] = [f"{name}_of_layers" if used == name else used for used in node.input]
-        nodes.append(onnx.helper.make_node("Expand", [name, "past_shape"], [f"{name}_of_layers"]))
+        nodes.append(onnx.helper.make_node("Expand", [name, "optional_shape"], [f"{name}_of_layers"]))
     graph.node.reverse()
     graph.node.extend(reversed(nodes))
     graph.node.reverse()
@@ -137,9 +146,14 @@ def parity(model: FreezePredictor, predictor: Predictor, rounds: int = 8, seed: 
         history = (walk.cumsum(axis=1) + rng.normal(size=(num_layers, 1, 1))).astype(np.float32)
         history[1:2] = 0.0  # a layer that starts at zero, as the last norm of many residual blocks
         lengths = rng.integers(1, window + 1, num_layers)
+        position = None
+        if predictor.positional and rng.random() < 0.75:
+            position = rng.uniform(size=num_layers).astype(np.float32)
+            position[::3] = UNKNOWN_POSITION
+        placed = {} if position is None else {"position": torch.from_numpy(position)}
         with torch.no_grad():
-            expected = model.eval()(torch.from_numpy(history), torch.from_numpy(lengths))
-        answers = predictor.predict(history, lengths)
+            expected = model.eval()(torch.from_numpy(history), torch.from_numpy(lengths), **placed)
+        answers = predictor.predict(history, lengths, position)
         if predictor.incremental:
             advanced = _advanced(predictor, history, lengths)
             worst = np.max([worst, *(np.abs(a - e).max() for a, e in zip(advanced, answers, strict=True))])

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from smartfrz.predictor.contract import ENCODING_SIZE, INCREMENTAL, REPRESENTATIONS
+from smartfrz.predictor.contract import ENCODING_SIZE, INCREMENTAL, POSITIONAL, REPRESENTATIONS, UNKNOWN_POSITION
 
 _MASKED = -1e9  # finite: a row of -inf would make softmax return NaN
 _FLOOR = 1e-9
@@ -27,7 +27,8 @@ class FreezePredictor(nn.Module):
         Paper, section 3.3, Eq. 1-4, sizes of Appendix C: MLP_k, MLP_q and MLP_v are
         1024-256-256-64, one head of all-to-one attention, MLP_z is 64-32-32-2. Departure: scores
         are divided by sqrt(64), without which the softmax saturates early in training; and, but
-        for `raw`, the MLPs see displacements instead of weights.
+        for `raw`, the MLPs see displacements instead of weights. For `trajectory` they see norms and angles
+        of them, and the layer's position: layers near the input converge first, and weights do not show it.
     """
 
     def __init__(self, tailored_size: int = 1024, representation: str = "motion", dropout: float = 0.0):
@@ -37,7 +38,8 @@ class FreezePredictor(nn.Module):
         self.tailored_size = tailored_size
         self.representation = representation
         self.incremental = representation in INCREMENTAL
-        inside = len(FIGURES) if representation == "trajectory" else tailored_size
+        self.positional = representation in POSITIONAL
+        inside = len(FIGURES) + 2 if representation == "trajectory" else tailored_size
         self.key = _mlp(inside, 256, ENCODING_SIZE)
         self.query = _mlp(inside, 256, ENCODING_SIZE)
         self.value = _mlp(inside, 256, ENCODING_SIZE)
@@ -50,6 +52,7 @@ class FreezePredictor(nn.Module):
         lengths: torch.Tensor,
         past_keys: torch.Tensor | None = None,
         past_values: torch.Tensor | None = None,
+        position: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """Confidences and attention.
 
@@ -59,22 +62,30 @@ class FreezePredictor(nn.Module):
             past_keys: Keys of the records before `history`, float32 `[layers, past, 64]`; only if
                 the representation is incremental. docs/format.md says what is fed when.
             past_values: Their values, of the same shape.
+            position: Where in the network each layer stands, in execution order, in [0, 1], or -1 where that is not
+                known; float32 `[layers]`. Only if the representation is positional; unknown by default.
 
         Returns:
             `confidence`, float32 `[layers, 2]`, and `attention`, float32 `[layers, past + window]`;
             with a past also `keys` and `values` of `history`, float32 `[layers, new, 64]`.
         """
         past = None if past_keys is None or past_values is None else (past_keys, past_values)
-        logits, attention, keys, values = self._attend(history, lengths, past)
+        logits, attention, keys, values = self._attend(history, lengths, past, position)
         answer = logits.softmax(-1), attention
         return answer if past is None else (*answer, keys, values)
 
-    def logits(self, history: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def logits(
+        self, history: torch.Tensor, lengths: torch.Tensor, position: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `forward`, before the last softmax."""
-        return self._attend(history, lengths, None)[:2]
+        return self._attend(history, lengths, None, position)[:2]
 
     def _attend(
-        self, history: torch.Tensor, lengths: torch.Tensor, past: tuple[torch.Tensor, torch.Tensor] | None
+        self,
+        history: torch.Tensor,
+        lengths: torch.Tensor,
+        past: tuple[torch.Tensor, torch.Tensor] | None,
+        position: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         num_records = history.shape[1] + (0 if past is None else past[0].shape[1])
         age = torch.arange(num_records, device=history.device)[None, :]
@@ -85,6 +96,8 @@ class FreezePredictor(nn.Module):
             query = motion.newest().through(self.query).squeeze(1)
         else:
             seen = represent(history, real, self.representation)
+            if self.positional:
+                seen = torch.cat([seen, _placed(position, lengths)[:, None].expand(-1, seen.shape[1], -1)], dim=-1)
             encoded = seen[:, 1:] if self.representation == "steps" else seen
             keys, values, query = self.key(encoded), self.value(encoded), self.query(seen[:, -1])
         new_keys, new_values = keys, values
@@ -100,6 +113,14 @@ class FreezePredictor(nn.Module):
         attention = attention * real.to(attention.dtype)
         context = torch.matmul(attention.unsqueeze(1), values).squeeze(1)
         return self.head(self.dropout(context)), attention, new_keys, new_values
+
+
+def _placed(position: torch.Tensor | None, lengths: torch.Tensor) -> torch.Tensor:
+    """The position, and whether it is known; float32 `[layers, 2]`."""
+    if position is None:
+        position = torch.full_like(lengths, UNKNOWN_POSITION, dtype=torch.float32)
+    known = (position >= 0).to(torch.float32)
+    return torch.stack([known * position, known], dim=-1)
 
 
 def represent(history: torch.Tensor, real: torch.Tensor, representation: str) -> torch.Tensor:
@@ -177,6 +198,7 @@ def trajectory(history: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     index = torch.arange(window, device=history.device)
     lengths = real.sum(1)
     first = window - lengths
+    history = history / history[:, -1:].abs().amax(-1, keepdim=True).clamp(min=_FLOOR)  # squares shall not overflow
     now = history[:, -1:]
     start = torch.gather(history, 1, first[:, None, None].expand(-1, 1, history.shape[2]))
     scale = _rms(now).clamp(min=_FLOOR)

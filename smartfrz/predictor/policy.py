@@ -66,6 +66,14 @@ class AsksPredictor(Protocol):
         ...
 
 
+class ReadsPosition(Protocol):
+    """What a predictor offers beyond `AsksPredictor` whose attribute `positional` is true."""
+
+    def predict(self, history: NDArray[np.float32], lengths: NDArray[np.int64], position: NDArray[np.float32]) -> Any:
+        """As `AsksPredictor.predict`; `position`, float32 `[layers]`, is 0 for the first layer and 1 for the last."""
+        ...
+
+
 class LearnedPolicy(Policy):
     """Records tailored weights, and asks a predictor.
 
@@ -91,6 +99,8 @@ class LearnedPolicy(Policy):
         """Choose the positions of the tailored weights, and forget what was recorded."""
         info = self.predictor.info
         self._adapter = adapter
+        everything = adapter.all_layers()  # those that the user froze included
+        self._places = {layer: index / max(1, len(everything) - 1) for index, layer in enumerate(everything)}
         self._positions = {
             layer: tailoring_positions(layer, adapter.num_weights(layer), info.tailored_size, seed=seed)
             for layer in layers
@@ -124,7 +134,12 @@ class LearnedPolicy(Policy):
             return self.history.confidence(layers)
         if not layers:
             return {}
-        answer = self.predictor.predict(*self.history.windows(layers))
+        asked = self.history.windows(layers)
+        if getattr(self.predictor, "positional", False):
+            places = np.array([self._places[layer] for layer in layers], np.float32)
+            answer = cast(ReadsPosition, self.predictor).predict(*asked, places)
+        else:
+            answer = self.predictor.predict(*asked)
         return dict(zip(layers, answer[0][:, 1].tolist(), strict=True))
 
     def drop(self, layer: str) -> None:

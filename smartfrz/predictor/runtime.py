@@ -22,6 +22,9 @@ from smartfrz.predictor.contract import (
     LENGTHS,
     PAST_KEYS,
     PAST_VALUES,
+    POSITION,
+    POSITIONAL,
+    UNKNOWN_POSITION,
     VALUES,
     PredictorInfo,
     check_seal,
@@ -119,6 +122,9 @@ class Predictor:
         if self._incremental:
             encodings = ("tensor(float)", [None, None, ENCODING_SIZE])
             expected |= dict.fromkeys((PAST_KEYS, PAST_VALUES, KEYS, VALUES), encodings)
+        self._positional = self.info.representation in POSITIONAL
+        if self._positional:
+            expected[POSITION] = ("tensor(float)", [None])
         for name, (dtype, shape) in expected.items():
             received = found.get(name)
             fits = (
@@ -136,12 +142,17 @@ class Predictor:
                     f"{shape} (None is dynamic), and no tensors but {list(expected)}. Export it with smartfrz-build train."
                 )
 
-    def predict(self, history: NDArray[np.float32], lengths: NDArray[np.int64]) -> Prediction:
+    def predict(
+        self, history: NDArray[np.float32], lengths: NDArray[np.int64], position: NDArray[np.float32] | None = None
+    ) -> Prediction:
         """Ask for the confidence that each layer can be frozen now.
 
         Args:
             history: Tailored weights, float32 `[layers, window, tailored_size]`, oldest first.
             lengths: How many of the last rows are real, int64 `[layers]`.
+            position: Where in the network each layer stands, in execution order: 0 for the first one, 1 for the last,
+                -1 where that is not known; float32 `[layers]`. For predictors that are `positional`; by default
+                unknown, which costs some accuracy.
 
         Returns:
             Confidences and attention.
@@ -150,12 +161,41 @@ class Predictor:
             ValueError: If shapes or dtypes are not those of this predictor.
         """
         self._check_history(history, lengths)
+        if position is not None:
+            self._check_position(position, len(history))
         together = max(1, _ROWS_PER_RUN // history.shape[1]) if self.device == "cpu" else len(history)
         if len(history) <= together:
-            return Prediction(*self._run([CONFIDENCE, ATTENTION], {HISTORY: history, LENGTHS: lengths}))
+            feed: dict[str, NDArray[Any]] = {HISTORY: history, LENGTHS: lengths}
+            if position is not None:
+                feed[POSITION] = position
+            return Prediction(*self._run([CONFIDENCE, ATTENTION], feed))
         parts = [slice(start, start + together) for start in range(0, len(history), together)]
-        answers = [self.predict(history[part], lengths[part]) for part in parts]
+        answers = [
+            self.predict(history[part], lengths[part], None if position is None else position[part]) for part in parts
+        ]
         return Prediction(*(np.concatenate(arrays) for arrays in zip(*answers, strict=True)))
+
+    @property
+    def positional(self) -> bool:
+        """Whether it looks at where in the network a layer stands: `predict` can be given a `position`."""
+        return self._positional
+
+    def _check_position(self, position: NDArray[np.float32], num_layers: int) -> None:
+        if not self._positional:
+            raise ValueError(
+                f"Predictor {self.info.name!r} reads no position: its representation is {self.info.representation!r}. "
+                f"Leave `position` out, or use a predictor that was exported with {', '.join(POSITIONAL)}."
+            )
+        if position.shape != (num_layers,) or position.dtype != np.float32:
+            raise ValueError(
+                f"position is {position.dtype} {position.shape}; expected float32 ({num_layers},), one value a layer."
+            )
+        known = position[position != UNKNOWN_POSITION]
+        if not ((known >= 0) & (known <= 1)).all():
+            raise ValueError(
+                f"position is {position.tolist()}; expected values from 0, the first layer, to 1, the last, or "
+                f"{UNKNOWN_POSITION} where that is not known."
+            )
 
     @property
     def incremental(self) -> bool:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
+from smartfrz.predictor.contract import UNKNOWN_POSITION
 from smartfrz.predictor.decision import CHANGE_RECORDS, relative_change
 from smartfrz.predictor.model import FreezePredictor
 from smartfrz.predictor.policy import PATIENCE, RECORDS_PER_STAGE
@@ -61,6 +62,8 @@ class TrainingOptions:
         jitter_slope: How the target follows: its odds change with this power of the factor. The
             predictor so learns that layers which move more are less ready, in general and not only
             as far as the training runs show it. 0 would teach it that the size does not matter.
+        unplaced: Share of the windows whose layer's position is kept from a network that reads it, so that it also
+            answers callers that do not know it.
         batch_size: Windows a step.
         steps_per_epoch: Steps between two evaluations on the validation runs.
         epochs: At most so many.
@@ -81,6 +84,7 @@ class TrainingOptions:
     dropout: float = 0.2
     jitter: float = 0.5
     jitter_slope: float = 2.0
+    unplaced: float = 0.15
     batch_size: int = 64
     steps_per_epoch: int = 40
     epochs: int = 10
@@ -135,16 +139,19 @@ class _Windows:
                     "at some. Look at it with smartfrz-build label, or leave it out."
                 )
 
-    def batch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def batch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         options, rng = self._options, self._rng
         history = np.zeros((options.batch_size, options.window, options.tailored_size), np.float32)
         lengths = np.empty(options.batch_size, np.int64)
         targets = np.empty((options.batch_size, 2), np.float32)
+        places = np.empty(options.batch_size, np.float32)
         for row in range(options.batch_size):
             index = int(rng.integers(len(self._runs)))
             wanted = row % 2 if len(self._places[index][row % 2]) else 1 - row % 2
             layer, timestamp = self._places[index][wanted][rng.integers(len(self._places[index][wanted]))]
             weights = self._runs[index].weights
+            hidden = rng.random() < options.unplaced
+            places[row] = UNKNOWN_POSITION if hidden else _places(len(weights))[layer]
             positions = rng.choice(weights.shape[2], options.tailored_size, replace=False)
             lengths[row] = min(timestamp + 1, options.window)
             rows = weights[layer, timestamp + 1 - lengths[row] : timestamp + 1][:, positions]
@@ -157,7 +164,12 @@ class _Windows:
                 ready = 1.0 / (1.0 + odds)
             history[row, options.window - lengths[row] :] = rows
             targets[row] = 1.0 - ready, ready
-        return torch.from_numpy(history), torch.from_numpy(lengths), torch.from_numpy(targets)
+        return tuple(map(torch.from_numpy, (history, lengths, places, targets)))  # type: ignore[return-value]
+
+
+def _places(num_layers: int) -> NDArray[np.float32]:
+    """Where in the network each layer stands, in [0, 1]; layers are recorded in execution order."""
+    return np.linspace(0.0, 1.0, num_layers, dtype=np.float32)
 
 
 def _decidable(run: LabelledRun, options: TrainingOptions) -> NDArray[np.bool_]:
@@ -220,8 +232,8 @@ def fit(
     for epoch in range(options.epochs):
         model.train()
         for step in range(options.steps_per_epoch):
-            history, lengths, targets = windows.batch()
-            loss = nn.functional.cross_entropy(model.logits(history, lengths)[0], targets)
+            history, lengths, places, targets = windows.batch()
+            loss = nn.functional.cross_entropy(model.logits(history, lengths, places)[0], targets)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -288,7 +300,12 @@ def _check_runs(runs: Sequence[LabelledRun], validation: Sequence[LabelledRun], 
 
 
 def score(
-    model: FreezePredictor | Predictor, runs: Sequence[LabelledRun], options: TrainingOptions, every: int = 1
+    model: FreezePredictor | Predictor,
+    runs: Sequence[LabelledRun],
+    options: TrainingOptions,
+    every: int = 1,
+    *,
+    placed: bool = True,
 ) -> Scores:
     """Confidence that freezing is right, for every layer and timestamp of every run.
 
@@ -297,6 +314,7 @@ def score(
         runs: The runs.
         options: Window, tailored size and shortest history.
         every: Score only every so many timestamps, as freezing stages do.
+        placed: Tell a model that reads it where in the network each layer stands.
 
     Returns:
         One float32 `[num_layers, timestamps]` a run, NaN where nothing is decided.
@@ -314,20 +332,27 @@ def score(
                 continue
             length = min(timestamp + 1, options.window)
             rows = run.weights[layers, timestamp + 1 - length : timestamp + 1][:, :, positions]
-            answer = _ask(model, np.ascontiguousarray(rows), np.full(len(layers), length, np.int64))
+            lengths = np.full(len(layers), length, np.int64)
+            places = _places(len(run.labels))[layers] if model.positional and placed else None
+            answer = _ask(model, np.ascontiguousarray(rows), lengths, places)
             confidence[layers, timestamp] = answer[:, 1]
         scores.append(confidence)
     return scores
 
 
 def _ask(
-    model: FreezePredictor | Predictor, history: NDArray[np.float32], lengths: NDArray[np.int64]
+    model: FreezePredictor | Predictor,
+    history: NDArray[np.float32],
+    lengths: NDArray[np.int64],
+    places: NDArray[np.float32] | None,
 ) -> NDArray[np.float32]:
     if isinstance(model, Predictor):
-        return model.predict(history, lengths).confidence
+        return model.predict(history, lengths, places).confidence
     model.eval()
+    position = None if places is None else torch.from_numpy(places)
     with torch.no_grad():
-        answer: NDArray[np.float32] = model(torch.from_numpy(history), torch.from_numpy(lengths))[0].numpy()
+        logits = model.logits(torch.from_numpy(history), torch.from_numpy(lengths), position)[0]
+    answer: NDArray[np.float32] = logits.softmax(-1).numpy()
     return answer
 
 
