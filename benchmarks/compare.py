@@ -204,11 +204,10 @@ def policy_of(method, job, model, steps_per_epoch, probe):
         reference = job.model()
         load_model(reference, str(job.reference), device=job.device)
         return SimilarityGuided(model, reference, probe)
-    return {
-        "linear": LinearFreezing,
-        "autofreeze": functools.partial(AutoFreeze, steps_per_epoch=steps_per_epoch),
-        "weight-change": WeightChange,
-    }[method]()
+    if method == "weight-change":  # its limit was calibrated on the predictor's recordings, in the same way
+        threshold = job.predictor.info.metrics.get("weight_change_calibrated_threshold")
+        return WeightChange() if threshold is None else WeightChange(limit=10.0**-threshold)
+    return LinearFreezing() if method == "linear" else AutoFreeze(steps_per_epoch=steps_per_epoch)
 
 
 def without_schedule(spec, progress):

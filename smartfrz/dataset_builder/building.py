@@ -184,6 +184,9 @@ def build_predictor(
             for group, methods in held_out.items()
         },
         "weight_change_threshold": baselines.weight_change,
+        "weight_change_calibrated_threshold": calibrate(
+            baselines.scores("weight_change", validation, options), validation, options, options.precision
+        ),
         "logistic_regression": baselines.statistics.to_dict() | {"threshold": regression_threshold},
     }
     if base:

@@ -279,7 +279,7 @@ def _training_options(command: Any) -> Any:
         click.option("--output", "-o", required=True, type=file),
         click.option("--name", default=None, help="Default: the output file's name."),
         _rule_options,
-        click.option("--representation", type=click.Choice(REPRESENTATIONS), default="motion", show_default=True),
+        click.option("--representation", type=click.Choice(REPRESENTATIONS), default="trajectory", show_default=True),
         click.option(
             "--records",
             default=30,

@@ -31,7 +31,7 @@ class FreezePredictor(nn.Module):
         of them, and the layer's position: layers near the input converge first, and weights do not show it.
     """
 
-    def __init__(self, tailored_size: int = 1024, representation: str = "motion", dropout: float = 0.0):
+    def __init__(self, tailored_size: int = 1024, representation: str = "trajectory", dropout: float = 0.0):
         super().__init__()
         if representation not in REPRESENTATIONS:
             raise ValueError(f"`representation` is {representation!r}; expected one of {', '.join(REPRESENTATIONS)}.")

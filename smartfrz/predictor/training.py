@@ -74,7 +74,7 @@ class TrainingOptions:
         seed: Of initial weights and sampling; the same seed trains the same predictor.
     """
 
-    representation: str = "motion"
+    representation: str = "trajectory"
     window: int = 30
     tailored_size: int = 1024
     min_records: int = 4
