@@ -20,8 +20,8 @@ help:
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) pip install -q --disable-pip-version-check "$(TORCH)" -e ".[build,demo,hf,lightning,hub,cpu]" peft $(KERAS) \
-		pytest pytest-xdist hypothesis ruff mypy
+	$(RUN) pip install -q --disable-pip-version-check "$(TORCH)" -e ".[build,demo,hf,lightning,hub,serve,cpu]" peft $(KERAS) \
+		pytest pytest-xdist hypothesis ruff mypy "tritonclient[grpc]"
 	touch $@
 
 demo: $(VENV)/.installed

@@ -88,7 +88,7 @@ class RemotePredictor:
             most = int(properties.get(PREFIX + "max_layers", _LAYERS_PER_REQUEST))
         except (PredictorFileError, KeyError, ValueError) as error:
             raise ServerError(f"{self.url} does not describe a predictor that is read here: {error}") from error
-        if not re.fullmatch("[0-9a-f]{64}", self.sha256) or most < 1:
+        if not re.fullmatch("(?!0{64})[0-9a-f]{64}", self.sha256) or most < 1:
             raise ServerError(f"{self.url} has a checksum or a number of layers that cannot be. Update the server.")
         self._layers_per_request = min(most, _LAYERS_PER_REQUEST)
 
@@ -190,17 +190,17 @@ class RemotePredictor:
     ) -> tuple[bytes, str | None]:
         """The body of the answer, and how much of it is JSON, if the rest is not."""
         until = time.monotonic() + self._timeout if until is None else until
-        attempts = 1 if self._away else 1 + self._retries
-        for attempt in range(attempts):
+        attempt = 0
+        while True:
             try:
                 return self._attempt(method, path, body, headers or {}, until)
             except _NotNow as error:
                 # Jobs that were turned away together shall not come back together.
                 pause = _FIRST_PAUSE * 2**attempt * self._random.uniform(0.5, 1.5)
-                if attempt + 1 == attempts or time.monotonic() + pause >= until:
+                attempt += 1
+                if self._away or attempt > self._retries or time.monotonic() + pause >= until:
                     raise ServerError(f"{self.url} does not answer ({error}).") from error
                 time.sleep(pause)
-        raise AssertionError("unreachable")
 
     def _attempt(
         self, method: str, path: str, body: bytes | None, headers: dict[str, str], until: float

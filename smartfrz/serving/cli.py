@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib.util
 import os
 import re
 import sys
@@ -68,15 +69,12 @@ def serve(names: tuple[str, ...], **options: Any) -> None:
     NAME is a name of the zoo, the path of a file, or an address; it is served under the name in its file, or as AS.
     Nothing is encrypted and nobody is asked who they are: put a proxy in front of it where others can reach it.
     """
-    try:
-        with _no_arguments():
-            from smartfrz.serving.server import serve as run
-    except ImportError as error:
-        raise click.ClickException(
-            f'Serving needs {error.name}, which is not installed. Type: pip install "smartfrz[serve,cpu]"'
-        ) from error
+    if importlib.util.find_spec("kserve") is None:
+        raise click.ClickException('Serving needs kserve. Type: pip install "smartfrz[serve,cpu]"')
     chosen = ServeOptions(**options)
     predictors = _predictors(names, chosen)
+    with _no_arguments():
+        from smartfrz.serving.server import serve as run
 
     def tell(port: int, grpc_port: int) -> None:
         for name, predictor in predictors.items():
