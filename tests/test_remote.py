@@ -342,7 +342,7 @@ def test_a_server_that_is_killed_while_pytorch_trains_and_comes_back(eager_predi
         total_steps=40,
     )
     train(model, optimizer, freezer, 0, 11)
-    assert {event.reason for event in freezer.events} == {"history_too_short"}
+    assert {event.reason for event in freezer.events} == {"history_too_short", "patience"}
     server.kill()
     with caplog.at_level(logging.WARNING, "smartfrz"):
         train(model, optimizer, freezer, 11, 25)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from smartfrz.predictor.runtime import Prediction
 
-MAX_WAIT_SECONDS = 30.0  # a client has given up by then, and asks again: do not work through what nobody reads
+MAX_WAIT_SECONDS = 60.0  # a client has given up by then, and asks again: do not work through what nobody reads
 
 
 class Predicts(Protocol):

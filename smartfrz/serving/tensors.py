@@ -162,6 +162,8 @@ def check_outputs(names: Sequence[str]) -> None:
     for name in names:
         if name not in OUTPUTS:
             raise ValueError(f"'outputs' names {name[:40]!r}; expected some of {', '.join(OUTPUTS)}.")
+    if len(set(names)) < len(names):
+        raise ValueError("'outputs' names one tensor twice; expected each once.")
 
 
 def check_claim(name: str, datatype: Any, shape: Sequence[int]) -> None:
@@ -179,7 +181,7 @@ def check_claim(name: str, datatype: Any, shape: Sequence[int]) -> None:
 
 
 def from_bytes(name: str, shape: Sequence[int], raw: bytes | memoryview) -> NDArray[Any]:
-    """A tensor from its little-endian bytes, without a copy; its claim must have been checked.
+    """A tensor from its little-endian bytes, without a copy if they lie where numbers may; its claim must have been checked.
 
     Raises:
         ValueError: If they are not as many as the shape says.
@@ -189,7 +191,7 @@ def from_bytes(name: str, shape: Sequence[int], raw: bytes | memoryview) -> NDAr
         raise ValueError(
             f"{name!r} of shape {list(shape)} comes with {len(raw)} bytes; expected {math.prod(shape) * dtype.itemsize}."
         )
-    return np.frombuffer(raw, dtype).reshape(shape)
+    return np.require(np.frombuffer(raw, dtype).reshape(shape), DTYPES[DATATYPES[name]], "A")
 
 
 def from_numbers(name: str, shape: Sequence[int], data: Any) -> NDArray[Any]:
