@@ -22,7 +22,7 @@ help:
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) pip install -q --disable-pip-version-check "$(TORCH)" -e ".[build,demo,hf,lightning,hub,ray,cpu]" peft $(KERAS) \
+	$(RUN) pip install -q --disable-pip-version-check "$(TORCH)" -e ".[build,demo,hf,lightning,hub,ray,serve,cpu]" peft $(KERAS) \
 		"$(TRITON)" pytest pytest-xdist hypothesis ruff mypy
 	touch $@
 

@@ -1,4 +1,4 @@
-"""`smartfrz`: the demo, an estimate of what freezing would save, and the zoo."""
+"""`smartfrz`: the demo, an estimate of what freezing would save, the zoo, and serving."""
 
 import sys
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from smartfrz.errors import SmartFRZError
+from smartfrz.serving.cli import serve
 from smartfrz.zoo.cli import zoo
 
 
@@ -30,6 +31,7 @@ def main() -> None:
 
 
 main.add_command(zoo)
+main.add_command(serve)
 
 
 @main.command()

@@ -459,9 +459,19 @@ def test_addresses_of_files_on_this_machine(tmp_path):
         zoo.load(f"{copy.as_uri()}#sha256={'b' * 64}")
 
 
-def test_an_address_of_something_else():
+@pytest.mark.parametrize(
+    "url", ["https://localhost:8080/base?x=1", "https://localhost:8080/base#sha256=0", "http://localhost/"]
+)
+def test_an_address_of_neither_a_file_nor_a_server(url):
+    with pytest.raises(
+        DownloadError, match=r"is neither the address of a file, which ends in .onnx, nor of a predictor"
+    ):
+        zoo.load(url)
+
+
+def test_an_address_that_names_no_predictor_file_is_not_downloaded():
     with pytest.raises(DownloadError, match=r"'http://localhost:8080/smartfrz-base' is no address of a predictor"):
-        zoo.load("http://localhost:8080/smartfrz-base")
+        zoo.file_of("http://localhost:8080/smartfrz-base").__enter__()
 
 
 def test_the_cache_is_where_it_is_usual_on_this_system(monkeypatch):

@@ -21,6 +21,7 @@ Reason = Literal[
     "below_threshold",
     "patience",  # confident, but not yet for as many stages in a row as asked
     "history_too_short",
+    "no_answer",  # from the server that was asked
     "not_finite",  # the layer's weights hold NaN or infinity
     "behind_live_layer",  # freeze_order="prefix": a layer before it is still trained
     "grouped",  # confident, but waits for the next stage in which anything is frozen
@@ -104,6 +105,8 @@ class Policy:
     def confidence(self, layers: list[str], *, step: int) -> dict[str, float]:
         """How sure it is that freezing is right, in [0, 1], for active layers that are not excused.
 
+        A layer that is left out is kept, for want of an answer.
+
         Args:
             layers: Their names, in execution order.
             step: Optimizer steps taken so far.
@@ -180,7 +183,7 @@ def decide(
 
     Args:
         active: Active layers in execution order.
-        confidence: Of the layers that the policy was asked about, in [0, 1].
+        confidence: Of the layers that the policy was asked about and has an answer for, in [0, 1].
         excused: The other layers, with the reason.
         streaks: Stages in a row, before this one, at which a layer was confident.
         step: Optimizer steps taken so far.
@@ -210,6 +213,8 @@ def decide(
         for layer in active:
             if layer in excused:
                 kept[layer] = excused[layer]
+            elif layer not in confidence:
+                kept[layer] = "no_answer"
             elif not confident[layer]:
                 kept[layer] = "below_threshold"
             elif new_streaks[layer] < patience:

@@ -6,6 +6,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from smartfrz.errors import ServerError
 from smartfrz.predictor.decision import Policy, Reason
 from smartfrz.predictor.history import EncodedHistory, Encodes, WeightHistory
 from smartfrz.predictor.tailoring import tailoring_positions
@@ -62,7 +63,7 @@ class AsksPredictor(Protocol):
         ...
 
     def predict(self, history: NDArray[np.float32], lengths: NDArray[np.int64]) -> Any:
-        """Confidence `[layers, 2]` and attention `[layers, window]`."""
+        """Confidence `[layers, 2]` and attention `[layers, window]`; `ServerError` where nobody answers."""
         ...
 
 
@@ -129,17 +130,20 @@ class LearnedPolicy(Policy):
         return excused
 
     def confidence(self, layers: list[str], *, step: int) -> dict[str, float]:
-        """The predictor's answers."""
+        """The predictor's answers; none where it is on a server that does not answer."""
         if isinstance(self.history, EncodedHistory):
             return self.history.confidence(layers)
         if not layers:
             return {}
         asked = self.history.windows(layers)
-        if getattr(self.predictor, "positional", False):
-            places = np.array([self._places[layer] for layer in layers], np.float32)
-            answer = cast(ReadsPosition, self.predictor).predict(*asked, places)
-        else:
-            answer = self.predictor.predict(*asked)
+        try:
+            if getattr(self.predictor, "positional", False):
+                places = np.array([self._places[layer] for layer in layers], np.float32)
+                answer = cast(ReadsPosition, self.predictor).predict(*asked, places)
+            else:
+                answer = self.predictor.predict(*asked)
+        except ServerError:  # which has been logged; training goes on
+            return {}
         return dict(zip(layers, answer[0][:, 1].tolist(), strict=True))
 
     def drop(self, layer: str) -> None:

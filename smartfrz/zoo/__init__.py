@@ -26,14 +26,16 @@ def load(predictor: Any = DEFAULT, *, device: Device = "auto", registries: Seque
     Args:
         predictor: A name in a registry, with a version or without (`smartfrz-base@1`); the path of an
             ONNX file (it ends in `.onnx` or has a folder in it); the address of one (it ends in
-            `.onnx`), best with `#sha256=` and its SHA-256 behind it; or a `Predictor`, returned as it is.
-        device: Where ONNX Runtime shall run.
+            `.onnx`), best with `#sha256=` and its SHA-256 behind it; the address of a predictor on a
+            server (`http://host:port/NAME`, or https); or a `Predictor`, returned as it is.
+        device: Where ONNX Runtime shall run; of no account for a server.
         registries: Addresses or paths of more registries, asked before those that SMARTFRZ_ZOO names.
 
     Returns:
-        The `Predictor`.
+        The `Predictor`, or `RemotePredictor`.
 
     Raises:
+        ServerError: If a server cannot be reached, or has no predictor of that name.
         UnknownPredictorError: If there is none of that name.
         ChecksumError: If a file differs from its registry.
         RegistryError: If a registry breaks its format.
@@ -42,6 +44,10 @@ def load(predictor: Any = DEFAULT, *, device: Device = "auto", registries: Seque
     """
     if not isinstance(predictor, (str, os.PathLike)):
         return predictor
+    if isinstance(predictor, str) and urls.is_server(predictor):
+        from smartfrz.predictor.remote import RemotePredictor
+
+        return RemotePredictor(urls.checked_server(predictor))
     with file_of(predictor, registries) as path:
         return Predictor(path, device=device)
 

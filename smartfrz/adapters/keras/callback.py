@@ -40,7 +40,8 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
     logs of every epoch.
 
     Args:
-        predictor: A name of the zoo, the path of an ONNX file, a loaded `Predictor`, or another policy:
+        predictor: A name of the zoo, the path or address of an ONNX file, the address of a predictor on a
+            server (`http://host:port/NAME`), a loaded `Predictor`, or another policy:
             those of `smartfrz.baselines` that need no gradients and no learning rates of single layers.
         total_steps: Optimizer steps of the whole run. By default what `fit` says: steps times epochs.
         record_every: Steps between two records of the weights. Needed, or `total_steps`, if `fit`

@@ -39,7 +39,8 @@ class SmartFRZ:
             pass in training mode shows which layers it has, and in which order they run; that pass
             is not compiled.
         optimizer: The optimizer, or several, of the model's parameters.
-        predictor: A name of the zoo, the path of an ONNX file, a loaded `Predictor`, or another policy,
+        predictor: A name of the zoo, the path or address of an ONNX file, the address of a predictor on a
+            server (`http://host:port/NAME`), a loaded `Predictor`, or another policy,
             such as those of `smartfrz.baselines`.
         total_steps: Optimizer steps of the whole run, `len(loader) * epochs`. Gives `record_every`.
         record_every: Steps between two records of the weights.

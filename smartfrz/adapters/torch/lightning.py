@@ -37,7 +37,8 @@ class SmartFRZCallback(FreezingCallback, Callback):
     again what it was before.
 
     Args:
-        predictor: A name of the zoo, the path of an ONNX file, or a loaded `Predictor`.
+        predictor: A name of the zoo, the path or address of an ONNX file, the address of a predictor on a
+            server (`http://host:port/NAME`), or a loaded `Predictor`.
         allow_missing_state: Whether fitting may resume from a checkpoint that was made without this
             callback. It then begins to watch at that step. Else that is a `StateError`.
         **options: Keyword arguments of `SmartFRZ`. `total_steps` comes from the Trainer.
