@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 from builder_fixtures import invoke, write_digit_recipes, write_recipe
@@ -29,11 +30,14 @@ SYSTEM = {
     "health_check_timeout_ms": 20_000,
     "agent_register_timeout_ms": 120_000,
 }
-# A line for each time that a recording begins.
+# A line for each time that a recording begins: of what, and on which node.
 COUNTING = """
 def counted(name):
-    with open(Path(__file__).with_name("started.txt"), "a") as file:
-        print(name, file=file)
+    import ray
+
+    if ray.is_initialized():
+        with open(Path(__file__).with_name("started.txt"), "a") as file:
+            print(name, ray.get_runtime_context().get_node_id(), file=file)
     return digits()
 """
 USAGE = {
@@ -55,7 +59,7 @@ def node(num_cpus=1, **more):
 def write_recipes(folder):
     """Two long recordings, one that starts from the first one's reference, and one that fails."""
     runs = [(name, "perceptron", "digits", "{}", seed) for seed, name in enumerate(("one", "two", "after", "wild"))]
-    paths = write_digit_recipes(folder, runs, epochs=24)
+    paths = write_digit_recipes(folder, runs, epochs=40)
     module = folder / "digit_parts.py"
     module.write_text("from pathlib import Path\n" + module.read_text() + COUNTING)
     for path in paths:
@@ -63,7 +67,7 @@ def write_recipes(folder):
             'source = "digit_parts:digits"', f'source = "digit_parts:counted"\narguments = {{ name = "{path.stem}" }}'
         )
         if path.stem == "after":
-            text = text.replace("[data]", 'init = "one"\n[data]').replace("epochs = 24", "epochs = 2")
+            text = text.replace("[data]", 'init = "one"\n[data]').replace("epochs = 40", "epochs = 2")
         if path.stem == "wild":
             text = text.replace("learning_rate = 0.03", "learning_rate = 1e30")
         path.write_text(text)
@@ -74,14 +78,22 @@ def write_recipes(folder):
 def cluster(monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "60")
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args=node(0, _system_config=SYSTEM))
+    cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=node(0, _system_config=SYSTEM)))
     try:
         yield cluster
     finally:
         cluster.shutdown()
+
+
+def patiently(start):
+    """A node gives up if one of its helpers is not there after fifteen seconds, which a busy machine may need."""
+    for _ in range(2):
+        with contextlib.suppress(Exception):
+            return start()
+    return start()
 
 
 def call(folder, *arguments):
@@ -103,46 +115,45 @@ def wait_until(moment, process, log, seconds=PATIENCE):
     pytest.fail(f"it did not happen: {log.read_text()}")
 
 
+def times(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("[!.]*")}
+
+
 @pytest.mark.slow
 def test_a_node_killed_while_it_records_loses_nothing_and_nothing_is_done_twice(tmp_path, cluster):
     recipes = write_recipes(tmp_path / "recipes")
-    nodes = [cluster.add_node(**node()) for _ in range(2)]
-    runs, started = tmp_path / "runs", tmp_path / "recipes" / "started.txt"
-    output, driver = f"local://{runs}", tmp_path / "driver"
+    for _ in range(2):
+        patiently(lambda: cluster.add_node(**node()))
+    runs, driver = tmp_path / "runs", tmp_path / "driver"
+    output, started = f"local://{runs}", tmp_path / "recipes" / "started.txt"
     common = ("--engine", "ray", "--address", cluster.address, "--threads", "1")
-
-    def finished():
-        return sorted(path.stem for path in runs.glob("[!.]*.parquet"))
 
     # The folder of the command, and the recipes as seen from there, say nothing to the tasks.
     relative = [os.path.relpath(path, driver) for path in recipes]
     process = call(driver, "record", *relative, "-o", output, *common)
     try:
-        both = {"one", "two"}
-        wait_until(
-            lambda: started.exists() and both <= set(started.read_text().split()) and reference_file(runs, "one").exists(),
-            process, driver / "log.txt",
-        )  # fmt: skip
-        before = {path.name: path.stat().st_mtime_ns for path in runs.glob("[!.]*")}
-        assert not both <= set(finished())
-        cluster.remove_node(nodes[0], allow_graceful=False)  # SIGKILL
-        assert process.wait(timeout=PATIENCE) == 1  # the one that cannot be recorded
+        # In the middle of a recording: its reference model is finished and there, it itself is not.
+        wait_until(lambda: reference_file(runs, "two").exists(), process, driver / "log.txt")
+        where = dict(line.split() for line in started.read_text().splitlines())
+        before = times(runs)
+        assert "two.parquet" not in before
+        (busy,) = (n for n in cluster.worker_nodes if n.node_id == where["two"])
+        cluster.remove_node(busy, allow_graceful=False)  # SIGKILL
+        assert process.wait(timeout=PATIENCE) == 1  # of one that cannot be recorded
     finally:
         process.kill()
         process.wait()
     log = (driver / "log.txt").read_text()
     assert "Not recorded:\nwild: The loss is" in log
-    assert finished() == ["after", "one", "two"]
-    for name in finished():
-        assert log.count(f"{output}/{name}.parquet") == 1
-    for name, moment in before.items():
-        assert (runs / name).stat().st_mtime_ns == moment, f"{name} was written again"
-    # One more than the recipes: the recording that was killed. The failure is not tried again.
-    begun = started.read_text().split()
-    assert sorted(set(begun)) == ["after", "one", "two", "wild"]
-    assert begun.count("wild") == begun.count("after") == 1 or len(begun) == 5
-    assert len(begun) in (4, 5)
-    print("begun", begun)
+    finished = sorted(path.stem for path in runs.glob("[!.]*.parquet"))
+    assert finished == ["after", "one", "two"]
+    assert [log.count(f"{output}/{name}.parquet") for name in finished] == [1, 1, 1]
+    assert (
+        before.items() <= times(runs).items()
+    )  # nothing that was there is written again, the reference of `two` included
+    # Only what was killed has begun twice; what fails for reasons of its own is not tried again.
+    begun = Counter(line.split()[0] for line in started.read_text().splitlines())
+    assert begun == {"one": 1, "two": 2, "after": 1, "wild": 1}
 
     # The same files as on one machine.
     for path in recipes[:3]:
@@ -151,11 +162,11 @@ def test_a_node_killed_while_it_records_loses_nothing_and_nothing_is_done_twice(
             assert file.read_bytes() == (runs / file.name).read_bytes(), file.name
 
     # All in one go, with what is there already: from the one node that is left.
-    times = {path.name: path.stat().st_mtime_ns for path in runs.iterdir()}
+    kept = times(runs)
     small = ("--window", 8, "--tailored-size", 32, "--records", 16, "--epochs", 2)
     process = call(driver, "run", *relative[:3], "-o", tmp_path / "mine.onnx", "--runs", output, *small, *common)
     assert process.wait(timeout=PATIENCE) == 0, (driver / "log.txt").read_text()
-    assert {path.name: path.stat().st_mtime_ns for path in runs.iterdir()} == times
+    assert times(runs) == kept
     assert Predictor(tmp_path / "mine.onnx").info.window == 8
 
 

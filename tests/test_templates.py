@@ -125,6 +125,21 @@ def test_names_of_the_hub_are_taken_as_they_are():
     assert str(default_file("timm:vit_tiny.augreg")) == "vit_tiny.augreg.toml"
 
 
+@pytest.mark.parametrize(
+    ("model", "arguments"),
+    [
+        ("keras:MobileNetV2", {"classes": 3, "input_shape": [32, 32, 3]}),
+        ("keras_hub:resnet_18_imagenet", {"num_classes": 3}),
+    ],
+)
+def test_models_of_keras(tmp_path, model, arguments):
+    path = tmp_path / "new.toml"
+    path.write_text(recipe_text(NewRecipe(model, num_classes=3, image_size=32), path))
+    recipe = load_recipe(path)
+    assert (recipe.model.source, recipe.model.arguments) == (model, arguments)
+    assert recipe.data.image_size == 32
+
+
 def test_names_with_quotes_stay_text(tmp_path):
     path = tmp_path / 'a"b.toml'
     path.write_text(recipe_text(NewRecipe("parts:net", data='da"ta:x', architecture="\\"), path))

@@ -48,8 +48,8 @@ def main() -> None:
 def new(model: str, output: Path | None, **others: Any) -> None:
     """Write a commented recipe.
 
-    MODEL is torchvision:NAME, timm:NAME, transformers:NAME_OR_FOLDER, module:callable, the bare name of a torchvision or
-    timm model, or organisation/name of the Hugging Face hub.
+    MODEL is torchvision:NAME, timm:NAME, transformers:NAME_OR_FOLDER, keras:NAME, keras_hub:PRESET, module:callable, the
+    bare name of a torchvision or timm model, or organisation/name of the Hugging Face hub.
     """
     from smartfrz.dataset_builder.templates import NewRecipe, default_file, recipe_text
 

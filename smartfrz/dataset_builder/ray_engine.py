@@ -120,7 +120,7 @@ class RayEngine:
             try:
                 results.append(Result(name, self._ray.get(reference)))
             except RayTaskError as error:  # what the task raised; its own text is a traceback
-                results.append(Result(name, "", error.cause))
+                results.append(Result(name, "", error.cause or error))
             except RayError as error:
                 results.append(Result(name, "", error))
         return results

@@ -110,9 +110,10 @@ def resolve_name(model: str) -> str:
     """The `model.source` that a name means.
 
     Args:
-        model: `torchvision:NAME`, `timm:NAME`, `transformers:NAME_OR_FOLDER`, `module:callable`, the bare name of a
-            torchvision or timm model (torchvision's, if both have it), `organisation/name` of the Hugging Face hub, or
-            the folder of a saved transformers model.
+        model: `torchvision:NAME`, `timm:NAME`, `transformers:NAME_OR_FOLDER`, `keras:NAME`, `keras_hub:PRESET` (these
+            two are looked up when the model is built), `module:callable`, the bare name of a torchvision or timm model
+            (torchvision's, if both have it), `organisation/name` of the Hugging Face hub, or the folder of a saved
+            transformers model.
 
     Raises:
         RecipeError: If torchvision and timm do not have the name, or the folder holds no saved model.
@@ -199,6 +200,8 @@ def recipe_text(new: NewRecipe, file: Path) -> str:
         "torchvision": "{{ num_classes = {} }}",
         "timm": "{{ num_classes = {}, pretrained = false }}  # true: start from weights of the timm hub",
         "transformers": "{{ num_labels = {}, ignore_mismatched_sizes = true }}",
+        "keras": "{{ classes = {0}, input_shape = [{1}, {1}, 3] }}",
+        "keras_hub": "{{ num_classes = {} }}  # and load_weights = false to start from random weights",
     }
     section = (
         _FUNCTION.format(data_source=_quoted(data))
@@ -210,7 +213,7 @@ def recipe_text(new: NewRecipe, file: Path) -> str:
         name=_quoted(new.name or file.stem),
         architecture=_quoted(architecture),
         source=_quoted(source),
-        arguments=heads.get(library, "{{}}").format(classes or 10),
+        arguments=heads.get(library, "{{}}").format(classes or 10, new.image_size),
         data=section,
         training=_FINE_TUNING if architecture == "transformer" else _FROM_SCRATCH,
     )
