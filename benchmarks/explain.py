@@ -120,10 +120,11 @@ def draw(decision):
         axes.axvline(x[-1], color="#c1121f", linewidth=1)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, frameon=False)
-    attention.set_title(
+    figure.suptitle(
         f"{decision.layer} of {decision.run}: frozen at {x[-1]:.0f} % with a confidence of {decision.confidence:.2f}",
-        loc="left",
-        fontsize=10,
+        x=0.01,
+        ha="left",
+        fontsize=9,
     )
     return figure
 
