@@ -11,13 +11,14 @@ RUN := $(VENV)/bin/python -m
 DATA ?= $(SMARTFRZ_DATA)
 RUNS ?= runs
 
-.PHONY: help demo test lint format bench predictor clean
+.PHONY: help demo test lint format bench bench-gpu predictor clean
 
 help:
 	@echo "make demo       fine-tune a pretrained network fully and with SmartFRZ, and compare (about 6 minutes)"
 	@echo "make test       run all tests"
 	@echo "make lint       ruff and mypy"
-	@echo "make bench      measure overhead and batch norm handling"
+	@echo "make bench      measure everything that benchmarks/README.md says of a CPU, and more: many hours (SMARTFRZ_DATA)"
+	@echo "make bench-gpu  measure the paper's architectures on a GPU, and fill benchmarks/README.md"
 	@echo "make predictor  record all recipes and train smartfrz-base anew (SMARTFRZ_DATA names the data folder)"
 
 $(VENV)/.installed: pyproject.toml
@@ -47,6 +48,15 @@ format: $(VENV)/.installed
 	$(RUN) ruff format .
 
 bench: $(VENV)/.installed
+	$(VENV)/bin/python recipes/fetch.py
+	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.compare pretrain --folder $(RUNS)/compare
+	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.compare run --folder $(RUNS)/compare
+	$(RUN) benchmarks.compare plots --pictures benchmarks/pictures
+	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.sweeps run --folder $(RUNS)/compare
+	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.predictor_tables figure --folder $(RUNS)/compare
+	$(RUN) benchmarks.predictor_tables costs
+	if ls $(RUNS)/*.parquet > /dev/null 2>&1; then $(RUN) benchmarks.predictor_tables run --runs $(RUNS); fi
+	$(RUN) benchmarks.tables
 	$(RUN) benchmarks.overhead
 	$(RUN) benchmarks.baselines
 	$(RUN) benchmarks.decision
@@ -56,6 +66,11 @@ bench: $(VENV)/.installed
 	$(RUN) benchmarks.prefix_cache
 	$(RUN) benchmarks.keras_fit --backends torch
 	$(RUN) benchmarks.keras_step
+
+bench-gpu: $(VENV)/.installed
+	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.compare pretrain --tier gpu --folder $(RUNS)/compare
+	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.compare run --tier gpu --folder $(RUNS)/compare
+	$(RUN) benchmarks.tables
 
 predictor: $(VENV)/.installed
 	$(VENV)/bin/python recipes/fetch.py

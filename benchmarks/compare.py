@@ -197,7 +197,8 @@ class OnDevice(torch.utils.data.Dataset):
 
 
 def policy_of(method, job, model, steps_per_epoch, probe):
-    """What `SmartFRZ` gets in the place of the predictor."""
+    """What `SmartFRZ` gets in the place of the predictor; `linear:0.3` and `autofreeze:2` have another t_0 and M."""
+    method, _, value = method.partition(":")
     if method in OPTIONS:
         return job.predictor
     if method == "similarity-guided":
@@ -207,7 +208,9 @@ def policy_of(method, job, model, steps_per_epoch, probe):
     if method == "weight-change":  # its limit was calibrated on the predictor's recordings, in the same way
         threshold = job.predictor.info.metrics.get("weight_change_calibrated_threshold")
         return WeightChange() if threshold is None else WeightChange(limit=10.0**-threshold)
-    return LinearFreezing() if method == "linear" else AutoFreeze(steps_per_epoch=steps_per_epoch)
+    if method == "linear":
+        return LinearFreezing(float(value or 0.5))
+    return AutoFreeze(steps_per_epoch=steps_per_epoch, intervals_per_epoch=int(value or 4))
 
 
 def without_schedule(spec, progress):
@@ -220,9 +223,9 @@ class Run:
 
     Args:
         job: What is trained.
-        method: One of `METHODS`.
+        method: One of `METHODS`, or as `policy_of` says.
         data: That of the job, which all of its runs share.
-        share: Of the steps of full training, for a run that stops early; the schedule is scaled.
+        share: Of the steps of full training, for a run that is shorter or longer; the schedule is scaled.
     """
 
     def __init__(self, job, method, data, share=1.0):
@@ -234,10 +237,10 @@ class Run:
         indexed = PrefixCache.indexed(samples, seed=job.seed)
         self.loader = DataLoader(indexed, self.spec.batch_size, shuffle=True, drop_last=True, generator=order)
         self.full_steps = max(1, round(len(self.loader) * self.spec.epochs))
-        self.total_steps, self.step = EarlyStop(EARLY.get(method, share)).steps(self.full_steps), 0
+        self.total_steps, self.step = max(1, round(EARLY.get(method, share) * self.full_steps)), 0
         self.moments = {math.ceil(self.total_steps * (k + 1) / MOMENTS) for k in range(MOMENTS)}
         self.optimizer = optimizer_of(self.model, self.spec)
-        factor = without_schedule if method == "linear" else schedule_factor
+        factor = without_schedule if method.startswith("linear") else schedule_factor
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: factor(self.spec, step / self.total_steps)
         )
@@ -339,7 +342,7 @@ class Run:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         kept = [*self.model.parameters(), *self.model.buffers(), *trained]  # gradients are as large as weights
         kept += [x for x in tree_leaves(dict(self.optimizer.state)) if isinstance(x, torch.Tensor)]
-        if self.method == "autofreeze" and self.freezer._adapter is not None:
+        if self.method.startswith("autofreeze") and self.freezer._adapter is not None:
             kept += self.freezer._adapter.gradient_state().values()
         size = sum(tensor.numel() * tensor.element_size() for tensor in kept) + self.work.activation_bytes
         if self.freezer is not None and (use := self.freezer.report().cache) is not None:
