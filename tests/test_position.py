@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 
 from numpy_adapter import NumpyAdapter, ScriptedPredictor, make_info  # noqa: E402
+
 from smartfrz.predictor.contract import UNKNOWN_POSITION  # noqa: E402
 from smartfrz.predictor.export import export  # noqa: E402
 from smartfrz.predictor.model import FIGURES, FreezePredictor, trajectory  # noqa: E402
@@ -73,7 +74,9 @@ def test_wrong_positions(predictor, position, message):
 def test_a_predictor_without_position_says_so(predictor_file):
     other = Predictor(predictor_file, device="cpu")
     assert not other.positional
-    with pytest.raises(ValueError, match=r"'tiny' reads no position: its representation is 'motion'\. Leave `position`"):
+    with pytest.raises(
+        ValueError, match=r"'tiny' reads no position: its representation is 'motion'\. Leave `position`"
+    ):
         other.predict(np.zeros((1, 3, 64), np.float32), np.array([3]), np.zeros(1, np.float32))
 
 
