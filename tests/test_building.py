@@ -13,7 +13,7 @@ from smartfrz.predictor.evaluation import Regression
 from smartfrz.predictor.runtime import Predictor
 from smartfrz.predictor.training import Quality, score, weight_change
 
-METHODS = ["predictor", "weight change", "weight change calibrated", "logistic regression"]
+METHODS = ["predictor", "weight change", "weight change calibrated", "schedule", "logistic regression"]
 DIGEST = hashlib.sha256(b"the recordings").hexdigest()
 QUICK = dataclasses.replace(SMALL, epochs=1)
 

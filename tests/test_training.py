@@ -308,7 +308,13 @@ def test_leaving_one_architecture_out(monkeypatch):
     assert used == [({"transformer"}, 1, 1)] * 2 + [({"cnn"}, 1, 1)] * 2
     assert list(results) == ["cnn", "transformer"]
     for methods in results.values():
-        assert list(methods) == ["predictor", "weight_change", "weight_change_calibrated", "logistic_regression"]
+        assert list(methods) == [
+            "predictor",
+            "weight_change",
+            "weight_change_calibrated",
+            "schedule",
+            "logistic_regression",
+        ]
         first, second = methods["predictor"]
         assert first != second
         assert first.auc > 0.9

@@ -326,8 +326,9 @@ def _never_seen(group: str, by_seed: dict[str, dict[str, list[Judged]]]) -> list
         f"Trained anew without each {what}, with {len(each)} seeds, judged on that {what}'s runs (means over"
         " seeds and runs; pooled AUC: over the windows of all its runs together). The baseline, "
         "weight change, is the relative change over the last 3 records, with the threshold of the highest accuracy "
-        "on the training runs; calibrated, with one chosen as the predictor's is. Logistic regression reads the change over "
-        "1, 3, 10 and all records of the same history, their ratios and slope, and how long the history is.",
+        "on the training runs; calibrated, with one chosen as the predictor's is. Schedule is a logistic regression on "
+        "what a schedule from front to back knows: how far the run is, and where the layer stands. Logistic regression "
+        "reads that, and the change over 1, 3, 10 and all records of the same history, their ratios and slope.",
         "",
         *_table(groups | {"mean": means}, "held out"),
         "",

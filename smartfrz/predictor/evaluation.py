@@ -15,7 +15,8 @@ from smartfrz.predictor.decision import CHANGE_RECORDS, relative_change
 from smartfrz.predictor.training import LabelledRun, Quality, Scores, TrainingOptions
 
 Group = Literal["architecture", "dataset"]
-METHODS = ("predictor", "weight_change", "weight_change_calibrated", "logistic_regression")
+METHODS = ("predictor", "weight_change", "weight_change_calibrated", "schedule", "logistic_regression")
+Features = Literal["statistics", "change", "schedule"]
 NUM_BINS = 10
 _LAGS = (1, CHANGE_RECORDS, 10)
 _SLOPE_RECORDS = 10
@@ -28,6 +29,8 @@ STATISTICS = (
     "ratio_3_10",
     "ratio_10_all",
     "slope",
+    "position",
+    "position_and_progress",
 )
 
 
@@ -41,7 +44,8 @@ def statistics(run: LabelledRun, window: int) -> NDArray[np.float64]:
     Returns:
         float64 `[num_layers, timestamps, len(STATISTICS)]`: the share of the window that is filled; log10 of the
         relative change of the weights over 1, 3 and 10 records (or as many as there are) and since the first record of
-        the window; their differences; and the slope, a record, of log10 of the steps of the last 10 records.
+        the window; their differences; the slope, a record, of log10 of the steps of the last 10 records; where in the
+        network the layer stands, in [0, 1]; and that times the share.
     """
     weights, timestamps = run.weights, run.weights.shape[1]
     now = np.arange(timestamps)
@@ -50,7 +54,21 @@ def statistics(run: LabelledRun, window: int) -> NDArray[np.float64]:
     changes = [_log_change(weights, before) for before in befores]
     ratios = [earlier - later for earlier, later in itertools.pairwise(changes)]
     progress = np.broadcast_to((now - first + 1) / window, changes[0].shape)
-    return np.stack([progress, *changes, *ratios, _slopes(changes[0], first)], axis=-1)
+    schedule = _schedule(run, window)
+    return np.stack(
+        [progress, *changes, *ratios, _slopes(changes[0], first), *np.moveaxis(schedule[..., 1:3], -1, 0)], -1
+    )
+
+
+def _schedule(run: LabelledRun, window: int) -> NDArray[np.float64]:
+    """What is known without a look at any weight: progress, position, their product, and the square of progress.
+
+    float64 `[num_layers, timestamps, 4]`.
+    """
+    shape = run.weights.shape[:2]
+    progress = np.broadcast_to(np.minimum(np.arange(shape[1]) + 1, window) / window, shape)
+    position = np.broadcast_to(training._places(shape[0])[:, None].astype(np.float64), shape)
+    return np.stack([progress, position, position * progress, progress**2], axis=-1)
 
 
 def _log_change(weights: NDArray[np.float32], before: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -74,23 +92,22 @@ class Regression:
     """Logistic regression on features of each history.
 
     Attributes:
-        features: `statistics`; or `change`, the one number that weight change goes by, which makes a probability of it.
+        features: `statistics`; or `change`, the one number that weight change goes by, which makes a probability of it; or
+            `schedule`: progress and position, as a schedule from front to back has them, and no weights.
         mean: Of each feature in training, float64 `[n]`.
         scale: Their standard deviations, float64 `[n]`.
         coefficients: Of the standardised features, float64 `[n]`.
         intercept: Of them.
     """
 
-    features: Literal["statistics", "change"]
+    features: Features
     mean: NDArray[np.float64]
     scale: NDArray[np.float64]
     coefficients: NDArray[np.float64]
     intercept: float
 
     @classmethod
-    def fit(
-        cls, features: Literal["statistics", "change"], runs: Sequence[LabelledRun], options: TrainingOptions
-    ) -> "Regression":
+    def fit(cls, features: Features, runs: Sequence[LabelledRun], options: TrainingOptions) -> "Regression":
         """Fit it; every run counts alike.
 
         Args:
@@ -143,6 +160,8 @@ def _features(features: str, run: LabelledRun, options: TrainingOptions) -> NDAr
     with np.errstate(invalid="ignore"):  # weights that are not finite are not decided on
         if features == "statistics":
             made = statistics(run, options.window)
+        elif features == "schedule":
+            made = _schedule(run, options.window)
         else:
             made = -_log_change(run.weights, np.maximum(np.arange(run.weights.shape[1]) - CHANGE_RECORDS, 0))[..., None]
     return np.nan_to_num(made, posinf=0.0, neginf=0.0)
@@ -207,11 +226,13 @@ class Baselines:
     Attributes:
         weight_change: The threshold of `training.weight_change` with the highest accuracy.
         change: Makes a probability of weight change.
+        schedule: The logistic regression on progress and position alone: what a fixed schedule can know.
         statistics: The logistic regression on simple statistics.
     """
 
     weight_change: float
     change: Regression
+    schedule: Regression
     statistics: Regression
 
     @classmethod
@@ -226,20 +247,21 @@ class Baselines:
             options: Those of the predictor.
         """
         threshold = training.best_accuracy_threshold(training.weight_change(everything, options), everything, options)
-        return cls(threshold, Regression.fit("change", train, options), Regression.fit("statistics", train, options))
+        fitted = [Regression.fit(features, train, options) for features in ("change", "schedule", "statistics")]
+        return cls(threshold, *fitted)
 
     def scores(self, method: str, runs: Sequence[LabelledRun], options: TrainingOptions) -> Scores:
         """Of one of `METHODS` but the predictor: what is compared with a threshold."""
-        if method == "logistic_regression":
-            return self.statistics.score(runs, options)
+        if method in ("schedule", "logistic_regression"):
+            return self.confidence(method, runs, options)
         return training.weight_change(runs, options)
 
     def confidence(self, method: str, runs: Sequence[LabelledRun], options: TrainingOptions) -> Scores:
         """The same, in [0, 1]: of calibrated weight change, what its regression says."""
         if method == "weight_change":
             return weight_change_confidence(runs, options, self.weight_change)
-        regression = self.change if method == "weight_change_calibrated" else self.statistics
-        return regression.score(runs, options)
+        known = {"weight_change_calibrated": self.change, "schedule": self.schedule}
+        return known.get(method, self.statistics).score(runs, options)
 
     def judge(
         self, test: Sequence[LabelledRun], validation: Sequence[LabelledRun], options: TrainingOptions
