@@ -29,6 +29,7 @@ SYSTEM = {
     "health_check_failure_threshold": 5,
     "health_check_timeout_ms": 20_000,
     "agent_register_timeout_ms": 120_000,
+    "worker_niceness": 0,
 }
 # A line for each time that a recording begins: of what, and on which node.
 COUNTING = """
