@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import hashlib
 import os
@@ -12,9 +13,11 @@ torch = pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 
+from smartfrz.errors import PredictorFileError  # noqa: E402
 from smartfrz.files import replacing  # noqa: E402
 from smartfrz.predictor import export as export_module  # noqa: E402
-from smartfrz.predictor.export import export  # noqa: E402
+from smartfrz.predictor.export import compact, export, restore  # noqa: E402
+from smartfrz.predictor.model import FreezePredictor  # noqa: E402
 from smartfrz.predictor.runtime import Predictor  # noqa: E402
 
 EXPORT_AGAIN = """
@@ -185,3 +188,26 @@ def test_replacing_gives_ordinary_permissions(tmp_path):
     assert path.read_bytes() == b"new"
     assert path.stat().st_mode & 0o777 == 0o644
     assert [p.name for p in tmp_path.iterdir()] == ["p.onnx"]
+
+
+@pytest.mark.parametrize("representation", ["motion", "trajectory"])
+def test_compact_is_small_answers_alike_and_cannot_be_trained_further(representation, tiny_info, tmp_path):
+    info = dataclasses.replace(tiny_info, representation=representation)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        export(FreezePredictor(info.tailored_size, representation), info, tmp_path / "whole.onnx")
+    difference = compact(tmp_path / "whole.onnx", tmp_path / "small.onnx", "small")
+    small, whole = (Predictor(tmp_path / f"{name}.onnx", device="cpu") for name in ("small", "whole"))
+    assert 0 < difference < 0.02
+    assert (tmp_path / "small.onnx").stat().st_size < 0.45 * (tmp_path / "whole.onnx").stat().st_size
+    assert (small.info.name, small.info.threshold) == ("small", info.threshold)
+    assert small.info.metrics == info.metrics | {"compact_of": whole.sha256}
+    with pytest.raises(PredictorFileError, match="cannot be read back into a network"):
+        restore(tmp_path / "small.onnx")
+
+
+def test_compact_refuses_what_is_no_predictor_and_leaves_nothing(tmp_path):
+    (tmp_path / "x.onnx").write_bytes(b"no onnx")
+    with pytest.raises(PredictorFileError, match="is not a SmartFRZ predictor, or is cut"):
+        compact(tmp_path / "x.onnx", tmp_path / "small.onnx", "small")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.onnx"]

@@ -1,5 +1,6 @@
 """A trained predictor to one ONNX file that says all about itself, and back, to train it further."""
 
+import dataclasses
 import os
 import tempfile
 import warnings
@@ -32,6 +33,8 @@ from smartfrz.predictor.runtime import Prediction, Predictor
 from smartfrz.predictor.sorting import replace_sorts
 
 TOLERANCE = 1e-5
+_MATRIX = 1024  # values from which a matrix is worth storing in 8 bits
+_COMPACT_TOLERANCE = 0.1
 
 
 def export(model: FreezePredictor, info: PredictorInfo, path: str | os.PathLike[str]) -> float:
@@ -136,19 +139,84 @@ def _make_optional(graph: onnx.GraphProto, defaults: dict[str, NDArray[np.float3
     graph.node.reverse()
 
 
+def compact(source: str | os.PathLike[str], path: str | os.PathLike[str], name: str) -> float:
+    """Write a predictor file again with weights of 8 bits: a quarter of the size, and nearly the same answers.
+
+    Matrices become int8 with one scale a column; the graph multiplies them out (`DequantizeLinear`, a standard
+    operator) and computes in float32 as before, so that a decision takes as long. Such a file cannot be trained further.
+
+    Args:
+        source: A predictor file.
+        path: The file to make; replaced only when all checks have passed.
+        name: Its name.
+
+    Returns:
+        The largest absolute difference of confidences, on random histories.
+
+    Raises:
+        PredictorFileError: If `source` is no predictor, or the answers differ by more than 0.1.
+        OSError: If the file cannot be written.
+    """
+    original = Predictor(source, device="cpu")
+    proto = onnx.load(source)
+    for tensor in list(proto.graph.initializer):
+        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 2 and np.prod(tensor.dims) >= _MATRIX:
+            _store_as_int8(proto.graph, tensor)
+    del proto.metadata_props[:]
+    info = dataclasses.replace(
+        original.info, name=name, metrics=original.info.metrics | {"compact_of": original.sha256}
+    )
+    onnx.helper.set_model_props(proto, dict(sorted(info.to_metadata().items())))
+    onnx.checker.check_model(proto, full_check=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(seal(proto.SerializeToString(deterministic=True)))
+        difference = _difference(original, Predictor(temporary, device="cpu"))
+        if not difference <= _COMPACT_TOLERANCE:
+            raise PredictorFileError(
+                f"With weights of 8 bits {str(source)!r} answers differently, by up to {difference:.2g}; expected at most "
+                f"{_COMPACT_TOLERANCE}. Keep the file as it is."
+            )
+    return difference
+
+
+def _store_as_int8(graph: onnx.GraphProto, tensor: onnx.TensorProto) -> None:
+    values = onnx.numpy_helper.to_array(tensor)
+    scale = np.maximum(np.abs(values).max(axis=0) / 127.0, np.finfo(np.float32).tiny).astype(np.float32)
+    rounded = np.clip(np.rint(values / scale), -127, 127).astype(np.int8)
+    name = tensor.name
+    graph.initializer.remove(tensor)
+    graph.initializer.append(onnx.numpy_helper.from_array(rounded, f"{name}_int8"))
+    graph.initializer.append(onnx.numpy_helper.from_array(scale, f"{name}_scale"))
+    graph.node.insert(0, onnx.helper.make_node("DequantizeLinear", [f"{name}_int8", f"{name}_scale"], [name], axis=1))
+
+
+def _difference(one: Predictor, other: Predictor, rounds: int = 8) -> float:
+    """Largest difference of two predictors' confidences on random histories."""
+    rng = np.random.default_rng(0)
+    worst = 0.0
+    for _ in range(rounds):
+        history, lengths = _random_histories(one, rng)
+        worst = np.max([worst, np.abs(one.predict(history, lengths)[0] - other.predict(history, lengths)[0]).max()])
+    return float(worst)
+
+
+def _random_histories(predictor: Predictor, rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    num_layers, window = int(rng.integers(1, 60)), int(rng.integers(1, predictor.info.window + 1))
+    walk = rng.normal(size=(num_layers, window, predictor.info.tailored_size)) * 10.0 ** rng.uniform(-4, 0)
+    history = (walk.cumsum(axis=1) + rng.normal(size=(num_layers, 1, 1))).astype(np.float32)
+    history[1:2] = 0.0  # a layer that starts at zero, as the last norm of many residual blocks
+    return history, rng.integers(1, window + 1, num_layers)
+
+
 def parity(model: FreezePredictor, predictor: Predictor, rounds: int = 8, seed: int = 0) -> float:
     """Largest absolute difference between PyTorch and ONNX Runtime on random histories."""
     rng = np.random.default_rng(seed)
     worst = 0.0
     for _ in range(rounds):
-        num_layers, window = int(rng.integers(1, 60)), int(rng.integers(1, predictor.info.window + 1))
-        walk = rng.normal(size=(num_layers, window, predictor.info.tailored_size)) * 10.0 ** rng.uniform(-4, 0)
-        history = (walk.cumsum(axis=1) + rng.normal(size=(num_layers, 1, 1))).astype(np.float32)
-        history[1:2] = 0.0  # a layer that starts at zero, as the last norm of many residual blocks
-        lengths = rng.integers(1, window + 1, num_layers)
+        history, lengths = _random_histories(predictor, rng)
         position = None
         if predictor.positional and rng.random() < 0.75:
-            position = rng.uniform(size=num_layers).astype(np.float32)
+            position = rng.uniform(size=len(history)).astype(np.float32)
             position[::3] = UNKNOWN_POSITION
         placed = {} if position is None else {"position": torch.from_numpy(position)}
         with torch.no_grad():
