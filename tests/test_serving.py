@@ -407,7 +407,10 @@ def test_sigterm_answers_what_is_in_flight(predictor_file, tmp_path):
     asking = threading.Thread(target=lambda: answers.append(server.ask("tiny", GOOD)))
     asking.start()
     time.sleep(0.5)  # it waits for others to be run with
-    assert server.terminate() == 0
+    try:
+        assert server.terminate() == 0
+    finally:
+        server.kill()
     asking.join()
     assert answers[0][0] == 200
     assert "Traceback" not in (tmp_path / "log").read_text()
