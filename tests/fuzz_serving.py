@@ -124,7 +124,7 @@ def altered_binary(rng):
 
 def some_request(rng, name):
     """Method, path, body and headers."""
-    model = rng.choice([name, name, "none", "%00", "..%2f", "x" * 500, "%ff%fe"])
+    model = rng.choice([*[name] * 12, "none", "%00", "..%2f", "x" * 500, "%ff%fe"])
     if rng.random() < 0.75:
         method, path = "POST", f"/v2/models/{model}/infer"
     else:
