@@ -129,7 +129,7 @@ class PredictorModel(Model):  # type: ignore[misc]
 
 def _finite(answer: Prediction) -> Prediction:
     """Keep training, where weights so large that the network overflows got no number; JSON has no NaN."""
-    right = np.isfinite(answer.confidence).all(axis=1) & np.isfinite(answer.attention).all(axis=1)
+    right = np.asarray(np.isfinite(np.concatenate(answer, axis=1)).all(axis=1))
     if right.all():
         return answer
     keep = np.array([1, 0], np.float32)
