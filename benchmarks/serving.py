@@ -3,9 +3,9 @@
 Starts `smartfrz serve` on this machine, and as many training jobs as asked for, all of which ask at once: about 54 layers
 with 30 records of 1024 weights each (6.6 MB of binary data over REST), again as soon as they are answered, each so often
 as `--rounds` says, for at most `--seconds`. Every answer is compared with that of the file. Prints decisions a second (one
-is the answer for one job at one freezing stage), latencies as a job sees them, what was lost, and the server's memory,
-second by second. The jobs take their share of the processors, too; so does whatever else runs, which the load average
-tells.
+is the answer for one job at one freezing stage), latencies as a job sees them, what was lost, the server's memory, second by
+second, and the processor time that it took for a decision, which depends less on what else runs. The jobs take their
+share of the processors, too; so does whatever else runs, which the load average tells.
 
 `--without-server` times the same questions in this process instead, one after the other on one thread.
 """
@@ -100,6 +100,12 @@ async def watch(pid, memory):
         await asyncio.sleep(1)
 
 
+def processor_seconds(pid):
+    """What a process has used so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 async def load(port, pid, requests, expected, arguments):
     """All jobs at once."""
     results, memory = [], []
@@ -141,12 +147,12 @@ def batches(port):
 
 
 def without_server(predictor, asked, rounds):
-    """Milliseconds for each question in this process."""
+    """Milliseconds of processor time for each question in this process."""
     times = []
     for history, lengths in itertools.chain.from_iterable([asked] * rounds):
-        begin = time.perf_counter()
+        begin = time.process_time()
         predictor.predict(history, lengths)
-        times.append(1e3 * (time.perf_counter() - begin))
+        times.append(1e3 * (time.process_time() - begin))
     return times
 
 
@@ -168,14 +174,16 @@ def main():
     if arguments.without_server:
         times = without_server(predictor, asked, arguments.rounds)
         line |= {"what": "without server", "decisions": len(times)}
-        line |= {"p50_ms": round(statistics.median(times), 1), "minimum_ms": round(min(times), 1)}
+        line |= {"processor_ms_per_decision": round(statistics.median(times), 1), "minimum": round(min(times), 1)}
         note(line | {"load_average": round(os.getloadavg()[0], 1)}, arguments.output)
         return
     expected = [predictor.predict(*question).confidence for question in asked]
     requests = [message(predictor.info.name, *question) for question in asked]
     process, port = start(arguments)
     try:
+        before = processor_seconds(process.pid)
         results, memory, seconds = asyncio.run(load(port, process.pid, requests, expected, arguments))
+        used = processor_seconds(process.pid) - before
         together = batches(port)
     finally:
         process.terminate()
@@ -192,6 +200,7 @@ def main():
         "lost": len(lost),
         "seconds": round(seconds, 1),
         "decisions_per_second": round(len(times) / seconds, 2),
+        "processor_ms_per_decision": round(1e3 * used / max(1, len(times)), 1),
         "layers_per_second": round(len(times) * arguments.layers / seconds),
         "p50_ms": round(float(p50)),
         "p99_ms": round(float(p99)),

@@ -124,7 +124,7 @@ def altered_binary(rng):
 
 def some_request(rng, name):
     """Method, path, body and headers."""
-    model = rng.choice([name, name, "none", "%00", "..%2f", "x" * 500, "%ff%fe"])
+    model = rng.choice([*[name] * 12, "none", "%00", "..%2f", "x" * 500, "%ff%fe"])
     if rng.random() < 0.75:
         method, path = "POST", f"/v2/models/{model}/infer"
     else:
@@ -184,8 +184,7 @@ def over_grpc(rng, port, name, number):
     return counts
 
 
-# INTERNAL is what gRPC itself says of bytes that are no message; our own failures say that the log tells why.
-EXPECTED_CODES = {"INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "INTERNAL", "RESOURCE_EXHAUSTED"}
+EXPECTED_CODES = {"INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED"}
 
 
 def main():

@@ -299,6 +299,20 @@ def server(predictor_file, tmp_path_factory):
     process.kill()
 
 
+@pytest.fixture
+def start(tmp_path):
+    """Starts servers, which end with the test."""
+    started = []
+
+    def start(*arguments, **options):
+        started.append(ServingProcess(tmp_path / f"log{len(started)}", *arguments, **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+
+
 @needs_kserve
 def test_a_real_server_answers_as_the_file(server, predictor_file):
     remote, local = zoo.load(server.url("tiny")), Predictor(predictor_file, device="cpu")
@@ -320,14 +334,14 @@ def test_weights_that_a_real_server_refuses(server):
 
 
 @needs_kserve
-def test_a_server_that_is_killed_while_pytorch_trains_and_comes_back(eager_predictor, tmp_path, caplog):
+def test_a_server_that_is_killed_while_pytorch_trains_and_comes_back(eager_predictor, start, caplog):
     pytest.importorskip("torch")
     from torch_runs import NET, Net, train
 
     from smartfrz.adapters.torch import SmartFRZ
 
     torch = sys.modules["torch"]
-    server = ServingProcess(tmp_path / "log", f"eager={eager_predictor}")
+    server = start(f"eager={eager_predictor}")
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     # It freezes whatever it is asked about, and is asked at each fourth step.
@@ -350,9 +364,8 @@ def test_a_server_that_is_killed_while_pytorch_trains_and_comes_back(eager_predi
     assert freezer.frozen_layers == []
     assert len(caplog.records) == 1
     assert "ConnectionRefusedError" in caplog.text
-    again = ServingProcess(tmp_path / "again", f"eager={eager_predictor}", port=server.port)
+    start(f"eager={eager_predictor}", port=server.port)
     train(model, optimizer, freezer, 25, 40)
-    again.kill()
     assert freezer.frozen_layers == NET[:-1]
     assert {event.reason for event in freezer.events if event.step > 25} >= {"patience", "confident"}
 
@@ -373,21 +386,22 @@ class Kill(keras.callbacks.Callback):
         if epoch == 0:
             os.kill(int(sys.argv[2]), signal.SIGKILL)
 
-freezer = SmartFRZ(sys.argv[1], record_every=1, decide_every=2, threshold=0.01, recompile_steps=0)
+# It would freeze at step 12, the fifth stage with enough records.
+options = {"record_every": 1, "decide_every": 2, "patience": 5, "threshold": 0.01, "recompile_steps": 0}
+freezer = SmartFRZ(sys.argv[1], **options)
 model.fit(x, x, 8, epochs=3, verbose=0, callbacks=[freezer, Kill()])
 print(json.dumps([[event.step, event.reason] for event in freezer.events]))
 """
 
 
 @needs_kserve
-def test_a_server_that_is_killed_while_keras_trains(eager_predictor, tmp_path):
+def test_a_server_that_is_killed_while_keras_trains(eager_predictor, start):
     if importlib.util.find_spec("keras") is None:
         pytest.skip("keras is not installed")
-    server = ServingProcess(tmp_path / "log", f"eager={eager_predictor}")
+    server = start(f"eager={eager_predictor}")
     arguments = [sys.executable, "-c", _KERAS, server.url("eager"), str(server.pid)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     result = subprocess.run(arguments, capture_output=True, text=True, timeout=240, env=environment)
-    server.kill()
     assert result.returncode == 0, result.stderr[-3000:]
     events = json.loads(result.stdout.splitlines()[-1])
     assert {reason for step, reason in events if step <= 10} >= {"patience"}

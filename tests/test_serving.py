@@ -287,6 +287,17 @@ def test_nan_and_infinity_in_binary_data(server, bad):
     assert answer["error"].startswith("history holds NaN or infinity; expected finite weights.")
 
 
+def test_weights_at_which_the_network_overflows_are_trained_on(server, predictor):
+    history = HISTORY.copy()
+    history[1] *= np.float32(1e37)
+    assert not np.isfinite(predictor.predict(history, LENGTHS).confidence[1]).all()
+    status, answer = server.ask("tiny", *binary(history, LENGTHS))
+    assert status == 200
+    confidence = outputs(answer)["confidence"]
+    assert confidence[1].tolist() == [1, 0]
+    np.testing.assert_allclose(confidence[[0, 2]], predictor.predict(HISTORY, LENGTHS).confidence[[0, 2]], atol=1e-6)
+
+
 def test_bytes_behind_the_last_tensor(server):
     body, headers = binary(HISTORY, LENGTHS)
     assert server.ask("tiny", body + b"x", headers)[1] == {"error": "1 bytes follow the last tensor; expected none."}
@@ -407,7 +418,10 @@ def test_sigterm_answers_what_is_in_flight(predictor_file, tmp_path):
     asking = threading.Thread(target=lambda: answers.append(server.ask("tiny", GOOD)))
     asking.start()
     time.sleep(0.5)  # it waits for others to be run with
-    assert server.terminate() == 0
+    try:
+        assert server.terminate() == 0
+    finally:
+        server.kill()
     asking.join()
     assert answers[0][0] == 200
     assert "Traceback" not in (tmp_path / "log").read_text()

@@ -6,7 +6,7 @@ from kserve import ModelRepository
 from kserve.errors import ModelNotFound, ModelNotReady
 from kserve.protocol.dataplane import DataPlane as KserveDataPlane
 
-import smartfrz
+from smartfrz import __version__
 from smartfrz.serving.model import PredictorModel
 
 
@@ -29,7 +29,7 @@ class DataPlane(KserveDataPlane):  # type: ignore[misc]
 
     def metadata(self) -> dict[str, Any]:
         """Of the server."""
-        return {"name": "smartfrz", "version": smartfrz.__version__, "extensions": ["binary_tensor_data"]}
+        return {"name": "smartfrz", "version": __version__, "extensions": ["binary_tensor_data"]}
 
     async def ready(self) -> bool:
         """Whether requests are welcome."""

@@ -12,7 +12,7 @@ from kserve.protocol.infer_type import RequestedOutput
 from numpy.typing import NDArray
 
 from smartfrz.predictor.contract import HISTORY, LENGTHS, PREFIX
-from smartfrz.predictor.runtime import Predictor
+from smartfrz.predictor.runtime import Prediction, Predictor
 from smartfrz.serving import metrics, tensors
 from smartfrz.serving.batching import Batcher
 from smartfrz.serving.options import ServeOptions
@@ -108,7 +108,7 @@ class PredictorModel(Model):  # type: ignore[misc]
         except ValueError as error:
             raise InvalidInput(str(error)) from error
         history, lengths = arrays[HISTORY], arrays[LENGTHS]
-        answer = await self._batcher.ask(history, lengths)
+        answer = _finite(await self._batcher.ask(history, lengths))
         metrics.LAYERS.labels(self.name).inc(len(history))
         protocol = "grpc" if payload.from_grpc else "rest"
         metrics.SECONDS.labels(self.name, protocol).observe(time.perf_counter() - begin)
@@ -125,6 +125,16 @@ class PredictorModel(Model):  # type: ignore[misc]
     def _count_run(self, num_requests: int, num_layers: int) -> None:
         metrics.BATCH_REQUESTS.labels(self.name).observe(num_requests)
         metrics.BATCH_LAYERS.labels(self.name).observe(num_layers)
+
+
+def _finite(answer: Prediction) -> Prediction:
+    """Keep training, where weights so large that the network overflows got no number; JSON has no NaN."""
+    right = np.asarray(np.isfinite(np.concatenate(answer, axis=1)).all(axis=1))
+    if right.all():
+        return answer
+    keep = np.array([1, 0], np.float32)
+    attention = np.where(right[:, None], answer.attention, np.float32(0))
+    return Prediction(np.where(right[:, None], answer.confidence, keep), attention)
 
 
 def _output(name: str, array: NDArray[np.float32], payload: InferRequest) -> InferOutput:

@@ -46,7 +46,8 @@ class Endpoints(V2Endpoints):  # type: ignore[misc]
         status = HTTPStatus.INTERNAL_SERVER_ERROR
         try:
             model = await self.dataplane.ready_model(model_name)
-            asked = await model.read(request.scope[BODY], request.headers.get(INFERENCE_CONTENT_LENGTH_HEADER))
+            # Popped: what was copied out of it need not be held twice while it waits.
+            asked = await model.read(request.scope.pop(BODY), request.headers.get(INFERENCE_CONTENT_LENGTH_HEADER))
             answer, _ = await self.dataplane.infer(model_name, asked)
             body, json_length = answer.to_rest()
             status = HTTPStatus.OK

@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from kserve.errors import InvalidInput, ModelNotFound, ModelNotReady
 from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
 from kserve.protocol.grpc.interceptors import ExceptionToStatusInterceptor
@@ -21,6 +22,30 @@ _CODES = {
     ModelNotReady: grpc.StatusCode.UNAVAILABLE,
     Overloaded: grpc.StatusCode.UNAVAILABLE,
 }
+
+
+class Messages(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Refuses bytes that are no message as any other bad request, where gRPC would tell of a failure."""
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        """The handler of a call, with a reader that does not fail."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.unary_unary is None:
+            return handler
+
+        def read(message: bytes) -> Any:
+            try:
+                return handler.request_deserializer(message)
+            except DecodeError:
+                return None
+
+        async def answer(request: Any, context: Any) -> Any:
+            if request is None:
+                metrics.REJECTED.labels("invalid").inc()
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "The bytes are no message of this method.")
+            return await handler.unary_unary(request, context)
+
+        return grpc.unary_unary_rpc_method_handler(answer, read, handler.response_serializer)
 
 
 class Servicer(InferenceServicer):  # type: ignore[misc]
@@ -84,7 +109,7 @@ async def grpc_server(dataplane: DataPlane, host: str, port: int, max_request_by
         OSError: If it cannot listen there.
     """
     server = grpc.aio.server(
-        interceptors=(ExceptionToStatusInterceptor(),),
+        interceptors=(Messages(), ExceptionToStatusInterceptor()),
         maximum_concurrent_rpcs=MAX_CALLS,
         options=[
             ("grpc.max_receive_message_length", max_request_bytes),
