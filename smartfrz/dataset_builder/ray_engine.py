@@ -86,9 +86,9 @@ class RayEngine:
     def _pinned_board(self) -> Any:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        # On the machine of the command: others may die.
+        # On the machine of the command: others may die. And if it dies all the same, it comes back elsewhere.
         here = NodeAffinitySchedulingStrategy(self._ray.get_runtime_context().get_node_id(), soft=True)
-        return self._ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
+        return self._ray.remote(_Board).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
 
     def _warn_of_small_machines(self) -> None:
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
@@ -126,8 +126,15 @@ class RayEngine:
         return results
 
     def messages(self) -> Iterator[Message]:
-        """As `Engine.messages`."""
-        for name, (fraction, text) in self._ray.get(self._board.taken.remote()).items():
+        """As `Engine.messages`. While nobody answers there are none: a progress bar is not worth a recording."""
+        from ray.exceptions import RayError
+
+        try:
+            news = self._ray.get(self._board.taken.remote(), timeout=5.0)
+        except RayError as error:
+            logger.debug("No messages: %s", error)
+            return
+        for name, (fraction, text) in news.items():
             yield Message(name, fraction, text)
 
 
