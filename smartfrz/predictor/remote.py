@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smartfrz.errors import PredictorFileError, ServerError
-from smartfrz.predictor.contract import ATTENTION, CONFIDENCE, HISTORY, LENGTHS, PREFIX, PredictorInfo
+from smartfrz.predictor.contract import ATTENTION, CONFIDENCE, HISTORY, LENGTHS, POSITION, PREFIX, PredictorInfo
 from smartfrz.predictor.runtime import Prediction
 
 logger = logging.getLogger("smartfrz")
@@ -49,6 +49,7 @@ class RemotePredictor:
         url: As given, without `/v2/models`.
         info: Facts of the predictor.
         sha256: Which predictor it is.
+        positional: Whether the server passes on where in the network a layer stands, and the predictor reads it.
 
     Raises:
         ServerError: If the server cannot be reached, or does not have a predictor of that name.
@@ -90,9 +91,14 @@ class RemotePredictor:
             raise ServerError(f"{self.url} does not describe a predictor that is read here: {error}") from error
         if not re.fullmatch("(?!0{64})[0-9a-f]{64}", self.sha256) or most < 1:
             raise ServerError(f"{self.url} has a checksum or a number of layers that cannot be. Update the server.")
+        inputs = described.get("inputs")
+        names = [given.get("name") for given in inputs if isinstance(given, dict)] if isinstance(inputs, list) else []
+        self.positional = POSITION in names
         self._layers_per_request = min(most, _LAYERS_PER_REQUEST)
 
-    def predict(self, history: NDArray[np.float32], lengths: NDArray[np.int64]) -> Prediction:
+    def predict(
+        self, history: NDArray[np.float32], lengths: NDArray[np.int64], position: NDArray[np.float32] | None = None
+    ) -> Prediction:
         """As `Predictor.predict`, from the server.
 
         Raises:
@@ -104,7 +110,8 @@ class RemotePredictor:
         try:
             for start in range(0, len(history), self._layers_per_request):
                 part = slice(start, start + self._layers_per_request)
-                answers.append(self._predict(history[part], lengths[part], until))
+                place = None if position is None else position[part]
+                answers.append(self._predict(history[part], lengths[part], place, until))
         except ServerError as error:
             if not self._away:
                 logger.warning(
@@ -119,8 +126,19 @@ class RemotePredictor:
             self._away = False
         return Prediction(*(np.concatenate(arrays) for arrays in zip(*answers, strict=True)))
 
-    def _predict(self, history: NDArray[np.float32], lengths: NDArray[np.int64], until: float) -> Prediction:
-        tensors = {HISTORY: ("FP32", history.astype("<f4")), LENGTHS: ("INT64", lengths.astype("<i8"))}
+    def _predict(
+        self,
+        history: NDArray[np.float32],
+        lengths: NDArray[np.int64],
+        position: NDArray[np.float32] | None,
+        until: float,
+    ) -> Prediction:
+        tensors: dict[str, tuple[str, NDArray[Any]]] = {
+            HISTORY: ("FP32", history.astype("<f4")),
+            LENGTHS: ("INT64", lengths.astype("<i8")),
+        }
+        if position is not None:
+            tensors[POSITION] = ("FP32", position.astype("<f4"))
         header = {
             "inputs": [
                 {

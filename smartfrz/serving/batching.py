@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from smartfrz.predictor.contract import UNKNOWN_POSITION
 from smartfrz.predictor.runtime import Prediction
 
 MAX_WAIT_SECONDS = 60.0  # a client has given up by then, and asks again: do not work through what nobody reads
@@ -20,7 +21,9 @@ MAX_WAIT_SECONDS = 60.0  # a client has given up by then, and asks again: do not
 class Predicts(Protocol):
     """What a batcher needs of a `Predictor`."""
 
-    def predict(self, history: NDArray[np.float32], lengths: NDArray[np.int64]) -> Prediction:
+    def predict(
+        self, history: NDArray[np.float32], lengths: NDArray[np.int64], position: NDArray[np.float32] | None = None
+    ) -> Prediction:
         """Confidence and attention."""
         ...
 
@@ -33,6 +36,7 @@ class Overloaded(Exception):
 class _Question:
     history: NDArray[np.float32]
     lengths: NDArray[np.int64]
+    position: NDArray[np.float32] | None
     answer: "asyncio.Future[Prediction]"
     arrived: float = field(default_factory=time.monotonic)
 
@@ -80,13 +84,15 @@ class Batcher:
         """Requests that no run has taken yet."""
         return len(self._waiting)
 
-    async def ask(self, history: NDArray[np.float32], lengths: NDArray[np.int64]) -> Prediction:
+    async def ask(
+        self, history: NDArray[np.float32], lengths: NDArray[np.int64], position: NDArray[np.float32] | None = None
+    ) -> Prediction:
         """As `Predictor.predict`; the arguments must have been checked.
 
         Raises:
             Overloaded: If it waited for more than `MAX_WAIT_SECONDS`.
         """
-        question = _Question(history, lengths, asyncio.get_running_loop().create_future())
+        question = _Question(history, lengths, position, asyncio.get_running_loop().create_future())
         async with self._arrival:
             self._waiting.append(question)
             self._arrival.notify_all()
@@ -158,7 +164,7 @@ class Batcher:
 
     def _run(self, batch: Sequence[_Question]) -> list[Prediction]:
         if len(batch) == 1:
-            return [self._predictor.predict(batch[0].history, batch[0].lengths)]
+            return [self._ask(batch[0].history, batch[0].lengths, batch[0].position)]
         longest = max(question.window for question in batch)
         num_layers = sum(len(question.history) for question in batch)
         history = np.zeros((num_layers, longest, batch[0].history.shape[2]), np.float32)
@@ -166,8 +172,20 @@ class Batcher:
         parts = [slice(end - len(question.history), end) for question, end in zip(batch, ends, strict=True)]
         for question, part in zip(batch, parts, strict=True):
             history[part, longest - question.window :] = question.history
-        answer = self._predictor.predict(history, np.concatenate([question.lengths for question in batch]))
+        position = None
+        if any(question.position is not None for question in batch):
+            position = np.full(num_layers, UNKNOWN_POSITION, np.float32)
+            for question, part in zip(batch, parts, strict=True):
+                position[part] = UNKNOWN_POSITION if question.position is None else question.position
+        answer = self._ask(history, np.concatenate([question.lengths for question in batch]), position)
         return [
             Prediction(answer.confidence[part], answer.attention[part, longest - question.window :])
             for question, part in zip(batch, parts, strict=True)
         ]
+
+    def _ask(
+        self, history: NDArray[np.float32], lengths: NDArray[np.int64], position: NDArray[np.float32] | None
+    ) -> Prediction:
+        if position is None:
+            return self._predictor.predict(history, lengths)
+        return self._predictor.predict(history, lengths, position)

@@ -11,7 +11,7 @@ from kserve.errors import InvalidInput
 from kserve.protocol.infer_type import RequestedOutput
 from numpy.typing import NDArray
 
-from smartfrz.predictor.contract import HISTORY, LENGTHS, PREFIX
+from smartfrz.predictor.contract import HISTORY, LENGTHS, POSITION, PREFIX
 from smartfrz.predictor.runtime import Prediction, Predictor
 from smartfrz.serving import metrics, tensors
 from smartfrz.serving.batching import Batcher
@@ -108,7 +108,7 @@ class PredictorModel(Model):  # type: ignore[misc]
         except ValueError as error:
             raise InvalidInput(str(error)) from error
         history, lengths = arrays[HISTORY], arrays[LENGTHS]
-        answer = _finite(await self._batcher.ask(history, lengths))
+        answer = _finite(await self._batcher.ask(history, lengths, arrays.get(POSITION)))
         metrics.LAYERS.labels(self.name).inc(len(history))
         protocol = "grpc" if payload.from_grpc else "rest"
         metrics.SECONDS.labels(self.name, protocol).observe(time.perf_counter() - begin)

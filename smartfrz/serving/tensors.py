@@ -9,10 +9,19 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from smartfrz.predictor.contract import ATTENTION, CONFIDENCE, HISTORY, LENGTHS, PredictorInfo
+from smartfrz.predictor.contract import (
+    ATTENTION,
+    CONFIDENCE,
+    HISTORY,
+    LENGTHS,
+    POSITION,
+    POSITIONAL,
+    UNKNOWN_POSITION,
+    PredictorInfo,
+)
 
 DTYPES: dict[str, Any] = {"FP32": np.float32, "INT64": np.int64}
-DATATYPES = {HISTORY: "FP32", LENGTHS: "INT64"}
+DATATYPES = {HISTORY: "FP32", LENGTHS: "INT64", POSITION: "FP32"}
 OUTPUTS = (CONFIDENCE, ATTENTION)
 
 
@@ -32,11 +41,14 @@ class Asked:
 
 
 def inputs_of(info: PredictorInfo) -> list[dict[str, Any]]:
-    """Name, datatype and shape of a predictor's inputs; -1 is dynamic."""
-    return [
+    """Name, datatype and shape of a predictor's inputs; -1 is dynamic. `position` may be left out."""
+    inputs = [
         {"name": HISTORY, "datatype": "FP32", "shape": [-1, -1, info.tailored_size]},
         {"name": LENGTHS, "datatype": "INT64", "shape": [-1]},
     ]
+    if info.representation in POSITIONAL:
+        inputs.append({"name": POSITION, "datatype": "FP32", "shape": [-1]})
+    return inputs
 
 
 def outputs_of() -> list[dict[str, Any]]:
@@ -148,9 +160,11 @@ def check_names(names: Sequence[str]) -> None:
     Raises:
         ValueError: If not.
     """
-    if sorted(names) != [HISTORY, LENGTHS]:
+    if sorted(names) not in ([HISTORY, LENGTHS], [HISTORY, LENGTHS, POSITION]):
         received = ", ".join(name[:40] for name in names[:4])
-        raise ValueError(f"The inputs are {len(names)}, [{received}]; expected {HISTORY} and {LENGTHS}, each once.")
+        raise ValueError(
+            f"The inputs are {len(names)}, [{received}]; expected {HISTORY} and {LENGTHS}, each once, and perhaps {POSITION}."
+        )
 
 
 def check_outputs(names: Sequence[str]) -> None:
@@ -172,7 +186,7 @@ def check_claim(name: str, datatype: Any, shape: Sequence[int]) -> None:
     Raises:
         ValueError: If not.
     """
-    dimensions = {HISTORY: 3, LENGTHS: 1}[name]
+    dimensions = {HISTORY: 3, LENGTHS: 1, POSITION: 1}[name]
     if datatype != DATATYPES[name] or len(shape) != dimensions or min(shape) < 1 or max(shape) > 2**31:
         raise ValueError(
             f"{name!r} is {str(datatype)[:40]} of shape {str(list(shape)[:4])[:80]}; expected {DATATYPES[name]} with "
@@ -206,15 +220,16 @@ def from_numbers(name: str, shape: Sequence[int], data: Any) -> NDArray[Any]:
             break
         flat = [number for part in flat for number in part]
     # Before NumPy sees them: it would give a million numbers the room of the longest string among them.
-    numbers = (int, float) if name == HISTORY else (int,)
+    real = DATATYPES[name] == "FP32"
+    numbers = (int, float) if real else (int,)
     if not isinstance(flat, list) or len(flat) != math.prod(shape) or not _types(flat).issubset(numbers):
         raise ValueError(
-            f"'data' of {name!r} does not fit; expected {math.prod(shape)} {'numbers' if name == HISTORY else 'integers'}, "
+            f"'data' of {name!r} does not fit; expected {math.prod(shape)} {'numbers' if real else 'integers'}, "
             f"flat or nested as {list(shape)}."
         )
     try:
         with np.errstate(over="ignore"):  # infinity is refused later
-            array = np.array(flat, np.float64 if name == HISTORY else np.int64).astype(DTYPES[DATATYPES[name]])
+            array = np.array(flat, np.float64 if real else np.int64).astype(DTYPES[DATATYPES[name]])
     except OverflowError as error:
         raise ValueError(f"'data' of {name!r} holds an integer beyond 64 bits; expected smaller ones.") from error
     return array.reshape(shape)
@@ -228,7 +243,7 @@ def check(tensors: Mapping[str, NDArray[Any]], info: PredictorInfo, max_layers: 
     """Whether a predictor can be asked about these.
 
     Args:
-        tensors: `history` and `lengths`, whose claims have been checked.
+        tensors: `history`, `lengths`, and perhaps `position`, whose claims have been checked.
         info: Of the predictor.
         max_layers: Of one request.
 
@@ -247,4 +262,17 @@ def check(tensors: Mapping[str, NDArray[Any]], info: PredictorInfo, max_layers: 
     if not np.isfinite(history).all():
         raise ValueError(
             "history holds NaN or infinity; expected finite weights. Do not ask about a layer whose weights are not."
+        )
+    if POSITION in tensors:
+        _check_position(tensors[POSITION], info, num_layers)
+
+
+def _check_position(position: NDArray[Any], info: PredictorInfo, num_layers: int) -> None:
+    if info.representation not in POSITIONAL:
+        raise ValueError(f"{info.name!r} reads no position; expected {HISTORY} and {LENGTHS} alone.")
+    known = position[position != UNKNOWN_POSITION]
+    if len(position) != num_layers or not ((known >= 0) & (known <= 1)).all():
+        raise ValueError(
+            f"position holds {len(position)} values; expected {num_layers}, from 0, the first layer, to 1, the last, or "
+            f"{UNKNOWN_POSITION:g} where that is not known."
         )
