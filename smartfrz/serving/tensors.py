@@ -163,7 +163,8 @@ def check_names(names: Sequence[str]) -> None:
     if sorted(names) not in ([HISTORY, LENGTHS], [HISTORY, LENGTHS, POSITION]):
         received = ", ".join(name[:40] for name in names[:4])
         raise ValueError(
-            f"The inputs are {len(names)}, [{received}]; expected {HISTORY} and {LENGTHS}, each once, and perhaps {POSITION}."
+            f"The inputs are {len(names)}, [{received}]; expected {HISTORY} and {LENGTHS}, each once, and perhaps "
+            f"{POSITION}."
         )
 
 
