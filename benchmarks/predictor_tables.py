@@ -13,6 +13,9 @@ statistic, and Wasserstein's in standard deviations of the whole.
 `costs`: bytes of the file, parameters, FLOPs of one layer's decision, memory of the history of 54 layers (as many as
 ResNet-50 has), for `--like` and for an untrained network of the paper's form (`raw`).
 
+`run` also trains with other inputs (`representation`, not in the paper): the paper's raw weights, those of version 1 of
+`smartfrz-base` (`motion`), and `trajectory` with and without the layer's position (`unplaced`: 1, it is never told).
+
 One JSON line a result is added to `--results`, and none is made twice. `table` prints them, and needs nothing else.
 """
 
@@ -56,6 +59,10 @@ RESULTS = Path(__file__).parent / "results" / "predictor_tables.jsonl"
 TABLES = {
     "window": [{"window": window, "tailored_size": 1024, "records": 60} for window in (20, 30, 40, 50)],
     "size": [{"window": 30, "tailored_size": size, "records": 30} for size in (512, 1024, 2048, 4096)],
+    "representation": [
+        {"window": 30, "tailored_size": 1024, "records": 30, "representation": name} | more
+        for name, more in (("raw", {}), ("motion", {}), ("trajectory", {"unplaced": 1.0}), ("trajectory", {}))
+    ],
 }
 PAPER = {
     "window": {"ResNet50": (81.17, 81.73, 81.75, 82.11), "VGG11": (74.45, 74.66, 75.11, 74.67)},
@@ -76,18 +83,13 @@ def run(options):
     for name in options.tables:
         for setting in TABLES[name]:
             for seed in options.seeds:
-                facts = {"table": name, **setting, "seed": seed, "representation": predictor.info.representation}
+                facts = {"table": name, "representation": predictor.info.representation, **setting, "seed": seed}
                 facts |= {"label_rule": rule.to_dict(), "runs": [one.name for one in recorded], "settings": smaller}
                 if is_known(options.results, facts):
                     continue
-                training = TrainingOptions(
-                    representation=facts["representation"],
-                    window=setting["window"],
-                    tailored_size=setting["tailored_size"],
-                    min_records=predictor.info.min_records,
-                    seed=seed,
-                    **smaller,
-                )
+                chosen = {key: facts[key] for key in ("representation", "window", "tailored_size", "seed")}
+                chosen |= {"unplaced": setting["unplaced"]} if "unplaced" in setting else {}
+                training = TrainingOptions(min_records=predictor.info.min_records, **chosen, **smaller)
                 start = time.perf_counter()
                 runs = labelled_runs(recorded, rule, setting["records"])
                 judged = leave_one_out(runs, training, progress=_progress(facts), num_seeds=1)
@@ -291,6 +293,29 @@ def setting_table(lines, name):
     return "\n".join([*head, *rows, *paper])
 
 
+def representation_table(lines):
+    """Markdown: what the predictor sees, and baselines on the same recordings; empty without lines."""
+    groups = {}
+    for line in lines:
+        if line["table"] == "representation":
+            unplaced = ", position not told" if line.get("unplaced") == 1.0 else ""
+            groups.setdefault(f"`{line['representation']}`{unplaced}", []).append(line)
+    if not groups:
+        return ""
+    keys = ("auc", "pooled_auc", "freeze_precision", "frozen_share", "calibration_error")
+    rows = [
+        "| judged by | seeds | AUC | pooled AUC | right freezes | time frozen | calibration error |",
+        "|---" * 7 + "|",
+    ]
+    everything = [line for found in groups.values() for line in found]
+    shown = [(f"predictor, {name}", "predictor", found) for name, found in groups.items()]
+    shown += [(method.replace("_", " "), method, everything[:1]) for method in METHODS[1:]]
+    for name, method, found in shown:
+        cells = [cell([mean_auc(line, method, key) for line in found], ".3f") for key in keys]
+        rows.append(f"| {name} | {len(found)} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def gradient_table(lines):
     """Markdown: distances by size, over layers and moments; empty without lines."""
     rows = []
@@ -330,7 +355,8 @@ def cost_table(lines):
 
 def tables(lines):
     """All of them, as Markdown."""
-    made = [setting_table(lines, "window"), setting_table(lines, "size"), gradient_table(lines), cost_table(lines)]
+    made = [setting_table(lines, "window"), setting_table(lines, "size"), representation_table(lines)]
+    made += [gradient_table(lines), cost_table(lines)]
     return "\n\n".join(filter(None, made)) or "There are no results yet."
 
 

@@ -186,6 +186,7 @@ def sections(folder=FOLDER):
         "table-5": predictor_tables.setting_table(predictor, "size") or NOTHING,
         "table-6": beside(language, TABLE_6),
         "tables-8-9": sweeps.tables(swept) if swept else NOTHING,
+        "representation": predictor_tables.representation_table(predictor) or NOTHING,
         "figure-3": predictor_tables.gradient_table(predictor) or NOTHING,
         "figure-3-picture": picture(folder, "gradient_distribution", "Gradients of a layer and of a subset of it"),
         "figure-4": picture(folder, "cka", "CKA of each layer to the end of training"),

@@ -63,7 +63,7 @@ class TrainingOptions:
             predictor so learns that layers which move more are less ready, in general and not only
             as far as the training runs show it. 0 would teach it that the size does not matter.
         unplaced: Share of the windows whose layer's position is kept from a network that reads it, so that it also
-            answers callers that do not know it.
+            answers callers that do not know it. With 1 it is never told, here or when it is scored.
         batch_size: Windows a step.
         steps_per_epoch: Steps between two evaluations on the validation runs.
         epochs: At most so many.
@@ -333,7 +333,7 @@ def score(
             length = min(timestamp + 1, options.window)
             rows = run.weights[layers, timestamp + 1 - length : timestamp + 1][:, :, positions]
             lengths = np.full(len(layers), length, np.int64)
-            places = _places(len(run.labels))[layers] if model.positional and placed else None
+            places = _places(len(run.labels))[layers] if model.positional and placed and options.unplaced < 1 else None
             answer = _ask(model, np.ascontiguousarray(rows), lengths, places)
             confidence[layers, timestamp] = answer[:, 1]
         scores.append(confidence)
