@@ -81,7 +81,10 @@ def decide(predictor, recorded, layer=None):
     length = min(now + 1, info.window)
     positions = np.arange(info.tailored_size) * run.weights.shape[2] // info.tailored_size
     history = run.weights[index, now + 1 - length : now + 1][:, positions]
-    answer = predictor.predict(np.ascontiguousarray(history[None]), np.array([length]))
+    asked = [np.ascontiguousarray(history[None]), np.array([length])]
+    if predictor.positional:
+        asked.append(np.array([index / max(1, len(run.labels) - 1)], np.float32))
+    answer = predictor.predict(*asked)
     scale = np.linalg.norm(history[-1])
     steps = np.linalg.norm(np.diff(history, axis=0), axis=1) / scale
     every = round(len(recorded.step) / run.weights.shape[1])

@@ -361,7 +361,9 @@ def test_bad_inputs(predictor, case):
 def test_a_predictor_that_is_not_incremental_says_so():
     other = zoo.load("smartfrz-base", device="cpu")
     assert not other.incremental
-    message = r"'smartfrz-base' is not incremental: its representation is 'motion'.*predict\(\), .* one of raw, steps"
+    message = (
+        r"'smartfrz-base' is not incremental: its representation is 'trajectory'.*predict\(\), .* one of raw, steps"
+    )
     with pytest.raises(ValueError, match=message):
         other.encode(np.zeros((2, 1, 64), np.float32))
     with pytest.raises(ValueError, match=message):
