@@ -65,6 +65,7 @@ from smartfrz.adapters.torch import PrefixCache, SmartFRZ, trace_layers
 from smartfrz.adapters.torch.costs import measure_step
 from smartfrz.baselines import AutoFreeze, EarlyStop, LinearFreezing, WeightChange
 from smartfrz.dataset_builder.cka import cka_of_grams
+from smartfrz.dataset_builder.labels import LabelRule
 from smartfrz.dataset_builder.oracle import SimilarityGuided
 from smartfrz.dataset_builder.recording import (
     arguments,
@@ -81,6 +82,9 @@ from smartfrz.files import replacing
 
 RESULTS = Path(__file__).parent / "results"
 LATER = ("similarity-guided", "early-stop")
+# Similarity has to have settled for a third of the run: with a tenth of it, the default, the oracle froze a VGG after 48 of 472
+# steps, before it had learned anything, and lost ten points.
+SETTLED = LabelRule("backward", tolerance=0.02, records=10)
 MOMENTS = 8  # of a run at which it is evaluated on the validation part
 PROBE = 64  # samples that CKA is measured on
 SMOKE = {"samples": 48, "epochs": 2, "batch_size": 8}
@@ -204,7 +208,7 @@ def policy_of(method, job, model, steps_per_epoch, probe):
     if method == "similarity-guided":
         reference = job.model()
         load_model(reference, str(job.reference), device=job.device)
-        return SimilarityGuided(model, reference, probe)
+        return SimilarityGuided(model, reference, probe, rule=SETTLED)
     if method == "weight-change":  # its limit was calibrated on the predictor's recordings, in the same way
         threshold = job.predictor.info.metrics.get("weight_change_calibrated_threshold")
         return WeightChange() if threshold is None else WeightChange(limit=10.0**-threshold)
