@@ -82,8 +82,8 @@ from smartfrz.files import replacing
 
 RESULTS = Path(__file__).parent / "results"
 LATER = ("similarity-guided", "early-stop")
-# Similarity has to have settled for a third of the run: with a tenth of it, the default, the oracle froze a VGG after 48 of 472
-# steps, before it had learned anything, and lost ten points.
+# Similarity has to have settled for a third of the run: with a tenth of it, the default, the oracle froze a VGG after 48
+# of 472 steps, before it had learned anything, and lost ten points.
 SETTLED = LabelRule("backward", tolerance=0.02, records=10)
 MOMENTS = 8  # of a run at which it is evaluated on the validation part
 PROBE = 64  # samples that CKA is measured on

@@ -344,12 +344,12 @@ def cola(most, length=24, number=None):
     return tuple(_tokens([(int(row[1]), row[3]) for row in rows], length, limit) for rows, limit in parts)
 
 
-def agnews(most, length=40):
-    """News of four topics, 10,001 and 7,600."""
+def agnews(most, length=40, number=None, number_test=None):
+    """News of four topics, 10,001 and 7,600; or fewer."""
     topics = ["Business", "Sci/Tech", "Sports", "World"]
-    files = ("agnews/dev.tsv", "agnews/test.tsv")
+    parts = (("agnews/dev.tsv", most or number), ("agnews/test.tsv", most or number_test))
     return tuple(
-        _tokens([(topics.index(row[-1]), "\t".join(row[:-1])) for row in _rows(f)], length, most) for f in files
+        _tokens([(topics.index(row[-1]), "\t".join(row[:-1])) for row in _rows(f)], length, limit) for f, limit in parts
     )
 
 
@@ -379,6 +379,12 @@ CPU = {
     ),
     "vgg-cifar10": Task(small_vgg, _part(cifar10, 4000), 10, _with(_SGD, epochs=4, learning_rate=0.02), "vgg-tiny"),
     "vit-cifar10": Task(small_vit, _part(cifar10, 1500, number_test=5000), 10, _VIT, "vit-tiny"),
+    "minilm-agnews": Task(
+        minilm,
+        _part(agnews, 890, length=32, number_test=1900),
+        4,
+        _with(_BERT, batch_size=16, learning_rate=1e-4),
+    ),
     "minilm-mrpc": Task(minilm, _part(mrpc, 600, length=48), 2, _with(_BERT, batch_size=16)),
     "minilm-cola": Task(minilm, _part(cola, 1200, length=16), 2, _with(_BERT, epochs=4), metric="matthews"),
     "resnet20-scratch": Task(
