@@ -30,7 +30,7 @@ from smartfrz.files import replacing
 
 FOLDER = Path(__file__).parent
 NOTHING = "Not measured yet."
-LANGUAGE = ("minilm-mrpc", "minilm-cola", "bert-mrpc", "bert-cola")
+LANGUAGE = ("minilm-agnews", "minilm-mrpc", "minilm-cola", "bert-mrpc", "bert-cola")
 SCRATCH = ("resnet20-scratch",)
 SHOWN = {  # the paper's methods, by our names; others of ours follow
     "full": "Full Training",
