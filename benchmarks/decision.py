@@ -76,10 +76,10 @@ def main():
     seconds = [[] for _ in ways]
     for _ in range(arguments.rounds):
         for (_, _, call), times in zip(ways, seconds, strict=True):
-            start = time.perf_counter()
+            start = time.process_time()
             call()
-            times.append(time.perf_counter() - start)
-    print(f"{shape[0]} layers, window {shape[1]}, {shape[2]} weights, {arguments.rounds} rounds, one thread\n")
+            times.append(time.process_time() - start)
+    print(f"{shape[0]} layers, window {shape[1]}, {shape[2]} weights, {arguments.rounds} rounds, processor time of one thread\n")
     print("| predictor | what | median | minimum |\n|---|---|---|---|")
     for (name, what, _), times in zip(ways, seconds, strict=True):
         print(f"| {name} | {what} | {1e3 * statistics.median(times):.2f} ms | {1e3 * min(times):.2f} ms |")
