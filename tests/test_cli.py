@@ -80,7 +80,7 @@ FAILURES = {
     "base without its recordings": (
         build,
         ["train", "{runs}", "-o", "{empty}/x.onnx", "--base", "smartfrz-base", "--base-runs", "{runs}"],
-        "holds none of the recordings of 'smartfrz-base'; expected some of efficientnet-imagenet-to-clothing,",
+        "holds none of the recordings of 'smartfrz-base'; expected some of efficientnet-imagenet-to-cifar10,",
     ),
     "new over an old recipe": (build, ["new", "tiny_parts:network", "-o", "{recipe}"], "exists, and is left as it is"),
     "new from a folder that holds no model": (build, ["new", "transformers:{empty}"], "has no config.json"),

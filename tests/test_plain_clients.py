@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not EXAMPLES.exists(), reason="the examples are 
 def request_and_answer(tmp_path_factory):
     """Layers that move more and more slowly, one with a short history; and what the predictor itself says."""
     predictor, rng = zoo.load(PREDICTOR, device="cpu"), np.random.default_rng(0)
-    window, size = predictor.info.window, predictor.info.tailored_size
+    window, size = 10, predictor.info.tailored_size  # early in a run, where answers differ most
     speed = np.logspace(-1, -7, 5)[:, None, None]
     start = 0.05 * rng.normal(size=(5, 1, size))
     history = (start + (speed * rng.normal(size=(5, window, size))).cumsum(axis=1)).astype(np.float32)
