@@ -79,9 +79,8 @@ def main():
             start = time.process_time()
             call()
             times.append(time.process_time() - start)
-    print(
-        f"{shape[0]} layers, window {shape[1]}, {shape[2]} weights, {arguments.rounds} rounds, processor time of one thread\n"
-    )
+    about = f"{shape[0]} layers, window {shape[1]}, {shape[2]} weights, {arguments.rounds} rounds"
+    print(f"{about}, processor time of one thread\n")
     print("| predictor | what | median | minimum |\n|---|---|---|---|")
     for (name, what, _), times in zip(ways, seconds, strict=True):
         print(f"| {name} | {what} | {1e3 * statistics.median(times):.2f} ms | {1e3 * min(times):.2f} ms |")
