@@ -129,6 +129,7 @@ class Job(NamedTuple):
         """What tells its lines from those of other jobs."""
         known = {"name": self.predictor.info.name, "sha256": self.predictor.sha256}
         facts = {"tier": self.tier, "task": self.name, "seed": self.seed, "settings": self.settings}
+        facts["training"] = dataclasses.asdict(self.task.training)  # a line of another rate is another task's
         return facts | {"predictor": known, "device": self.device}
 
     @property
@@ -380,13 +381,12 @@ class Run:
     def line(self, full):
         """What is reported, beside the seconds of full training; the run is over then."""
         metric, confusion = self.judge(self.test)
-        spec = dataclasses.asdict(self.spec)
         line = self.job.facts | {"method": self.method, "metric": self.task.metric, "accuracy": metric}
         line |= {"test_samples": len(self.test)} | ({"confusion": confusion} if self.task.classes == 2 else {})
         line |= {"train_seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
         line |= {"full_train_seconds": full["train_seconds"], "full_cpu_seconds": full["cpu_seconds"]}
         line |= {"steps": self.step, "full_steps": self.full_steps, "train_samples": len(self.loader.dataset)}
-        line |= {"validation_samples": len(self.validation), "training": spec}
+        line |= {"validation_samples": len(self.validation)}
         cached = self.method == "smartfrz+cache"
         line |= {"backward_flops": self.backward_flops, "total_flops": None if cached else self.total_flops}
         line |= {"memory": self.memory, "peak_memory_bytes": max(size for _, size in self.memory)}

@@ -372,18 +372,25 @@ def _part(data, number, **others):
 
 
 CPU = {
-    "mobilenetv2-clothing": Task(mobilenet_v2, _part(clothing, 1200), 10, _with(_SGD, epochs=4)),
-    "mobilenetv2-imagenette": Task(mobilenet_v2, _part(imagenette, 1200, divisor=64.0), 10, _with(_SGD, epochs=4)),
-    "resnet20-tiny": Task(
-        cifar_resnet20, _part(tiny_imagenet, 3000, classes=100), 100, _with(_SGD, epochs=4, learning_rate=0.05)
+    "mobilenetv2-clothing": Task(mobilenet_v2, _part(clothing, 1200), 10, _with(_SGD, epochs=10)),
+    "mobilenetv2-imagenette": Task(
+        mobilenet_v2,
+        _part(imagenette, 1200, divisor=64.0),
+        10,
+        _with(_SGD, epochs=4, optimizer="AdamW", learning_rate=1e-3, weight_decay=0.01, warmup=0.1),
     ),
-    "vgg-cifar10": Task(small_vgg, _part(cifar10, 4000), 10, _with(_SGD, epochs=4, learning_rate=0.02), "vgg-tiny"),
-    "vit-cifar10": Task(small_vit, _part(cifar10, 1500, number_test=5000), 10, _VIT, "vit-tiny"),
+    "resnet20-tiny": Task(
+        cifar_resnet20, _part(tiny_imagenet, 3000, classes=100), 100, _with(_SGD, epochs=4, learning_rate=0.1)
+    ),
+    "vgg-cifar10": Task(small_vgg, _part(cifar10, 4000), 10, _with(_SGD, epochs=4), "vgg-tiny"),
+    "vit-cifar10": Task(
+        small_vit, _part(cifar10, 1500, number_test=5000), 10, _with(_VIT, learning_rate=1e-3), "vit-tiny"
+    ),
     "minilm-agnews": Task(
         minilm,
         _part(agnews, 890, length=32, number_test=1900),
         4,
-        _with(_BERT, batch_size=16, learning_rate=1e-4),
+        _with(_BERT, batch_size=16),
     ),
     "minilm-mrpc": Task(minilm, _part(mrpc, 600, length=48), 2, _with(_BERT, batch_size=16)),
     "minilm-cola": Task(minilm, _part(cola, 1200, length=16), 2, _with(_BERT, epochs=4), metric="matthews"),
@@ -391,7 +398,7 @@ CPU = {
         resnet20,
         _part(cifar10, 3000, augment=True),
         10,
-        _with(_SCRATCH, epochs=4, batch_size=32, learning_rate=0.05),
+        _with(_SCRATCH, epochs=4, batch_size=32, learning_rate=0.01),
         repeats=False,
     ),
 }

@@ -1,0 +1,114 @@
+"""The learning rate of each task of `benchmarks.compare`: `python -m benchmarks.rates run|table [--tier cpu]`.
+
+A method that saves time is easily better than full training at a rate that full training is bad at. So each task is
+trained fully at several rates, and takes the one that is best on its validation part; all methods share it. The seed is none
+of those that results are measured with, and the test data is not looked at. One JSON line a run; runs that are
+there are not repeated.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.compare import Job, Run
+from benchmarks.compare_results import read_lines
+from benchmarks.lines import add_line
+from benchmarks.prefix_cache import list_of, positive
+from benchmarks.tasks import TIERS
+from smartfrz import zoo
+
+RESULTS = Path(__file__).parent / "results" / "rates.jsonl"
+GRIDS = {"SGD": (0.003, 0.01, 0.03, 0.1), "AdamW": (5e-5, 1e-4, 3e-4, 1e-3)}
+SEED = 100
+
+
+def rate_lines(job, known):
+    """One line for each rate of the grid that is not among the `known` ones: accuracy on the validation part.
+
+    The grid grows by another step while its smallest or largest rate is the best one.
+    """
+    data = None
+    found = dict(known)
+    grid = grid_of(job)
+    while True:
+        for rate in grid:
+            if rate in found:
+                continue
+            data = data or job.data()
+            trial = job._replace(settings=job.settings | {"learning_rate": rate})
+            run = Run(trial, "early-stop", data)  # of full length: full training whose layers are not looked at
+            while run.advance(run.total_steps):
+                pass
+            found[rate], _ = run.judge(run.validation)
+            facts = {"tier": job.tier, "task": job.name, "seed": job.seed, "settings": job.settings, "rate": rate}
+            yield facts | {"metric": job.task.metric, "validation": found[rate], "samples": len(run.validation)}
+        edges = {min(found): min(found) / 3.0, max(found): max(found) * 3.0}
+        if best_rate(found) not in edges or len(found) > 2 * len(grid_of(job)):
+            return
+        grid = [float(f"{edges[best_rate(found)]:.1g}")]
+
+
+def grid_of(job):
+    """The rates to begin with."""
+    return GRIDS[job.task.training.optimizer]
+
+
+def best_rate(found):
+    """The rate of the best validation accuracy; of equal ones the smallest.
+
+    Args:
+        found: Rate to accuracy.
+    """
+    return min(found, key=lambda rate: (-found[rate], rate))
+
+
+def of_task(lines, tier, name, settings):
+    """Rate to validation accuracy, from lines."""
+    facts = {"tier": tier, "task": name, "settings": settings, "seed": SEED}
+    return {line["rate"]: line["validation"] for line in lines if facts.items() <= line.items()}
+
+
+def table(lines, tier, settings):
+    """Markdown: one row a task."""
+    rows = [
+        "| task | learning rate: validation accuracy, % (Matthews correlation x 100) | the task's |",
+        "|---|---|---|",
+    ]
+    for name, task in TIERS[tier].items():
+        found = of_task(lines, tier, name, settings)
+        if found:
+            tried = ", ".join(f"{rate:g}: {100 * found[rate]:.1f}" for rate in sorted(found))
+            rows.append(f"| {name} | {tried} | {task.training.learning_rate:g} |")
+    return "\n".join(rows) + "\n"
+
+
+def main(arguments=None):
+    """Measure, or show what was measured."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("--tier", choices=TIERS, default="cpu")
+    parser.add_argument("--tasks", help="Of the tier; all by default.")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="Of JSON lines.")
+    parser.add_argument("--folder", type=Path, default=Path("runs/compare"), help="Of pretrained weights.")
+    parser.add_argument("--samples", type=positive, help="At most, of each part, to try something out.")
+    parser.add_argument("--epochs", type=positive, help="Of full training, to try something out.")
+    options = parser.parse_args(arguments)
+    names = list_of(TIERS[options.tier])(options.tasks) if options.tasks else list(TIERS[options.tier])
+    torch.set_num_threads(1)
+    given = {"samples": options.samples, "epochs": options.epochs}
+    settings = {key: value for key, value in given.items() if value is not None}
+    device = "cuda" if options.tier == "gpu" and torch.cuda.is_available() else "cpu"
+    if options.what == "run":
+        for name in names:
+            known = of_task(read_lines(options.results), options.tier, name, settings)
+            job = Job(options.tier, name, SEED, settings, zoo.load("smartfrz-base"), options.folder, device)
+            for line in rate_lines(job, known):
+                add_line(options.results, line)
+                print(f"{name}, rate {line['rate']:g}: {line['validation']:.3f}", file=sys.stderr)
+    print(table(read_lines(options.results), options.tier, settings))
+
+
+if __name__ == "__main__":
+    main()
