@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from benchmarks import compare, compare_results  # noqa: E402
 from benchmarks.compare_results import EARLY, METHODS, matthews, read_lines, standard_error, tables  # noqa: E402
+from benchmarks.lines import add_line  # noqa: E402
 from benchmarks.tasks import DIGITS, TIERS, Task, data_of  # noqa: E402
 from smartfrz import zoo  # noqa: E402
 from smartfrz.adapters.torch import trace_layers  # noqa: E402
@@ -277,6 +278,11 @@ def test_two_processes_add_to_one_file_and_no_line_is_lost(tmp_path):
     found = read_lines(path)
     for name in "ab":
         assert [line["number"] for line in found if line["name"] == name] == list(range(40))
+
+
+def test_without_a_file_a_line_goes_to_standard_error(capsys):
+    add_line(None, {"name": "a", "number": 1})
+    assert capsys.readouterr() == ("", '{"name": "a", "number": 1}\n')
 
 
 def test_runs_of_a_job_share_its_data(tmp_path, monkeypatch):
