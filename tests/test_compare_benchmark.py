@@ -10,25 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from benchmark_source import ROOT, torch
+from PIL import Image
+from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("sklearn")
-ROOT = Path(__file__).parent.parent
-if not (ROOT / "benchmarks").exists():
-    pytest.skip("the source distribution has no benchmarks", allow_module_level=True)
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from PIL import Image  # noqa: E402
-from torch.nn.functional import cross_entropy  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
-
-from benchmarks import compare, compare_results  # noqa: E402
-from benchmarks.compare_results import EARLY, METHODS, matthews, read_lines, standard_error, tables  # noqa: E402
-from benchmarks.lines import add_line  # noqa: E402
-from benchmarks.tasks import DIGITS, TIERS, Task, data_of  # noqa: E402
-from smartfrz import zoo  # noqa: E402
-from smartfrz.adapters.torch import trace_layers  # noqa: E402
+from benchmarks import compare, compare_results
+from benchmarks.compare_results import EARLY, METHODS, matthews, read_lines, standard_error, tables
+from benchmarks.lines import add_line
+from benchmarks.tasks import DIGITS, TIERS, Task, data_of
+from smartfrz import zoo
+from smartfrz.adapters.torch import trace_layers
 
 TASKS = ["vgg-digits", "vit-digits"]
 FREEZING = [method for method in METHODS if method != "full" and not compare_results.stops_early(method)]
