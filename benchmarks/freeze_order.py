@@ -9,8 +9,9 @@ that gets slower does so for all of them:
   2,000 test news. Needs `recipes/fetch.py`, and `text/agnews/{dev,test}.tsv` (text, tab, topic) in the
   folder that SMARTFRZ_DATA names.
 
-Prints one JSON line a run, and then a table: means and standard deviations over seeds. Times are of
-training (batches, both passes, optimizer, freezer), without evaluation.
+Prints one JSON line a run, to the file if there is one, and then a table: means and standard
+deviations over seeds. Times are of training (batches, both passes, optimizer, freezer), without
+evaluation.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from benchmarks.lines import earlier, note
+from benchmarks.lines import add_line, earlier
 from smartfrz.adapters.torch import SmartFRZ
 from smartfrz.demo import DemoOptions, load_data, pretrained_network
 from smartfrz.errors import SmartFRZError
@@ -179,7 +180,7 @@ def main():
                 continue
             for line in run(task, seed, trainers):
                 lines.append(line)
-                note(line, options.output)
+                add_line(options.output, line)
     table(lines)
 
 

@@ -12,7 +12,7 @@ does so for both: of the time, and of the processor time, which says more on a m
 change, the processor time that the adapter took, and how much more the first step after it took than the median of
 the others: tracing, and compiling.
 
-Prints a table, and one JSON line a row.
+Prints a table, and one JSON line a row, the lines to the file if there is one.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.keras_fit import ONE_THREAD
-from benchmarks.lines import earlier, note
+from benchmarks.lines import add_line, earlier
 
 FRACTIONS = (1 / 4, 1 / 2, 3 / 4)
 NETWORKS = ("mobilenetv2", "resnet14")
@@ -197,7 +197,7 @@ def main():
             for line in result.stdout.splitlines():
                 row = labels | json.loads(line)
                 rows.append(row)
-                note(row, options.output)
+                add_line(options.output, row)
     table(rows)
 
 

@@ -1,4 +1,4 @@
-"""Results of benchmarks: one JSON line a measurement, on standard error and, if the user named one, in a file."""
+"""Results of benchmarks: one JSON line a measurement, in a file, or on standard error if the user named none."""
 
 import json
 import sys
@@ -15,22 +15,20 @@ def earlier(output):
     return [json.loads(line) for line in output.read_text().splitlines()]
 
 
-def note(line, output):
-    """Print a line, and append it to the file."""
-    text = json.dumps(line)
-    print(text, file=sys.stderr, flush=True)
-    if output:
-        with output.open("a") as file:
-            file.write(text + "\n")
+def add_line(output, line):
+    """Write a line to the file, or, without a file, to standard error.
 
-
-def add_line(path, line):
-    """To a file that is whole at any time, and that several processes may write to."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):
-        before = path.read_text("utf-8") if path.exists() else ""
-        with replacing(path) as temporary:
-            temporary.write_text(before + json.dumps(line) + "\n", "utf-8")
+    The file is whole at any time, and several processes may write to it.
+    """
+    text = json.dumps(line) + "\n"
+    if output is None:
+        print(text, end="", file=sys.stderr, flush=True)
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(output.with_name(f".{output.name}.lock")):
+        before = output.read_text("utf-8") if output.exists() else ""
+        with replacing(output) as temporary:
+            temporary.write_text(before + text, "utf-8")
 
 
 def is_known(path, facts):

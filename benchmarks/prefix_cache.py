@@ -17,7 +17,7 @@ The pictures are read from the folder that SMARTFRZ_DATA names, as by the recipe
 
 Times are CPU seconds of the process, so that other programs on the machine disturb them less, and of one
 thread; only `decision_seconds` and the cache's `seconds_saved` are by the clock on the wall. Prints one
-JSON line a measurement, and then a table. With `--output` the lines are appended to a file, and what is
+JSON line a measurement, and then a table. With `--output` the lines go to a file instead, and what is
 in it is not measured again. Runs that are missing there are trained beside those that they are compared
 with, whose lines are not written a second time.
 """
@@ -41,7 +41,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from benchmarks.freeze_order import RECIPES, TASKS, TURN, logits
 from benchmarks.keras_fit import cell
-from benchmarks.lines import earlier, note
+from benchmarks.lines import add_line, earlier
 from smartfrz import __version__
 from smartfrz.adapters.torch import PrefixCache, SmartFRZ, trace_layers
 from smartfrz.demo import pretrained_network
@@ -460,7 +460,7 @@ def main():
         try:
             for line in measure(task, *arguments):
                 lines.append(line)
-                note(line, options.output)
+                add_line(options.output, line)
         except (OSError, SmartFRZError) as error:
             print(f"{task} is left out: {error}", file=sys.stderr)
     for line in lines:

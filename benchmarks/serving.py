@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.lines import note
+from benchmarks.lines import add_line
 from smartfrz import zoo
 
 HEADER = "Inference-Header-Content-Length"
@@ -175,7 +175,7 @@ def main():
         times = without_server(predictor, asked, arguments.rounds)
         line |= {"what": "without server", "decisions": len(times)}
         line |= {"processor_ms_per_decision": round(statistics.median(times), 1), "minimum": round(min(times), 1)}
-        note(line | {"load_average": round(os.getloadavg()[0], 1)}, arguments.output)
+        add_line(arguments.output, line | {"load_average": round(os.getloadavg()[0], 1)})
         return
     expected = [predictor.predict(*question).confidence for question in asked]
     requests = [message(predictor.info.name, *question) for question in asked]
@@ -211,7 +211,7 @@ def main():
         "cpus": os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 1),
     }
-    note(line, arguments.output)
+    add_line(arguments.output, line)
     if lost:
         raise SystemExit(f"lost: {lost[:5]}")
 

@@ -22,7 +22,7 @@ class Formula:
         self.shapes = []
         self.go = threading.Event()
 
-    def predict(self, history, lengths):
+    def predict(self, history, lengths, position=None):
         self.shapes.append(history.shape[:2])
         self.go.wait(10)
         if history.max() > 1e6:

@@ -10,24 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from benchmark_source import ROOT, torch
+from PIL import Image
+from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("sklearn")
-ROOT = Path(__file__).parent.parent
-if not (ROOT / "benchmarks").exists():
-    pytest.skip("the source distribution has no benchmarks", allow_module_level=True)
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from PIL import Image  # noqa: E402
-from torch.nn.functional import cross_entropy  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
-
-from benchmarks import compare, compare_results  # noqa: E402
-from benchmarks.compare_results import EARLY, METHODS, matthews, read_lines, standard_error, tables  # noqa: E402
-from benchmarks.tasks import DIGITS, TIERS, Task, data_of  # noqa: E402
-from smartfrz import zoo  # noqa: E402
-from smartfrz.adapters.torch import trace_layers  # noqa: E402
+from benchmarks import compare, compare_results
+from benchmarks.compare_results import EARLY, METHODS, matthews, read_lines, standard_error, tables
+from benchmarks.lines import add_line
+from benchmarks.tasks import DIGITS, TIERS, Task, data_of
+from smartfrz import zoo
+from smartfrz.adapters.torch import trace_layers
 
 TASKS = ["vgg-digits", "vit-digits"]
 FREEZING = [method for method in METHODS if method != "full" and not compare_results.stops_early(method)]
@@ -277,6 +270,11 @@ def test_two_processes_add_to_one_file_and_no_line_is_lost(tmp_path):
     found = read_lines(path)
     for name in "ab":
         assert [line["number"] for line in found if line["name"] == name] == list(range(40))
+
+
+def test_without_a_file_a_line_goes_to_standard_error(capsys):
+    add_line(None, {"name": "a", "number": 1})
+    assert capsys.readouterr() == ("", '{"name": "a", "number": 1}\n')
 
 
 def test_runs_of_a_job_share_its_data(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from smartfrz.predictor.evaluation import (
     statistics,
     weight_change_confidence,
 )
-from smartfrz.predictor.training import LabelledRun, TrainingOptions, _decidable, mean_auc, weight_change
+from smartfrz.predictor.training import LabelledRun, TrainingOptions, is_decidable, mean_auc, weight_change
 
 ANY = TrainingOptions(min_records=1)
 
@@ -69,7 +69,7 @@ def test_logistic_regression_learns_when_layers_are_ready():
     model = Regression.fit("statistics", runs, SMALL)
     scores = model.score(new, SMALL)
     assert mean_auc(scores, new, SMALL) > 0.9
-    decided = _decidable(new[0], SMALL)
+    decided = is_decidable(new[0], SMALL)
     assert np.array_equal(np.isfinite(scores[0]), decided)
     assert ((scores[0][decided] >= 0) & (scores[0][decided] <= 1)).all()
     again = Regression.from_dict(json.loads(json.dumps(model.to_dict())))

@@ -2,28 +2,18 @@
 
 import json
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from benchmark_source import ROOT, torch
 from builder_fixtures import recorded_run, write_runs
+from PIL import Image
+from torch.nn.functional import cross_entropy
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("sklearn")
-ROOT = Path(__file__).parent.parent
-if not (ROOT / "benchmarks").exists():
-    pytest.skip("the source distribution has no benchmarks", allow_module_level=True)
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from PIL import Image  # noqa: E402
-from torch.nn.functional import cross_entropy  # noqa: E402
-
-from benchmarks import explain, sweeps, tables  # noqa: E402
-from benchmarks.compare_results import read_lines  # noqa: E402
-from smartfrz import zoo  # noqa: E402
-from smartfrz.adapters.torch import trace_layers  # noqa: E402
+from benchmarks import explain, sweeps, tables
+from benchmarks.compare_results import read_lines
+from smartfrz import zoo
+from smartfrz.adapters.torch import trace_layers
 
 
 def test_sweeps_are_run_once_and_their_lengths_make_them_cost_the_same(tmp_path, capsys):

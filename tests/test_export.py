@@ -13,12 +13,14 @@ torch = pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 
+from numpy_adapter import make_info  # noqa: E402
+
 from smartfrz.errors import PredictorFileError  # noqa: E402
 from smartfrz.files import replacing  # noqa: E402
 from smartfrz.predictor import export as export_module  # noqa: E402
 from smartfrz.predictor.export import compact, export, restore  # noqa: E402
 from smartfrz.predictor.model import FreezePredictor  # noqa: E402
-from smartfrz.predictor.runtime import Predictor  # noqa: E402
+from smartfrz.predictor.runtime import Prediction, Predictor  # noqa: E402
 
 EXPORT_AGAIN = """
 import hashlib, sys
@@ -211,3 +213,22 @@ def test_compact_refuses_what_is_no_predictor_and_leaves_nothing(tmp_path):
     with pytest.raises(PredictorFileError, match="is not a SmartFRZ predictor, or is cut"):
         compact(tmp_path / "x.onnx", tmp_path / "small.onnx", "small")
     assert [path.name for path in tmp_path.iterdir()] == ["x.onnx"]
+
+
+class MockPlaced:
+    """Answers with the position, times a weight; 0 where it is told none."""
+
+    positional = True
+    info = make_info(tailored_size=4, window=3, representation="trajectory")
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def predict(self, history, lengths, position=None):
+        told = np.zeros(len(history), np.float32) if position is None else self.weight * position
+        return Prediction(np.stack([-told, told], axis=1), np.zeros(history.shape[:2], np.float32))
+
+
+def test_mock_files_that_differ_in_what_they_make_of_positions_differ():
+    assert export_module._difference(MockPlaced(1), MockPlaced(1)) == 0
+    assert export_module._difference(MockPlaced(1), MockPlaced(2)) > 0.5

@@ -1,28 +1,17 @@
 """The paper's Tables 4 and 5, Fig. 3 and Appendix C, at a size of seconds."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+from benchmark_source import torch
 from builder_fixtures import write_runs
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("sklearn")
-ROOT = Path(__file__).parent.parent
-if not (ROOT / "benchmarks").exists():
-    pytest.skip("the source distribution has no benchmarks", allow_module_level=True)
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from PIL import Image  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
-
-from benchmarks import predictor_tables  # noqa: E402
-from benchmarks.compare_results import read_lines  # noqa: E402
-from benchmarks.predictor_tables import SIZES, distances, main, mean_auc  # noqa: E402
-from smartfrz import zoo  # noqa: E402
-from smartfrz.predictor.evaluation import METHODS  # noqa: E402
+from benchmarks import predictor_tables
+from benchmarks.compare_results import read_lines
+from benchmarks.predictor_tables import SIZES, distances, main, mean_auc
+from smartfrz import zoo
+from smartfrz.predictor.evaluation import METHODS
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ optimizers and losses and `train_on_batch`; the Keras adapter reads the weights,
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,10 @@ from smartfrz.dataset_builder.recording import (
     read_reference,
     schedule_factor,
     training_loader,
+    write_reference,
 )
 from smartfrz.dataset_builder.storage import write_run
 from smartfrz.errors import RecipeError
-from smartfrz.files import replacing
 
 
 def seeded(make: Callable[[], Any], seed: int) -> Any:
@@ -169,8 +169,7 @@ def _reference(
     )
     accuracy = _evaluate(model, data[1])
     arrays = {name: np.array(keras.ops.convert_to_numpy(v.value)) for name, v in _variables(model).items()}
-    with replacing(path) as temporary:
-        save_file(arrays, str(temporary), {"recipe_sha256": recipe.sha256, "accuracy": repr(accuracy)})
+    write_reference(recipe, path, accuracy, partial(save_file, arrays))
     return accuracy
 
 

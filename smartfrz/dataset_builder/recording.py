@@ -5,6 +5,7 @@ import math
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,7 @@ def _reference(
         on_step=lambda step, total, *_: progress(0.5 * step / total, "reference"),
     )
     accuracy = evaluate(model, test_data)
-    with replacing(path) as temporary:
-        save_model(model, str(temporary), {"recipe_sha256": recipe.sha256, "accuracy": repr(accuracy)})
+    write_reference(recipe, path, accuracy, partial(save_model, model))
     return accuracy
 
 
@@ -154,6 +154,22 @@ def read_reference(recipe: Recipe, path: Path, framework: str) -> tuple[dict[str
     except SafetensorError as error:
         logger.warning("Training the reference of %s again: %s cannot be read (%s)", recipe.name, path.name, error)
     return None
+
+
+def write_reference(recipe: Recipe, path: Path, accuracy: float, save: Callable[[str, dict[str, str]], None]) -> None:
+    """Keep a recipe's finished reference model, so that `read_reference` finds it.
+
+    Args:
+        recipe: Of the model.
+        path: The safetensors file; replaced only when it is complete.
+        accuracy: On the test data, in [0, 1].
+        save: Writes the tensors to a file of that name, with that metadata.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    with replacing(path) as temporary:
+        save(str(temporary), {"recipe_sha256": recipe.sha256, "accuracy": repr(accuracy)})
 
 
 class Recorder:

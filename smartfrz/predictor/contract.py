@@ -36,6 +36,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from smartfrz.errors import PredictorFileError
 
 FORMAT_VERSION = 1
@@ -137,6 +140,29 @@ class PredictorInfo:
                 "Export it again."
             )
         return info
+
+
+def check_position(position: NDArray[np.float32], info: PredictorInfo) -> None:
+    """Whether a predictor reads positions, and these can be some; how many there have to be is not looked at.
+
+    Args:
+        position: As in `Predictor.predict`, float32 `[layers]`.
+        info: Of the predictor.
+
+    Raises:
+        ValueError: If not.
+    """
+    if info.representation not in POSITIONAL:
+        raise ValueError(
+            f"Predictor {info.name!r} reads no position: its representation is {info.representation!r}. "
+            f"Leave `position` out, or use a predictor that was exported with {', '.join(POSITIONAL)}."
+        )
+    wrong = position[~((position == UNKNOWN_POSITION) | ((position >= 0) & (position <= 1)))]
+    if wrong.size:
+        raise ValueError(
+            f"position holds the value {wrong[0]:g}; expected values from 0, the first layer, to 1, the last, or "
+            f"{UNKNOWN_POSITION} where that is not known."
+        )
 
 
 def seal(content: bytes) -> bytes:

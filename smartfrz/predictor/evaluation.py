@@ -67,7 +67,7 @@ def _schedule(run: LabelledRun, window: int) -> NDArray[np.float64]:
     """
     shape = run.weights.shape[:2]
     progress = np.broadcast_to(np.minimum(np.arange(shape[1]) + 1, window) / window, shape)
-    position = np.broadcast_to(training._places(shape[0])[:, None].astype(np.float64), shape)
+    position = np.broadcast_to(training.places_of(shape[0])[:, None].astype(np.float64), shape)
     return np.stack([progress, position, position * progress, progress**2], axis=-1)
 
 
@@ -120,7 +120,7 @@ class Regression:
         """
         rows, labels, shares = [], [], []
         for run in runs:
-            chosen = training._decidable(run, options)
+            chosen = training.is_decidable(run, options)
             rows.append(_features(features, run, options)[chosen])
             labels.append(run.labels[chosen])
             shares.append(np.full(len(rows[-1]), 1.0 / max(1, len(rows[-1]))))
@@ -141,7 +141,7 @@ class Regression:
         for run in runs:
             x = (_features(self.features, run, options) - self.mean) / self.scale
             ready = 1.0 / (1.0 + np.exp(-np.clip(x @ self.coefficients + self.intercept, -60, 60)))
-            scores.append(np.where(training._decidable(run, options), ready, np.nan).astype(np.float32))
+            scores.append(np.where(training.is_decidable(run, options), ready, np.nan).astype(np.float32))
         return scores
 
     def to_dict(self) -> dict[str, Any]:
@@ -184,7 +184,7 @@ class Reliability:
     @classmethod
     def of(cls, confidence: Scores, runs: Sequence[LabelledRun], options: TrainingOptions) -> "Reliability":
         """From confidences in [0, 1], of all windows of all runs."""
-        pairs = list(training._pairs(confidence, runs, options))
+        pairs = list(training.decided_pairs(confidence, runs, options))
         said, ready = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
         places = np.minimum((said * NUM_BINS).astype(np.int64), NUM_BINS - 1)
         total = np.bincount(places, said, NUM_BINS).astype(np.float64)

@@ -4,7 +4,9 @@ import dataclasses
 import os
 import tempfile
 import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -52,15 +54,32 @@ def export(model: FreezePredictor, info: PredictorInfo, path: str | os.PathLike[
         PredictorFileError: If the exported file answers differently from the network.
         OSError: If the file cannot be written.
     """
+    return _write(
+        serialise(model, info),
+        path,
+        difference=lambda written: parity(model, written),
+        most=TOLERANCE,
+        failure="The exported predictor differs from the trained network",
+        advice="Check the versions of torch, onnx and onnxruntime.",
+    )
+
+
+def _write(
+    content: bytes,
+    path: str | os.PathLike[str],
+    *,
+    difference: Callable[[Predictor], float],
+    most: float,
+    failure: str,
+    advice: str,
+) -> float:
+    """Write a predictor file, and keep it if its answers differ by no more than allowed; by how much they do."""
     with replacing(path) as temporary:
-        temporary.write_bytes(seal(serialise(model, info)))
-        difference = parity(model, Predictor(temporary, device="cpu"))
-        if not difference <= TOLERANCE:
-            raise PredictorFileError(
-                f"The exported predictor differs from the trained network by {difference:.2g}; expected at most "
-                f"{TOLERANCE}. Check the versions of torch, onnx and onnxruntime."
-            )
-    return difference
+        temporary.write_bytes(seal(content))
+        found = difference(Predictor(temporary, device="cpu"))
+        if not found <= most:  # NaN neither
+            raise PredictorFileError(f"{failure} by up to {found:.2g}; expected at most {most}. {advice}")
+    return found
 
 
 def serialise(model: FreezePredictor, info: PredictorInfo) -> bytes:
@@ -168,15 +187,14 @@ def compact(source: str | os.PathLike[str], path: str | os.PathLike[str], name: 
     )
     onnx.helper.set_model_props(proto, dict(sorted(info.to_metadata().items())))
     onnx.checker.check_model(proto, full_check=True)
-    with replacing(path) as temporary:
-        temporary.write_bytes(seal(proto.SerializeToString(deterministic=True)))
-        difference = _difference(original, Predictor(temporary, device="cpu"))
-        if not difference <= _COMPACT_TOLERANCE:
-            raise PredictorFileError(
-                f"With weights of 8 bits {str(source)!r} answers differently, by up to {difference:.2g}; expected at most "
-                f"{_COMPACT_TOLERANCE}. Keep the file as it is."
-            )
-    return difference
+    return _write(
+        proto.SerializeToString(deterministic=True),
+        path,
+        difference=lambda written: _difference(original, written),
+        most=_COMPACT_TOLERANCE,
+        failure=f"With weights of 8 bits the answers of {str(source)!r} differ",
+        advice="Keep the file as it is.",
+    )
 
 
 def _store_as_int8(graph: onnx.GraphProto, tensor: onnx.TensorProto) -> None:
@@ -190,14 +208,48 @@ def _store_as_int8(graph: onnx.GraphProto, tensor: onnx.TensorProto) -> None:
     graph.node.insert(0, onnx.helper.make_node("DequantizeLinear", [f"{name}_int8", f"{name}_scale"], [name], axis=1))
 
 
-def _difference(one: Predictor, other: Predictor, rounds: int = 8) -> float:
+def _difference(one: Predictor, other: Predictor) -> float:
     """Largest difference of two predictors' confidences on random histories."""
-    rng = np.random.default_rng(0)
-    worst = 0.0
+    return _largest(
+        one.predict(*question).confidence - other.predict(*question).confidence
+        for question in _random_questions(one, rounds=8, seed=0)
+    )
+
+
+def parity(model: FreezePredictor, predictor: Predictor, rounds: int = 8, seed: int = 0) -> float:
+    """Largest absolute difference between PyTorch and ONNX Runtime on random histories."""
+
+    def differences() -> Iterator[NDArray[np.float32]]:
+        for history, lengths, position in _random_questions(predictor, rounds, seed):
+            placed = {} if position is None else {"position": torch.from_numpy(position)}
+            with torch.no_grad():
+                expected = model.eval()(torch.from_numpy(history), torch.from_numpy(lengths), **placed)
+            answers = predictor.predict(history, lengths, position)
+            yield from (a - e.numpy() for a, e in zip(answers, expected, strict=True))
+            if predictor.incremental:
+                yield from (a - b for a, b in zip(_advanced(predictor, history, lengths), answers, strict=True))
+
+    return _largest(differences())
+
+
+class _Question(NamedTuple):
+    """Arguments of `Predictor.predict`."""
+
+    history: NDArray[np.float32]
+    lengths: NDArray[np.int64]
+    position: NDArray[np.float32] | None
+
+
+def _random_questions(predictor: Predictor, rounds: int, seed: int) -> Iterator[_Question]:
+    """What a predictor can be asked; if it reads positions, most have them, known for some of the layers."""
+    rng = np.random.default_rng(seed)
     for _ in range(rounds):
-        history, lengths = _random_histories(one, rng)
-        worst = np.max([worst, np.abs(one.predict(history, lengths)[0] - other.predict(history, lengths)[0]).max()])
-    return float(worst)
+        history, lengths = _random_histories(predictor, rng)
+        position = None
+        if predictor.positional and rng.random() < 0.75:
+            position = rng.uniform(size=len(history)).astype(np.float32)
+            position[::3] = UNKNOWN_POSITION
+        yield _Question(history, lengths, position)
 
 
 def _random_histories(predictor: Predictor, rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -208,26 +260,10 @@ def _random_histories(predictor: Predictor, rng: np.random.Generator) -> tuple[N
     return history, rng.integers(1, window + 1, num_layers)
 
 
-def parity(model: FreezePredictor, predictor: Predictor, rounds: int = 8, seed: int = 0) -> float:
-    """Largest absolute difference between PyTorch and ONNX Runtime on random histories."""
-    rng = np.random.default_rng(seed)
-    worst = 0.0
-    for _ in range(rounds):
-        history, lengths = _random_histories(predictor, rng)
-        position = None
-        if predictor.positional and rng.random() < 0.75:
-            position = rng.uniform(size=len(history)).astype(np.float32)
-            position[::3] = UNKNOWN_POSITION
-        placed = {} if position is None else {"position": torch.from_numpy(position)}
-        with torch.no_grad():
-            expected = model.eval()(torch.from_numpy(history), torch.from_numpy(lengths), **placed)
-        answers = predictor.predict(history, lengths, position)
-        if predictor.incremental:
-            advanced = _advanced(predictor, history, lengths)
-            worst = np.max([worst, *(np.abs(a - e).max() for a, e in zip(advanced, answers, strict=True))])
-        # np.max, since Python's max() drops NaN: a network that answers NaN must not pass
-        worst = np.max([worst, *(np.abs(a - e.numpy()).max() for a, e in zip(answers, expected, strict=True))])
-    return float(worst)
+def _largest(differences: Iterable[NDArray[np.float32]]) -> float:
+    """Largest absolute value; NaN if there is one."""
+    # np.max, since Python's max() drops NaN: a network that answers NaN must not pass
+    return float(np.max([np.abs(difference).max() for difference in differences]))
 
 
 def _advanced(predictor: Predictor, history: NDArray[np.float32], lengths: NDArray[np.int64]) -> Prediction:

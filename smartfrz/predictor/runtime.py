@@ -24,9 +24,9 @@ from smartfrz.predictor.contract import (
     PAST_VALUES,
     POSITION,
     POSITIONAL,
-    UNKNOWN_POSITION,
     VALUES,
     PredictorInfo,
+    check_position,
     check_seal,
 )
 from smartfrz.predictor.inspection import MAX_FILE_SIZE, check_onnx
@@ -181,21 +181,11 @@ class Predictor:
         return self._positional
 
     def _check_position(self, position: NDArray[np.float32], num_layers: int) -> None:
-        if not self._positional:
-            raise ValueError(
-                f"Predictor {self.info.name!r} reads no position: its representation is {self.info.representation!r}. "
-                f"Leave `position` out, or use a predictor that was exported with {', '.join(POSITIONAL)}."
-            )
         if position.shape != (num_layers,) or position.dtype != np.float32:
             raise ValueError(
                 f"position is {position.dtype} {position.shape}; expected float32 ({num_layers},), one value a layer."
             )
-        known = position[position != UNKNOWN_POSITION]
-        if not ((known >= 0) & (known <= 1)).all():
-            raise ValueError(
-                f"position is {position.tolist()}; expected values from 0, the first layer, to 1, the last, or "
-                f"{UNKNOWN_POSITION} where that is not known."
-            )
+        check_position(position, self.info)
 
     @property
     def incremental(self) -> bool:

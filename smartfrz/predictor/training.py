@@ -130,7 +130,7 @@ class _Windows:
     def __init__(self, runs: Sequence[LabelledRun], options: TrainingOptions, rng: np.random.Generator):
         self._runs, self._options, self._rng = runs, options, rng
         self._places = [
-            [np.argwhere((run.labels == label) & _decidable(run, options)) for label in (0, 1)] for run in runs
+            [np.argwhere((run.labels == label) & is_decidable(run, options)) for label in (0, 1)] for run in runs
         ]
         for run, places in zip(runs, self._places, strict=True):
             if not any(map(len, places)):
@@ -151,7 +151,7 @@ class _Windows:
             layer, timestamp = self._places[index][wanted][rng.integers(len(self._places[index][wanted]))]
             weights = self._runs[index].weights
             hidden = rng.random() < options.unplaced
-            places[row] = UNKNOWN_POSITION if hidden else _places(len(weights))[layer]
+            places[row] = UNKNOWN_POSITION if hidden else places_of(len(weights))[layer]
             positions = rng.choice(weights.shape[2], options.tailored_size, replace=False)
             lengths[row] = min(timestamp + 1, options.window)
             rows = weights[layer, timestamp + 1 - lengths[row] : timestamp + 1][:, positions]
@@ -167,13 +167,29 @@ class _Windows:
         return tuple(map(torch.from_numpy, (history, lengths, places, targets)))  # type: ignore[return-value]
 
 
-def _places(num_layers: int) -> NDArray[np.float32]:
-    """Where in the network each layer stands, in [0, 1]; layers are recorded in execution order."""
+def places_of(num_layers: int) -> NDArray[np.float32]:
+    """Where in the network each layer of a run stands: what a network that reads positions is told of them.
+
+    Args:
+        num_layers: Of the run; layers are recorded in execution order.
+
+    Returns:
+        float32 `[num_layers]`, from 0 for the first one to 1 for the last; 0 for an only one.
+    """
     return np.linspace(0.0, 1.0, num_layers, dtype=np.float32)
 
 
-def _decidable(run: LabelledRun, options: TrainingOptions) -> NDArray[np.bool_]:
-    """Where a history is long enough, the label known and the weights finite; bool `[num_layers, timestamps]`."""
+def is_decidable(run: LabelledRun, options: TrainingOptions) -> NDArray[np.bool_]:
+    """At which timestamps of which layers a freezing decision can be judged.
+
+    Args:
+        run: The run.
+        options: Window and shortest history.
+
+    Returns:
+        bool `[num_layers, timestamps]`: where the history is long enough, the label known, and the weights are finite as
+        far back as the window reaches.
+    """
     old_enough = np.arange(run.labels.shape[1]) >= options.min_records - 1
     bad = np.cumsum(~np.isfinite(run.weights).all(axis=2), axis=1)
     bad_before = np.pad(bad, ((0, 0), (options.window, 0)))[:, : bad.shape[1]]
@@ -280,7 +296,9 @@ def _validate(model: FreezePredictor, validation: Sequence[LabelledRun], options
             "are ready and layers that are not. Change the tolerance, or record longer runs."
         )
     likely = [
-        np.log(np.where(y == 1, s, 1 - s) + 1e-6).mean() for s, y in _pairs(scores, validation, options) if len(y)
+        np.log(np.where(y == 1, s, 1 - s) + 1e-6).mean()
+        for s, y in decided_pairs(scores, validation, options)
+        if len(y)
     ]
     return {"AUC": auc, "log likelihood": float(np.mean(likely))}
 
@@ -321,7 +339,7 @@ def score(
     """
     scores = []
     for run in runs:
-        decidable = _decidable(run, options)
+        decidable = is_decidable(run, options)
         confidence = np.full(run.labels.shape, np.nan, np.float32)
         # Any fixed positions do; a stride keeps them spread over the layer.
         pool = run.weights.shape[2]
@@ -333,7 +351,9 @@ def score(
             length = min(timestamp + 1, options.window)
             rows = run.weights[layers, timestamp + 1 - length : timestamp + 1][:, :, positions]
             lengths = np.full(len(layers), length, np.int64)
-            places = _places(len(run.labels))[layers] if model.positional and placed and options.unplaced < 1 else None
+            places = (
+                places_of(len(run.labels))[layers] if model.positional and placed and options.unplaced < 1 else None
+            )
             answer = _ask(model, np.ascontiguousarray(rows), lengths, places)
             confidence[layers, timestamp] = answer[:, 1]
         scores.append(confidence)
@@ -368,19 +388,29 @@ def weight_change(runs: Sequence[LabelledRun], options: TrainingOptions, records
         weights = run.weights
         before = np.maximum(np.arange(weights.shape[1]) - records, 0)
         change = relative_change(weights, weights[:, before])
-        scores.append(np.where(_decidable(run, options), -np.log10(change + 1e-12), np.nan).astype(np.float32))
+        scores.append(np.where(is_decidable(run, options), -np.log10(change + 1e-12), np.nan).astype(np.float32))
     return scores
 
 
-def _pairs(scores: Scores, runs: Sequence[LabelledRun], options: TrainingOptions) -> Iterator[tuple[Any, Any]]:
+def decided_pairs(scores: Scores, runs: Sequence[LabelledRun], options: TrainingOptions) -> Iterator[tuple[Any, Any]]:
+    """Scores beside labels, of one run after the other.
+
+    Args:
+        scores: Of each run, float32 `[num_layers, timestamps]`; NaN where there is none.
+        runs: Those that were scored.
+        options: Window and shortest history.
+
+    Yields:
+        Scores, float32 `[n]`, and labels, 0 or 1, int8 `[n]`, of what `is_decidable` and has a score.
+    """
     for confidence, run in zip(scores, runs, strict=True):
-        chosen = _decidable(run, options) & ~np.isnan(confidence)
+        chosen = is_decidable(run, options) & ~np.isnan(confidence)
         yield confidence[chosen], run.labels[chosen]
 
 
 def mean_auc(scores: Scores, runs: Sequence[LabelledRun], options: TrainingOptions) -> float:
     """Mean over the runs of each run's AUC; runs with one class are left out."""
-    aucs = [_auc(s, y) for s, y in _pairs(scores, runs, options)]
+    aucs = [_auc(s, y) for s, y in decided_pairs(scores, runs, options)]
     return float(np.nanmean(aucs)) if np.isfinite(aucs).any() else float("nan")
 
 
@@ -408,7 +438,7 @@ def quality(
     """
     rows = []
     for confidence, run in zip(scores, runs, strict=True):
-        ((s, y),) = _pairs([confidence], [run], options)
+        ((s, y),) = decided_pairs([confidence], [run], options)
         positive = s >= threshold
         frozen = first_freezes(confidence, threshold, patience, stage)
         rows.append(
@@ -424,7 +454,7 @@ def quality(
         )
     table = np.array(rows, dtype=float)
     means = [float(np.nanmean(c)) if np.isfinite(c).any() else float("nan") for c in table.T]
-    pooled = [np.concatenate(parts) for parts in zip(*_pairs(scores, runs, options), strict=True)]
+    pooled = [np.concatenate(parts) for parts in zip(*decided_pairs(scores, runs, options), strict=True)]
     return Quality(means[0], _auc(*pooled), *means[1:])
 
 
@@ -462,7 +492,7 @@ def calibrate(scores: Scores, runs: Sequence[LabelledRun], options: TrainingOpti
     Returns:
         The threshold. Where none reaches the precision: the one with the highest.
     """
-    values = np.concatenate([s for s, _ in _pairs(scores, runs, options)])
+    values = np.concatenate([s for s, _ in decided_pairs(scores, runs, options)])
     best, best_precision = float(values.max()), -1.0
     for threshold in np.unique(np.quantile(values, np.linspace(0, 0.99, 100), method="nearest")):
         rights = []
@@ -479,7 +509,7 @@ def calibrate(scores: Scores, runs: Sequence[LabelledRun], options: TrainingOpti
 
 def best_accuracy_threshold(scores: Scores, runs: Sequence[LabelledRun], options: TrainingOptions) -> float:
     """The threshold with the highest accuracy on the given runs; infinite if that is to freeze nothing."""
-    pairs = list(_pairs(scores, runs, options))
+    pairs = list(decided_pairs(scores, runs, options))
     values, labels = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
     order = np.argsort(-values, kind="stable")
     gain = np.where(_ends_of_ties(values[order]), np.cumsum(np.where(labels[order] == 1, 1, -1)), -len(order))

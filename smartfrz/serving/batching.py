@@ -164,7 +164,7 @@ class Batcher:
 
     def _run(self, batch: Sequence[_Question]) -> list[Prediction]:
         if len(batch) == 1:
-            return [self._ask(batch[0].history, batch[0].lengths, batch[0].position)]
+            return [self._predictor.predict(batch[0].history, batch[0].lengths, batch[0].position)]
         longest = max(question.window for question in batch)
         num_layers = sum(len(question.history) for question in batch)
         history = np.zeros((num_layers, longest, batch[0].history.shape[2]), np.float32)
@@ -177,15 +177,9 @@ class Batcher:
             position = np.full(num_layers, UNKNOWN_POSITION, np.float32)
             for question, part in zip(batch, parts, strict=True):
                 position[part] = UNKNOWN_POSITION if question.position is None else question.position
-        answer = self._ask(history, np.concatenate([question.lengths for question in batch]), position)
+        lengths = np.concatenate([question.lengths for question in batch])
+        answer = self._predictor.predict(history, lengths, position)
         return [
             Prediction(answer.confidence[part], answer.attention[part, longest - question.window :])
             for question, part in zip(batch, parts, strict=True)
         ]
-
-    def _ask(
-        self, history: NDArray[np.float32], lengths: NDArray[np.int64], position: NDArray[np.float32] | None
-    ) -> Prediction:
-        if position is None:
-            return self._predictor.predict(history, lengths)
-        return self._predictor.predict(history, lengths, position)

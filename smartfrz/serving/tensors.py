@@ -16,8 +16,8 @@ from smartfrz.predictor.contract import (
     LENGTHS,
     POSITION,
     POSITIONAL,
-    UNKNOWN_POSITION,
     PredictorInfo,
+    check_position,
 )
 
 DTYPES: dict[str, Any] = {"FP32": np.float32, "INT64": np.int64}
@@ -265,15 +265,7 @@ def check(tensors: Mapping[str, NDArray[Any]], info: PredictorInfo, max_layers: 
             "history holds NaN or infinity; expected finite weights. Do not ask about a layer whose weights are not."
         )
     if POSITION in tensors:
-        _check_position(tensors[POSITION], info, num_layers)
-
-
-def _check_position(position: NDArray[Any], info: PredictorInfo, num_layers: int) -> None:
-    if info.representation not in POSITIONAL:
-        raise ValueError(f"{info.name!r} reads no position; expected {HISTORY} and {LENGTHS} alone.")
-    known = position[position != UNKNOWN_POSITION]
-    if len(position) != num_layers or not ((known >= 0) & (known <= 1)).all():
-        raise ValueError(
-            f"position holds {len(position)} values; expected {num_layers}, from 0, the first layer, to 1, the last, or "
-            f"{UNKNOWN_POSITION:g} where that is not known."
-        )
+        position = tensors[POSITION]
+        if len(position) != num_layers:
+            raise ValueError(f"position holds {len(position)} values; expected {num_layers}, one a layer.")
+        check_position(position, info)
