@@ -50,6 +50,7 @@ format: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(VENV)/bin/python recipes/fetch.py
 	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.compare pretrain --folder $(RUNS)/compare
+	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.rates run --folder $(RUNS)/compare
 	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.compare run --folder $(RUNS)/compare
 	$(RUN) benchmarks.compare plots --pictures benchmarks/pictures
 	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.sweeps run --folder $(RUNS)/compare

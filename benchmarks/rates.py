@@ -27,7 +27,7 @@ SEED = 100
 def rate_lines(job, known):
     """One line for each rate of the grid that is not among the `known` ones: accuracy on the validation part.
 
-    The grid grows by another step while its smallest or largest rate is the best one.
+    The grid grows by another step while its smallest or largest rate is better than all others.
     """
     data = None
     found = dict(known)
@@ -45,9 +45,11 @@ def rate_lines(job, known):
             facts = {"tier": job.tier, "task": job.name, "seed": job.seed, "settings": job.settings, "rate": rate}
             yield facts | {"metric": job.task.metric, "validation": found[rate], "samples": len(run.validation)}
         edges = {min(found): min(found) / 3.0, max(found): max(found) * 3.0}
-        if best_rate(found) not in edges or len(found) > 2 * len(grid_of(job)):
+        best = best_rate(found)
+        better = all(found[best] > accuracy for rate, accuracy in found.items() if rate != best)
+        if best not in edges or not better or len(found) > 2 * len(grid_of(job)):
             return
-        grid = [float(f"{edges[best_rate(found)]:.1g}")]
+        grid = [float(f"{edges[best]:.1g}")]
 
 
 def grid_of(job):
@@ -71,7 +73,7 @@ def of_task(lines, tier, name, settings):
 
 
 def table(lines, tier, settings):
-    """Markdown: one row a task."""
+    """Markdown: one row a task; empty if nothing was tried."""
     rows = [
         "| task | learning rate: validation accuracy, % (Matthews correlation x 100) | the task's |",
         "|---|---|---|",
@@ -81,7 +83,7 @@ def table(lines, tier, settings):
         if found:
             tried = ", ".join(f"{rate:g}: {100 * found[rate]:.1f}" for rate in sorted(found))
             rows.append(f"| {name} | {tried} | {task.training.learning_rate:g} |")
-    return "\n".join(rows) + "\n"
+    return "\n".join(rows) if len(rows) > 2 else ""
 
 
 def main(arguments=None):

@@ -11,7 +11,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from benchmarks import predictor_tables, sweeps
+from benchmarks import predictor_tables, rates, sweeps
 from benchmarks.compare_results import (
     METHODS,
     NOTES,
@@ -172,6 +172,7 @@ def sections(folder=FOLDER):
     cpu = read_lines(results / "cpu.jsonl")
     lines = cpu + read_lines(results / "gpu.jsonl")
     predictor, swept = read_lines(results / "predictor_tables.jsonl"), read_lines(results / "sweeps.jsonl")
+    tried = read_lines(results / "rates.jsonl")
     language = chosen(lines, lambda task: task in LANGUAGE)
     scratch = chosen(lines, lambda task: task in SCRATCH)
     tuned = chosen(lines, lambda task: task not in (*LANGUAGE, *SCRATCH))
@@ -179,6 +180,7 @@ def sections(folder=FOLDER):
     made = {
         "summary": "\n\n".join([summary(tasks_of(lines)), NOTES]) if lines else NOTHING,
         "equal-time": picture(folder, "accuracy_against_time", "Accuracy against time saved"),
+        "rates": rates.table(tried, "cpu", {}) or NOTHING,
         "table-1": similarity(lines),
         "table-2": beside(tuned, TABLE_2),
         "table-3": beside(scratch, TABLE_3),
