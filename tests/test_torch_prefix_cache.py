@@ -17,6 +17,8 @@ from torch_runs import NET, Net, attach, batch, mlp, moved, seeded, values  # no
 
 from smartfrz.activation_store import ActivationStore  # noqa: E402
 from smartfrz.adapters.torch import PrefixCache  # noqa: E402
+from smartfrz.adapters.torch.prefix_cache import Pace  # noqa: E402
+from smartfrz.adapters.torch.prefix_cut import CutFinder  # noqa: E402
 from smartfrz.errors import UsageError  # noqa: E402
 
 SAMPLES = 22  # the last batch is a partial one
@@ -933,6 +935,51 @@ def test_it_stops_where_reading_takes_longer_with_a_store_that_is_made_slow(cloc
     cached.epochs(4)
     assert "reading took" in caplog.text
     assert cache.off
+
+
+def test_the_pace_of_a_run(clock):
+    pace = Pace()
+    assert pace.left(0.0) == float("inf")
+    for step, ids in enumerate([[3, 1], [0, 2], [2, 3], [1, 0], [0, 1]]):  # epochs of two batches, ten steps in all
+        assert pace.epoch == (None if step < 3 else 0.2)
+        pace.batch(ids, step / 10)
+        clock.sleep(1.0)
+    # five of ten steps are done by now, and what the next epoch keeps is read in the three after it
+    assert pace.left(0.5) == pytest.approx(3.0)
+    assert pace.left(0.8) == 0.0
+
+
+def test_a_run_of_unknown_length_has_no_end_in_sight():
+    pace = Pace()
+    for ids in ([0, 1], [2, 3], [0, 1]):
+        pace.batch(ids, 0.0)
+    assert pace.left(0.0) == float("inf")
+
+
+@pytest.mark.parametrize(("steps", "cut"), [(36, "2"), (8, None)])
+def test_in_the_last_epoch_no_cut_is_looked_for(steps, cut, clock):
+    # an epoch has three steps, and the layer freezes at step 6
+    options = {"stages": (set(), set(), {"0"}), "make": slow_front, "layers": FIVE, "dataset": data((5,))}
+    assert use(run(always(profile=True), epochs=4, steps=steps, **options)).cut == cut
+
+
+def test_a_cut_stays_where_moving_it_costs_more_than_is_left_to_save(clock, monkeypatch):
+    def make():
+        model = slow_front()
+        model[8].__class__ = Slow  # which goes on taking time
+        return model
+
+    def slow_search(self, previous, find=CutFinder.find):
+        clock.sleep(50.0)
+        return find(self, previous)
+
+    monkeypatch.setattr("smartfrz.adapters.torch.prefix_cache.PAUSE", 0.0)
+    options = {"stages": ({"0"}, set(), {"2"}), "epochs": 12, "make": make, "layers": FIVE, "dataset": data((5,))}
+    moved = run(always(profile=True), steps=480, **options)
+    monkeypatch.setattr(CutFinder, "find", slow_search)
+    stayed = run(always(profile=True), steps=480, **options)
+    assert use(moved).cut == "4"
+    assert use(stayed).cut == "2"
 
 
 def slow_front():

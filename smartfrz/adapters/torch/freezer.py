@@ -189,10 +189,10 @@ class SmartFRZ:
             )
         if self._cache is not None:
             controller.prefix_is_cached = not self._cache.off
-            if controller.total_steps:
-                self._cache.progress = controller.num_steps / controller.total_steps
             self._no_cache_where_compiled(self._cache)
         decisions = controller.step()
+        if self._cache is not None and controller.total_steps:
+            self._cache.progress = controller.num_steps / controller.total_steps
         if self._steps is not None:
             controller.decision_seconds += self._steps.seconds
             self._steps.seconds = 0.0

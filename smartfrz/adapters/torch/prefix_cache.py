@@ -30,6 +30,7 @@ SEARCHES = 4  # in vain, after which no cut is looked for any more
 AUDIT_EVERY = 64  # batches with hits
 WORTH = 0.95  # of a forward pass without a cache is what one with it may take, or it is not started
 PAUSE = 10.0  # between two searches, in durations of the last one: looking for cuts takes a tenth of the time at most
+FORWARD = 0.5  # of a step is taken for its forward pass, where it is asked whether another cut can still pay
 # What rounding may change of a kept value, and again on the way to a later cut, as a share of the largest one
 ERRORS = {"float32": 0.0, "float16": 4e-3, "bfloat16": 3e-2, "int8": 3e-2}
 COMPRESSION = {"float32": 1.0, "float16": 0.5, "bfloat16": 0.5, "int8": 0.3}
@@ -138,6 +139,41 @@ def _through(slot: _Slot, forward: Callable[..., Any], *args: Any, **kwargs: Any
     return slot.run(forward, args, kwargs)
 
 
+class Pace:
+    """How much of a run an epoch takes, and how long the run, from when the ids of the first batch come back.
+
+    Attributes:
+        epoch: Share of the run that one epoch takes; None as long as it is not known.
+    """
+
+    def __init__(self) -> None:
+        self.epoch: float | None = None
+        self._first: set[int] | None = None
+        self._begun = 0.0, 0.0
+
+    def batch(self, ids: Sequence[int], progress: float) -> None:
+        """A batch of these samples comes; that share of the run is done."""
+        if self._first is None:
+            self._first = set(ids)
+            self._begun = progress, time.perf_counter()
+        elif self.epoch is None and not self._first.isdisjoint(ids):
+            self.epoch = progress - self._begun[0]
+
+    def pause(self, seconds: float) -> None:
+        """So much of the time since was no training."""
+        self._begun = self._begun[0], self._begun[1] + seconds
+
+    def left(self, progress: float) -> float:
+        """Seconds of the rest of the run in which what is kept now can be read: those after one more epoch.
+
+        Infinite as long as there is nothing to tell them from.
+        """
+        done = progress - self._begun[0]
+        if self.epoch is None or done <= 0.0:
+            return float("inf")
+        return max(0.0, 1.0 - progress - self.epoch) * (time.perf_counter() - self._begun[1]) / done
+
+
 class CachedPrefix:
     """The cache of one run: finds the cut, keeps what crosses it, and skips what lies before.
 
@@ -167,9 +203,11 @@ class CachedPrefix:
         self._automatic = ExitStack()  # leads every forward pass here, where nobody says when a batch is under way
         self.progress = 0.0  # share of the run that is done, where its length is known
         self._begun: float | None = None  # at which progress
+        self._pace = Pace()
         self._search_due = False
         self._in_vain = 0
         self._not_before = 0.0
+        self._search_seconds = 0.0  # that the last search took
         self._counts = _Counts()
         self._row_seconds = 0.0  # of the prefix's forward pass
         self._reason = "no layer is frozen yet"
@@ -226,6 +264,7 @@ class CachedPrefix:
         self._named = True
         self._automatic.close()
         keys = _keys(ids)
+        self._pace.batch(keys, self.progress)
         if self.off or not self.active:
             yield
             return
@@ -304,11 +343,16 @@ class CachedPrefix:
                 )
                 return None
         invalid = self._now is not None and not self._is_valid(self._now)
+        if not invalid and self._search_due and self._options.profile and not self._can_pay(len(keys)):
+            self._search_due = False
+            self._reason = "too little of the run is left for looking for a cut to pay"
         if invalid or (self._search_due and time.perf_counter() >= self._not_before):
             began = time.perf_counter()
             self._search(keys, prints, inputs, forward, args, kwargs)
+            self._search_seconds = time.perf_counter() - began
+            self._pace.pause(self._search_seconds)
             if self._options.profile:
-                self._not_before = time.perf_counter() + PAUSE * (time.perf_counter() - began)
+                self._not_before = time.perf_counter() + PAUSE * self._search_seconds
         self._counts.overhead += time.perf_counter() - start
         now = self._now
         if now is None or (ids is None and not self._comes_back()):
@@ -317,6 +361,27 @@ class CachedPrefix:
             self._counts.misses += len(keys)
             return None
         return self._collect(now, keys, prints, forward, args, kwargs)
+
+    def _can_pay(self, batch: int) -> bool:
+        """Whether a cut behind all that is frozen now could save more than looking for it takes.
+
+        What is kept now is read after one more epoch, and not before: until then it has to be computed once.
+
+        Args:
+            batch: Samples of a batch.
+        """
+        seconds, total = self._pace.left(self.progress), sum(self._flops.values())
+        if not seconds:
+            return False
+        if not self._search_seconds or not total:
+            return True
+        frozen = 0
+        for layer, flops in self._flops.items():
+            if any(parameter.requires_grad for parameter in self._model.get_submodule(layer).parameters()):
+                break
+            frozen += flops
+        kept = self._now.cut.flops * batch if self._now else 0.0
+        return seconds * FORWARD * (frozen - kept) / total >= self._search_seconds
 
     def _comes_back(self) -> bool:
         """Whether there still is hope that samples are seen again; if not, it is switched off."""
