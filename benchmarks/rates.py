@@ -7,6 +7,7 @@ there are not repeated.
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -42,8 +43,8 @@ def rate_lines(job, known):
             while run.advance(run.total_steps):
                 pass
             found[rate], _ = run.judge(run.validation)
-            facts = {"tier": job.tier, "task": job.name, "seed": job.seed, "settings": job.settings, "rate": rate}
-            yield facts | {"metric": job.task.metric, "validation": found[rate], "samples": len(run.validation)}
+            line = facts_of(job.tier, job.name, job.settings) | {"rate": rate, "metric": job.task.metric}
+            yield line | {"validation": found[rate], "samples": len(run.validation)}
         edges = {min(found): min(found) / 3.0, max(found): max(found) * 3.0}
         best = best_rate(found)
         better = all(found[best] > accuracy for rate, accuracy in found.items() if rate != best)
@@ -66,9 +67,16 @@ def best_rate(found):
     return min(found, key=lambda rate: (-found[rate], rate))
 
 
+def facts_of(tier, name, settings):
+    """What tells the lines of a task from those of others, and from those of another training than it has now."""
+    training = dataclasses.asdict(TIERS[tier][name].training)
+    del training["learning_rate"]
+    return {"tier": tier, "task": name, "settings": settings, "seed": SEED, "training": training}
+
+
 def of_task(lines, tier, name, settings):
     """Rate to validation accuracy, from lines."""
-    facts = {"tier": tier, "task": name, "settings": settings, "seed": SEED}
+    facts = facts_of(tier, name, settings)
     return {line["rate"]: line["validation"] for line in lines if facts.items() <= line.items()}
 
 

@@ -208,6 +208,7 @@ class CachedPrefix:
         self._in_vain = 0
         self._not_before = 0.0
         self._search_seconds = 0.0  # that the last search took
+        self._share = 0.0  # of the forward FLOPs that the cut skips
         self._counts = _Counts()
         self._row_seconds = 0.0  # of the prefix's forward pass
         self._reason = "no layer is frozen yet"
@@ -343,7 +344,7 @@ class CachedPrefix:
                 )
                 return None
         invalid = self._now is not None and not self._is_valid(self._now)
-        if not invalid and self._search_due and self._options.profile and not self._can_pay(len(keys)):
+        if not invalid and self._search_due and self._options.profile and not self._can_pay():
             self._search_due = False
             self._reason = "too little of the run is left for looking for a cut to pay"
         if invalid or (self._search_due and time.perf_counter() >= self._not_before):
@@ -362,26 +363,23 @@ class CachedPrefix:
             return None
         return self._collect(now, keys, prints, forward, args, kwargs)
 
-    def _can_pay(self, batch: int) -> bool:
+    def _can_pay(self) -> bool:
         """Whether a cut behind all that is frozen now could save more than looking for it takes.
 
         What is kept now is read after one more epoch, and not before: until then it has to be computed once.
-
-        Args:
-            batch: Samples of a batch.
         """
         seconds, total = self._pace.left(self.progress), sum(self._flops.values())
         if not seconds:
             return False
-        if not self._search_seconds or not total:
+        if seconds == float("inf") or not self._search_seconds or not total:
             return True
         frozen = 0
         for layer, flops in self._flops.items():
             if any(parameter.requires_grad for parameter in self._model.get_submodule(layer).parameters()):
                 break
             frozen += flops
-        kept = self._now.cut.flops * batch if self._now else 0.0
-        return seconds * FORWARD * (frozen - kept) / total >= self._search_seconds
+        skipped = self._share if self._now else 0.0
+        return seconds * FORWARD * (frozen / total - skipped) >= self._search_seconds
 
     def _comes_back(self) -> bool:
         """Whether there still is hope that samples are seen again; if not, it is switched off."""
@@ -593,6 +591,7 @@ class CachedPrefix:
             return
         logger.info("The activation cache %s", says)
         self._now, self._row_seconds = now, row_seconds
+        self._share = cut.flops * len(keys) / max(1, sum(self._flops.values()))
         if not moves:  # the rows of this batch were computed just now, though `_collect` will read them
             self._counts.hits -= len(keys)
             self._counts.misses += len(keys)
