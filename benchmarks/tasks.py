@@ -393,8 +393,8 @@ CPU = {
         4,
         _with(_BERT, batch_size=16),
     ),
+    # full training in the steps of the next two learns nothing at any rate (benchmarks/README.md)
     "minilm-mrpc": Task(minilm, _part(mrpc, 600, length=48), 2, _with(_BERT, batch_size=16)),
-    # full training in these steps learns nothing at any rate (benchmarks/README.md)
     "minilm-cola": Task(minilm, _part(cola, None, length=16), 2, _with(_BERT, epochs=1), metric="matthews"),
     "resnet20-scratch": Task(
         resnet20,
