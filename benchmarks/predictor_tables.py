@@ -299,7 +299,8 @@ def representation_table(lines):
     for line in lines:
         if line["table"] == "representation":
             unplaced = ", position not told" if line.get("unplaced") == 1.0 else ""
-            groups.setdefault(f"`{line['representation']}`{unplaced}", []).append(line)
+            note = f", {line['settings']}" if line["settings"] else ""
+            groups.setdefault(f"`{line['representation']}`{unplaced}{note}", []).append(line)
     if not groups:
         return ""
     keys = ("auc", "pooled_auc", "freeze_precision", "frozen_share", "calibration_error")
