@@ -19,6 +19,7 @@ from benchmarks.lines import add_line
 from benchmarks.prefix_cache import list_of, positive
 from benchmarks.tasks import TIERS
 from smartfrz import zoo
+from smartfrz.errors import SmartFRZError
 
 RESULTS = Path(__file__).parent / "results" / "rates.jsonl"
 GRIDS = {"SGD": (0.003, 0.01, 0.03, 0.1), "AdamW": (5e-5, 1e-4, 3e-4, 1e-3)}
@@ -105,7 +106,10 @@ def main(arguments=None):
     parser.add_argument("--samples", type=positive, help="At most, of each part, to try something out.")
     parser.add_argument("--epochs", type=positive, help="Of full training, to try something out.")
     options = parser.parse_args(arguments)
-    names = list_of(TIERS[options.tier])(options.tasks) if options.tasks else list(TIERS[options.tier])
+    try:
+        names = list_of(TIERS[options.tier])(options.tasks) if options.tasks else list(TIERS[options.tier])
+    except argparse.ArgumentTypeError as error:
+        parser.error(str(error))
     torch.set_num_threads(1)
     given = {"samples": options.samples, "epochs": options.epochs}
     settings = {key: value for key, value in given.items() if value is not None}
@@ -114,9 +118,12 @@ def main(arguments=None):
         for name in names:
             known = of_task(read_lines(options.results), options.tier, name, settings)
             job = Job(options.tier, name, SEED, settings, zoo.load("smartfrz-base"), options.folder, device)
-            for line in rate_lines(job, known):
-                add_line(options.results, line)
-                print(f"{name}, rate {line['rate']:g}: {line['validation']:.3f}", file=sys.stderr)
+            try:
+                for line in rate_lines(job, known):
+                    add_line(options.results, line)
+                    print(f"{name}, rate {line['rate']:g}: {line['validation']:.3f}", file=sys.stderr)
+            except (OSError, SmartFRZError) as error:
+                print(f"{name} is left out: {error}", file=sys.stderr)
     print(table(read_lines(options.results), options.tier, settings))
 
 
