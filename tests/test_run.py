@@ -24,12 +24,12 @@ SMALL = ("--window", "8", "--tailored-size", "32", "--records", "16", "--epochs"
 class Started:
     """The command in a process and a process group of its own, its output in a file."""
 
-    def __init__(self, folder, *arguments):
+    def __init__(self, folder, *arguments, **environment):
         self.log = folder / f"log-{time.monotonic_ns()}.txt"
         with self.log.open("w") as output:
             self._process = subprocess.Popen(
                 [*COMMAND, *map(str, arguments)], stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment,
             )  # fmt: skip
 
     def kill_when(self, moment):
@@ -79,7 +79,9 @@ def test_a_run_killed_while_it_records_and_while_it_trains_gives_the_file_of_an_
     arguments = ("run", *recipes, "-o", output, "--runs", runs, *SMALL)
 
     # In the middle of `record`: the first is finished, of the second there is the reference.
-    Started(tmp_path, *arguments).kill_when(lambda: reference_file(runs, second).exists())
+    finished, begun = runs / f"{first}.parquet", reference_file(runs, second)
+    process = Started(tmp_path, *arguments, WAIT_AFTER=str(begun))
+    process.kill_when(lambda: finished.exists() and begun.exists())
     kept = times(runs)
     assert f"{first}.parquet" in kept
     assert f"{second}.parquet" not in kept
