@@ -404,6 +404,16 @@ CPU = {
         repeats=False,
     ),
 }
+# whether what short runs lose is lost in longer ones, too: the paper's 10 epochs, of as much data as there is time for
+LONG = {
+    "vgg-cifar10": CPU["vgg-cifar10"]._replace(
+        data=_part(cifar10, 15000), training=_with(_SGD, epochs=10, learning_rate=0.03)
+    ),
+    "resnet20-tiny": CPU["resnet20-tiny"]._replace(
+        data=_part(tiny_imagenet, None, classes=100), training=_with(_SGD, epochs=10, learning_rate=0.1)
+    ),
+    "minilm-mrpc": CPU["minilm-mrpc"]._replace(data=_part(mrpc, None, length=48)),
+}
 GPU = {
     f"{name}-{data}": Task(network, {"cifar10": cifar10, "tiny": tiny_imagenet}[data], classes, spec, f"{name}-{other}")
     for name, network, spec in (
@@ -421,7 +431,7 @@ DIGITS = {
     "vgg-digits": Task(digits_vgg, digits, 10, TrainingSpec(epochs=6, learning_rate=0.05)),
     "vit-digits": Task(digits_vit, digits, 10, _with(_VIT, epochs=6), "vit-digits"),
 }
-TIERS = {"cpu": CPU, "gpu": GPU, "digits": DIGITS}
+TIERS = {"cpu": CPU, "long": LONG, "gpu": GPU, "digits": DIGITS}
 
 
 _BEGIN = _with(_SCRATCH, learning_rate=0.05, epochs=12)
