@@ -55,10 +55,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
-from benchmarks.compare_results import EARLY, METHODS, matthews, plots, read_lines, tables
+from benchmarks.compare_results import EARLY, METHODS, matthews, plots, tables
 from benchmarks.freeze_order import TURN
-from benchmarks.lines import add_line
-from benchmarks.prefix_cache import list_of, positive
+from benchmarks.lines import add_line, read_lines
+from benchmarks.options import add_job_options, list_of, parse_job, seeds
 from benchmarks.tasks import PRETRAINING, TIERS, data_of, load_except_head
 from smartfrz import __version__, zoo
 from smartfrz.adapters.torch import PrefixCache, SmartFRZ, trace_layers
@@ -500,14 +500,19 @@ def drift(early, full):
     return {key: value / early.step / (full[key] / full["steps"]) for key, value in seconds.items()}
 
 
-def run_all(options, settings, folder, results):
+def job_of(options, name, seed, predictor):
+    """Of the options that `benchmarks.options.parse_job` has read."""
+    return Job(options.tier, name, seed, options.settings, predictor, options.folder, options.device)
+
+
+def run_all(options, results):
     """All jobs; what they lack is printed, and they are left out."""
     predictor = zoo.load(options.predictor)
-    for name in options.tasks or TIERS[options.tier]:
+    for name in options.tasks:
         # one copy for all seeds and methods of a task, and none once it is over
-        load = functools.cache(Job(options.tier, name, 0, settings, predictor, folder, options.device).data)
+        load = functools.cache(job_of(options, name, 0, predictor).data)
         for seed in options.seeds:
-            job = Job(options.tier, name, seed, settings, predictor, folder, options.device)
+            job = job_of(options, name, seed, predictor)
             same = {line["method"]: line for line in read_lines(results) if job.facts.items() <= line.items()}
             try:
                 for line in compare(job, options.methods, same, load):
@@ -522,43 +527,29 @@ def main(arguments=None):
     """Measure, or show what was measured."""
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=("run", "pretrain", "table", "plots"))
-    parser.add_argument("--tier", choices=TIERS, default="cpu")
+    add_job_options(parser)
     parser.add_argument("--results", type=Path, help="Of JSON lines. By default results/<tier>.jsonl.")
-    parser.add_argument("--tasks", help="Of the tier; all by default.")
     parser.add_argument("--methods", type=list_of(METHODS), default=METHODS, help="All by default.")
-    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
-    parser.add_argument(
-        "--folder", type=Path, default=Path("runs/compare"), help="Of pretrained weights and references."
-    )
+    parser.add_argument("--seeds", type=seeds, default=[0, 1, 2])
     parser.add_argument("--predictor", default="smartfrz-base", help="A name, or a file.")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="By default that of the tier, if it is there.")
     parser.add_argument("--smoke", action="store_true", help="A few dozen samples, one seed, files that are not kept.")
-    parser.add_argument("--samples", type=positive, help="At most, of each part, to try something out.")
-    parser.add_argument("--epochs", type=positive, help="Of full training, to try something out.")
     parser.add_argument("--pictures", type=Path, default=Path("runs/compare/pictures"), help="Where plots go.")
-    options = parser.parse_args(arguments)
-    try:
-        options.tasks = list_of(TIERS[options.tier])(options.tasks) if options.tasks else None
-    except argparse.ArgumentTypeError as error:
-        parser.error(str(error))
-    options.device = options.device or ("cuda" if options.tier == "gpu" and torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(1)
-    given = {"samples": options.samples, "epochs": options.epochs}
-    settings = {key: value for key, value in given.items() if value is not None}
+    options = parse_job(parser, arguments)
     results = options.results or RESULTS / f"{options.tier}.jsonl"
     with tempfile.TemporaryDirectory() as temporary:
         if options.smoke:
-            settings, options.folder, options.seeds = SMOKE | settings, Path(temporary), options.seeds[:1]
+            options.settings, options.folder = SMOKE | options.settings, Path(temporary)
+            options.seeds = options.seeds[:1]
             results = options.results or Path(temporary) / "smoke.jsonl"
         if options.what == "pretrain" or (options.what == "run" and options.smoke):
-            tasks = [TIERS[options.tier][name] for name in options.tasks or TIERS[options.tier]]
+            tasks = [TIERS[options.tier][name] for name in options.tasks]
             for name in sorted({task.pretrained for task in tasks if task.pretrained}):
                 try:
-                    print(pretrain(name, options.folder, settings, options.device), file=sys.stderr)
+                    print(pretrain(name, options.folder, options.settings, options.device), file=sys.stderr)
                 except OSError as error:
                     print(f"{name} is left out: {error}", file=sys.stderr)
         if options.what == "run":
-            run_all(options, settings, options.folder, results)
+            run_all(options, results)
         lines = read_lines(results)
         if options.what in ("run", "table"):
             print(tables(lines))

@@ -1,6 +1,5 @@
 """What `benchmarks.compare` has measured, as tables and pictures, from its JSON lines alone."""
 
-import json
 import math
 import statistics
 from collections import defaultdict
@@ -66,11 +65,6 @@ def standard_error(line):
     counts = np.array(line["confusion"]).ravel()
     drawn = np.random.default_rng(0).multinomial(counts.sum(), counts / counts.sum(), 1000)
     return statistics.stdev(matthews(row.reshape(2, 2)) for row in drawn.astype(float))
-
-
-def read_lines(path):
-    """Of a file; none if there is no such file."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
 def clock_of(line):

@@ -27,7 +27,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from benchmarks.lines import add_line, earlier
+from benchmarks.lines import add_line, read_lines
 from smartfrz.adapters.torch import SmartFRZ
 from smartfrz.demo import DemoOptions, load_data, pretrained_network
 from smartfrz.errors import SmartFRZError
@@ -168,7 +168,7 @@ def main():
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
     options = parser.parse_args()
-    lines = earlier(options.output)
+    lines = read_lines(options.output)
     for seed in map(int, options.seeds.split(",")):
         for task in options.tasks.split(","):
             if any((line["task"], line["seed"]) == (task, seed) for line in lines):

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.lines import earlier
+from benchmarks.lines import read_lines
 
 BACKENDS = ("tensorflow", "jax", "torch")
 SEEDS = (0, 1, 2)
@@ -171,7 +171,7 @@ def main():
     parser.add_argument("--predictor", default="smartfrz-base")
     parser.add_argument("--here", action="store_true", help="Run in this process, and print the lines only.")
     options = parser.parse_args()
-    lines = earlier(options.output)
+    lines = read_lines(options.output)
     for backend in options.backends.split(","):
         for seed in map(int, options.seeds.split(",")):
             if options.here:

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.keras_fit import ONE_THREAD
-from benchmarks.lines import add_line, earlier
+from benchmarks.lines import add_line, read_lines
 
 FRACTIONS = (1 / 4, 1 / 2, 3 / 4)
 NETWORKS = ("mobilenetv2", "resnet14")
@@ -176,7 +176,7 @@ def main():
         for row in measure(options.networks, options.cases.endswith("/jit"), options.steps):
             print(json.dumps(row))
         return
-    rows = earlier(options.output)
+    rows = read_lines(options.output)
     for network in options.networks.split(","):
         for case in options.cases.split(","):
             backend, _, mode = case.partition("/")

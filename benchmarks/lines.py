@@ -8,11 +8,24 @@ from filelock import FileLock
 from smartfrz.files import replacing
 
 
-def earlier(output):
-    """What the file holds already; nothing without a file."""
-    if output is None or not output.exists():
+def read_lines(path):
+    """What the file holds already; nothing without a file.
+
+    Raises:
+        SystemExit: If a line is no JSON object, with its number.
+    """
+    if path is None or not path.exists():
         return []
-    return [json.loads(line) for line in output.read_text().splitlines()]
+    lines = []
+    for number, text in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError as error:
+            sys.exit(
+                f"{path}, line {number} is damaged ({error}): expected one JSON object a line. "
+                "Remove the line; what it said is measured again."
+            )
+    return lines
 
 
 def add_line(output, line):
@@ -33,4 +46,4 @@ def add_line(output, line):
 
 def is_known(path, facts):
     """Whether the file has a line of these facts."""
-    return any(all(line.get(key) == value for key, value in facts.items()) for line in earlier(path))
+    return any(all(line.get(key) == value for key, value in facts.items()) for line in read_lines(path))

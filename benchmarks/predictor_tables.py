@@ -35,10 +35,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.compare import Job
-from benchmarks.compare_results import cell, read_lines
+from benchmarks.compare_results import cell
 from benchmarks.decision import kept_bytes, untrained
-from benchmarks.lines import add_line, is_known
-from benchmarks.prefix_cache import list_of, positive
+from benchmarks.lines import add_line, is_known, read_lines
+from benchmarks.options import list_of, positive, seeds
 from benchmarks.tasks import TIERS
 from smartfrz import zoo
 from smartfrz.adapters.torch import trace_layers
@@ -369,7 +369,7 @@ def main(given=None):
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="Folder of recordings.")
     parser.add_argument("--like", default=zoo.DEFAULT, help="Predictor whose form to take: a name or a file.")
     parser.add_argument("--tables", type=list_of(TABLES), default=list(TABLES))
-    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
+    parser.add_argument("--seeds", type=seeds, default=[0])
     parser.add_argument("--epochs", type=positive, help="Of training a predictor, to try something out.")
     parser.add_argument("--steps", type=positive, help="Of an epoch, to try something out.")
     parser.add_argument("--tier", choices=TIERS, default="cpu", help="Of the training whose gradients are looked at.")

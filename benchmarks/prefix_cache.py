@@ -41,7 +41,8 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from benchmarks.freeze_order import RECIPES, TASKS, TURN, logits
 from benchmarks.keras_fit import cell
-from benchmarks.lines import add_line, earlier
+from benchmarks.lines import add_line, read_lines
+from benchmarks.options import list_of, positive
 from smartfrz import __version__
 from smartfrz.adapters.torch import PrefixCache, SmartFRZ, trace_layers
 from smartfrz.demo import pretrained_network
@@ -411,25 +412,6 @@ def runs_table(lines):
         print(f"\nStandard error of one accuracy, from the size of the test set: {', '.join(errors)}.")
 
 
-def list_of(known):
-    """What argparse reads as a list of these names."""
-
-    def read(text):
-        unknown = set(text.split(",")) - set(known)
-        if unknown:
-            raise argparse.ArgumentTypeError(f"unknown: {', '.join(sorted(unknown))}. Known: {', '.join(known)}.")
-        return text.split(",")
-
-    return read
-
-
-def positive(text):
-    """A positive number for argparse."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}; expected 1 or more")
-    return int(text)
-
-
 def main():
     """Measure, and print."""
     parser = argparse.ArgumentParser()
@@ -444,7 +426,7 @@ def main():
     torch.set_num_threads(1)
     given = {"epochs": options.epochs, "train_samples": options.train_samples}
     limits = {key: value for key, value in given.items() if value is not None}
-    lines = earlier(options.output)
+    lines = read_lines(options.output)
     jobs = []
     for what, measure in (("curve", curve), ("steps", steps)):
         for task in TASKS if options.what in (what, None) else ():

@@ -11,12 +11,9 @@ import dataclasses
 import sys
 from pathlib import Path
 
-import torch
-
-from benchmarks.compare import Job, Run
-from benchmarks.compare_results import read_lines
-from benchmarks.lines import add_line
-from benchmarks.prefix_cache import list_of, positive
+from benchmarks.compare import Run, job_of
+from benchmarks.lines import add_line, read_lines
+from benchmarks.options import add_job_options, parse_job
 from benchmarks.tasks import TIERS
 from smartfrz import zoo
 from smartfrz.errors import SmartFRZError
@@ -99,32 +96,18 @@ def main(arguments=None):
     """Measure, or show what was measured."""
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=("run", "table"))
-    parser.add_argument("--tier", choices=TIERS, default="cpu")
-    parser.add_argument("--tasks", help="Of the tier; all by default.")
+    add_job_options(parser)
     parser.add_argument("--results", type=Path, default=RESULTS, help="Of JSON lines.")
-    parser.add_argument("--folder", type=Path, default=Path("runs/compare"), help="Of pretrained weights.")
-    parser.add_argument("--samples", type=positive, help="At most, of each part, to try something out.")
-    parser.add_argument("--epochs", type=positive, help="Of full training, to try something out.")
-    options = parser.parse_args(arguments)
-    try:
-        names = list_of(TIERS[options.tier])(options.tasks) if options.tasks else list(TIERS[options.tier])
-    except argparse.ArgumentTypeError as error:
-        parser.error(str(error))
-    torch.set_num_threads(1)
-    given = {"samples": options.samples, "epochs": options.epochs}
-    settings = {key: value for key, value in given.items() if value is not None}
-    device = "cuda" if options.tier == "gpu" and torch.cuda.is_available() else "cpu"
-    if options.what == "run":
-        for name in names:
-            known = of_task(read_lines(options.results), options.tier, name, settings)
-            job = Job(options.tier, name, SEED, settings, zoo.load("smartfrz-base"), options.folder, device)
-            try:
-                for line in rate_lines(job, known):
-                    add_line(options.results, line)
-                    print(f"{name}, rate {line['rate']:g}: {line['validation']:.3f}", file=sys.stderr)
-            except (OSError, SmartFRZError) as error:
-                print(f"{name} is left out: {error}", file=sys.stderr)
-    print(table(read_lines(options.results), options.tier, settings))
+    options = parse_job(parser, arguments)
+    for name in options.tasks if options.what == "run" else ():
+        known = of_task(read_lines(options.results), options.tier, name, options.settings)
+        try:
+            for line in rate_lines(job_of(options, name, SEED, zoo.load(zoo.DEFAULT)), known):
+                add_line(options.results, line)
+                print(f"{name}, rate {line['rate']:g}: {line['validation']:.3f}", file=sys.stderr)
+        except (OSError, SmartFRZError) as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
+    print(table(read_lines(options.results), options.tier, options.settings))
 
 
 if __name__ == "__main__":

@@ -15,15 +15,13 @@ import statistics
 import sys
 from pathlib import Path
 
-import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from benchmarks.compare import Job, Run, take_turns
-from benchmarks.compare_results import cell, read_lines, share_of_full
-from benchmarks.lines import add_line
-from benchmarks.prefix_cache import positive
-from benchmarks.tasks import TIERS
+from benchmarks.compare import Run, job_of, take_turns
+from benchmarks.compare_results import cell, share_of_full
+from benchmarks.lines import add_line, read_lines
+from benchmarks.options import add_job_options, parse_job, seeds
 from smartfrz import zoo
 from smartfrz.adapters.torch import trace_layers
 from smartfrz.adapters.torch.costs import measure_step
@@ -119,24 +117,19 @@ def main(given=None):
     """Measure, or show what was measured."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("what", choices=("run", "table"))
+    add_job_options(parser)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--tier", choices=TIERS, default="cpu")
-    parser.add_argument("--task", default="vgg-cifar10")
-    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
-    parser.add_argument("--folder", type=Path, default=Path("runs/compare"), help="Of pretrained weights.")
-    parser.add_argument("--samples", type=positive, help="At most, of each part, to try something out.")
-    parser.add_argument("--epochs", type=positive, help="Of full training, to try something out.")
-    options = parser.parse_args(given)
-    torch.set_num_threads(1)
-    sizes = {"samples": options.samples, "epochs": options.epochs}
-    settings = {key: value for key, value in sizes.items() if value is not None}
+    parser.add_argument("--seeds", type=seeds, default=[0, 1, 2])
+    parser.set_defaults(tasks="vgg-cifar10")
+    options = parse_job(parser, given)
     predictor = zoo.load(zoo.DEFAULT, device="cpu")  # no method here asks it
-    for seed in options.seeds if options.what == "run" else ():
-        job = Job(options.tier, options.task, seed, settings, predictor, options.folder, "cpu")
-        same = {x["method"]: x for x in read_lines(options.results) if job.facts.items() <= x.items()}
-        for line in sweep(job, same):
-            add_line(options.results, line)
-            print(f"{options.task}, seed {seed}, {line['method']}: {100 * line['accuracy']:.1f}", file=sys.stderr)
+    for name in options.tasks if options.what == "run" else ():
+        for seed in options.seeds:
+            job = job_of(options, name, seed, predictor)
+            same = {x["method"]: x for x in read_lines(options.results) if job.facts.items() <= x.items()}
+            for line in sweep(job, same):
+                add_line(options.results, line)
+                print(f"{name}, seed {seed}, {line['method']}: {100 * line['accuracy']:.1f}", file=sys.stderr)
     print(tables(read_lines(options.results)))
 
 

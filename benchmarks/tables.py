@@ -19,13 +19,13 @@ from benchmarks.compare_results import (
     cell,
     frozen_at,
     paired,
-    read_lines,
     share_of_full,
     stops_early,
     summary,
     task_table,
     tasks_of,
 )
+from benchmarks.lines import read_lines
 from smartfrz.files import replacing
 
 FOLDER = Path(__file__).parent

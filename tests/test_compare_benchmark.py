@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import compare, compare_results
-from benchmarks.compare_results import EARLY, METHODS, matthews, read_lines, standard_error, tables
-from benchmarks.lines import add_line
+from benchmarks.compare_results import EARLY, METHODS, matthews, standard_error, tables
+from benchmarks.lines import add_line, read_lines
 from benchmarks.tasks import DIGITS, TIERS, Task, data_of
 from smartfrz import zoo
 from smartfrz.adapters.torch import trace_layers
@@ -272,6 +272,13 @@ def test_two_processes_add_to_one_file_and_no_line_is_lost(tmp_path):
         assert [line["number"] for line in found if line["name"] == name] == list(range(40))
 
 
+def test_a_damaged_line_is_named(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(b'{"name": "a"}\n{"name": "b\xff\n')
+    with pytest.raises(SystemExit, match=rf"{path}, line 2 is damaged .*expected one JSON object a line"):
+        read_lines(path)
+
+
 def test_without_a_file_a_line_goes_to_standard_error(capsys):
     add_line(None, {"name": "a", "number": 1})
     assert capsys.readouterr() == ("", '{"name": "a", "number": 1}\n')
@@ -327,7 +334,7 @@ def test_validation_data_is_part_of_the_training_data_and_not_trained_on():
 
 
 def test_all_tasks_are_of_known_metrics_and_pretraining():
-    assert {tier: len(tasks) for tier, tasks in TIERS.items()} == {"cpu": 9, "gpu": 10, "digits": 2}
+    assert {tier: len(tasks) for tier, tasks in TIERS.items()} == {"cpu": 9, "long": 3, "gpu": 10, "digits": 2}
     for tasks in TIERS.values():
         for task in tasks.values():
             assert isinstance(task, Task)

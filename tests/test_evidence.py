@@ -11,14 +11,14 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 
 from benchmarks import explain, sweeps, tables
-from benchmarks.compare_results import read_lines
+from benchmarks.lines import read_lines
 from smartfrz import zoo
 from smartfrz.adapters.torch import trace_layers
 
 
 def test_sweeps_are_run_once_and_their_lengths_make_them_cost_the_same(tmp_path, capsys):
     results = tmp_path / "r.jsonl"
-    command = ["run", "--tier", "digits", "--task", "vgg-digits", "--samples", "96", "--epochs", "6", "--seeds", "0"]
+    command = ["run", "--tier", "digits", "--tasks", "vgg-digits", "--samples", "96", "--epochs", "6", "--seeds", "0"]
     command += ["--folder", str(tmp_path), "--results", str(results)]
     sweeps.main(command)
     lines = {line["method"]: line for line in read_lines(results)}

@@ -8,7 +8,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import predictor_tables
-from benchmarks.compare_results import read_lines
+from benchmarks.lines import read_lines
 from benchmarks.predictor_tables import SIZES, distances, main, mean_auc
 from smartfrz import zoo
 from smartfrz.predictor.evaluation import METHODS

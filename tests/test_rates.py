@@ -5,7 +5,7 @@ from benchmark_source import torch
 
 from benchmarks import rates
 from benchmarks.compare import Job
-from benchmarks.compare_results import read_lines
+from benchmarks.lines import read_lines
 
 SIZE = {"samples": 96, "epochs": 2}
 
