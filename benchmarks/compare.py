@@ -231,9 +231,10 @@ class Run:
         method: One of `METHODS`, or as `policy_of` says.
         data: That of the job, which all of its runs share.
         share: Of the steps of full training, for a run that is shorter or longer; the schedule is scaled.
+        **options: Of `SmartFRZ`, beside those that the method has.
     """
 
-    def __init__(self, job, method, data, share=1.0):
+    def __init__(self, job, method, data, share=1.0, **options):
         self.job, self.method, self.task = job, method, job.task
         self.spec = self.task.training
         samples, self.validation, self.test = data
@@ -265,7 +266,7 @@ class Run:
                 total_steps=self.total_steps,
                 cache=cache,
                 device="cuda" if job.device == "cuda" and "CUDAExecutionProvider" in _providers() else "cpu",
-                **OPTIONS.get(method, {}),
+                **OPTIONS.get(method, {}) | options,
             )
         self.batches, self.cpu_seconds, self.seconds, self.losses = iter(()), 0.0, 0.0, []
         self.backward_flops = self.total_flops = 0
