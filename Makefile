@@ -53,6 +53,10 @@ bench: $(VENV)/.installed
 	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.rates run --folder $(RUNS)/compare
 	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.compare run --folder $(RUNS)/compare
 	$(RUN) benchmarks.compare plots --pictures benchmarks/pictures
+	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.tradeoff run --folder $(RUNS)/compare
+	$(RUN) benchmarks.tradeoff plot --picture benchmarks/pictures/tradeoff.png
+	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.rates run --tier long --folder $(RUNS)/compare
+	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.compare run --tier long --folder $(RUNS)/compare
 	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.sweeps run --folder $(RUNS)/compare
 	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.predictor_tables figure --folder $(RUNS)/compare
 	$(RUN) benchmarks.predictor_tables costs

@@ -11,7 +11,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from benchmarks import predictor_tables, rates, sweeps
+from benchmarks import predictor_tables, rates, sweeps, tradeoff
 from benchmarks.compare_results import (
     METHODS,
     NOTES,
@@ -170,17 +170,22 @@ def sections(folder=FOLDER):
     """Name to text of all parts that are made from results."""
     results = folder / "results"
     cpu = read_lines(results / "cpu.jsonl")
-    lines = cpu + read_lines(results / "gpu.jsonl")
+    lines, longer = cpu + read_lines(results / "gpu.jsonl"), read_lines(results / "long.jsonl")
+    settings = read_lines(results / "tradeoff.jsonl")
     predictor, swept = read_lines(results / "predictor_tables.jsonl"), read_lines(results / "sweeps.jsonl")
     tried = read_lines(results / "rates.jsonl")
-    language = chosen(lines, lambda task: task in LANGUAGE)
+    language = chosen(lines + longer, lambda task: task in LANGUAGE)
     scratch = chosen(lines, lambda task: task in SCRATCH)
     tuned = chosen(lines, lambda task: task not in (*LANGUAGE, *SCRATCH))
-    machines = sorted({line["machine"] for line in lines})
+    machines = sorted({line["machine"] for line in lines + longer})
     made = {
         "summary": "\n\n".join([summary(tasks_of(lines)), NOTES]) if lines else NOTHING,
         "equal-time": picture(folder, "accuracy_against_time", "Accuracy against time saved"),
+        "tradeoff": tradeoff.table(settings + cpu) if settings else NOTHING,
+        "tradeoff-picture": picture(folder, "tradeoff", "Accuracy against training time"),
+        "longer": ours(tasks_of(longer)) if longer else NOTHING,
         "rates": rates.table(tried, "cpu", {}) or NOTHING,
+        "rates-longer": rates.table(tried, "long", {}) or NOTHING,
         "table-1": similarity(lines),
         "table-2": beside(tuned, TABLE_2),
         "table-3": beside(scratch, TABLE_3),
