@@ -71,13 +71,26 @@ def write_runs(folder, plan=PLAN, **options):
     return folder
 
 
-TINY_PARTS = """
+# A test that kills a recording sets WAIT_AFTER to its reference: the recording would be over before the kill.
+WAIT = """
+import os
+import time
+
+
+def wait():
+    while os.path.exists(os.environ.get("WAIT_AFTER", "")):
+        time.sleep(0.01)
+
+"""
+
+TINY_PARTS = f"""{WAIT}
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
 
 def network(width=4, dropout=0.1):
+    wait()
     return nn.Sequential(
         nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
         nn.Conv2d(width, 2 * width, 3, stride=2), nn.ReLU(inplace=True), nn.Dropout(dropout),
@@ -131,10 +144,7 @@ def tiny_recipe(folder, **entries):
     return load_recipe(write_recipe(folder, **entries))
 
 
-DIGIT_PARTS = """
-import os
-import time
-
+DIGIT_PARTS = f"""{WAIT}
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
@@ -150,8 +160,7 @@ def cnn(width=8, side=8):
 
 
 def perceptron(size=64):
-    while os.path.exists(os.environ.get("WAIT_AFTER", "")):  # so that a test kills what would be over too soon
-        time.sleep(0.01)
+    wait()
     return nn.Sequential(
         nn.Flatten(), nn.Linear(size, 64), nn.ReLU(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10)
     )

@@ -226,7 +226,7 @@ def test_a_reference_that_is_finished_is_not_trained_again(tmp_path):
 
 @pytest.mark.slow
 def test_a_recording_killed_in_the_middle_is_finished_by_the_next_call(tmp_path):
-    recipe_file = write_recipe(tmp_path, epochs=100, records=50)
+    recipe_file = write_recipe(tmp_path)
     recipe, runs = load_recipe(recipe_file), tmp_path / "runs"
     command = [sys.executable, "-c", "from smartfrz.dataset_builder import main; main()", "record", str(recipe_file)]
     process = subprocess.Popen(
@@ -234,6 +234,7 @@ def test_a_recording_killed_in_the_middle_is_finished_by_the_next_call(tmp_path)
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
+        env=os.environ | {"WAIT_AFTER": str(reference_file(runs, "tiny"))},
     )
     try:
         while not reference_file(runs, "tiny").exists():
