@@ -38,6 +38,7 @@ SHOWN = {  # the paper's methods, by our names; others of ours follow
     "autofreeze": "AutoFreeze",
     "smartfrz": "SmartFRZ",
 }
+SHOWN_LONGER = ("full", *tradeoff.SHOWN)
 # Accuracy in %, time, computation, as printed in the paper, in the order of SHOWN.
 TABLE_2 = {
     "ResNet50, CIFAR-10": ((96.10, 2594, 12360), (96.05, 1980, 8247), (96.24, 2424, 8716), (96.12, 1955, 8122)),
@@ -181,9 +182,11 @@ def sections(folder=FOLDER):
     made = {
         "summary": "\n\n".join([summary(tasks_of(lines)), NOTES]) if lines else NOTHING,
         "equal-time": picture(folder, "accuracy_against_time", "Accuracy against time saved"),
-        "tradeoff": tradeoff.table(settings + cpu) if settings else NOTHING,
+        "tradeoff": tradeoff.table([x for x in settings if x["tier"] == "cpu"] + cpu) if settings else NOTHING,
         "tradeoff-picture": picture(folder, "tradeoff", "Accuracy against training time"),
-        "longer": ours(tasks_of(longer)) if longer else NOTHING,
+        "longer": ours(tasks_of(longer + [x for x in settings if x["tier"] == "long"]), SHOWN_LONGER)
+        if longer
+        else NOTHING,
         "rates": rates.table(tried, "cpu", {}) or NOTHING,
         "rates-longer": rates.table(tried, "long", {}) or NOTHING,
         "table-1": similarity(lines),

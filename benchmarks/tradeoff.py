@@ -25,7 +25,7 @@ from benchmarks.compare_results import (
     tasks_of,
 )
 from benchmarks.lines import add_line, read_lines
-from benchmarks.options import add_job_options, parse_job, seeds
+from benchmarks.options import add_job_options, list_of, parse_job, seeds
 from smartfrz import zoo
 from smartfrz.errors import SmartFRZError
 from smartfrz.files import replacing
@@ -46,18 +46,18 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {
-    "threshold 0.5": Setting(0.5),
-    "threshold 0.85": Setting(0.85),
-    "threshold 0.95": Setting(0.95),
-    "85 % of the steps": Setting(None, 0.85),
-    "threshold 0.85, 85 % of the steps": Setting(0.85, 0.85),
+    "threshold-0.5": Setting(0.5),
+    "threshold-0.85": Setting(0.85),
+    "threshold-0.95": Setting(0.95),
+    "steps-85": Setting(None, 0.85),
+    "threshold-0.85-steps-85": Setting(0.85, 0.85),
 }
 SHOWN = ("smartfrz", *SETTINGS, "linear", "autofreeze", "weight-change", *EARLY)
 
 
-def measure(job, known):
-    """One line for each of `SETTINGS` that `known`, method to line of this job, lacks; full training runs along."""
-    missing = [name for name in SETTINGS if name not in known]
+def measure(job, settings, known):
+    """One line for each of these `SETTINGS` that `known`, method to line of this job, lacks; full training runs along."""
+    missing = [name for name in settings if name not in known]
     if not missing:
         return
     data = job.data()
@@ -131,6 +131,7 @@ def main(given=None):
     add_job_options(parser)
     parser.add_argument("--results", type=Path, default=RESULTS, help="Of JSON lines.")
     parser.add_argument("--compared", type=Path, help="Lines of benchmarks.compare. By default results/<tier>.jsonl.")
+    parser.add_argument("--methods", type=list_of(SETTINGS), default=list(SETTINGS), help="All by default.")
     parser.add_argument("--seeds", type=seeds, default=[0, 1, 2])
     parser.add_argument("--picture", type=Path, default=Path("runs/compare/pictures/tradeoff.png"))
     options = parse_job(parser, given)
@@ -140,7 +141,7 @@ def main(given=None):
             for seed in options.seeds:
                 job = job_of(options, name, seed, predictor)
                 known = {x["method"]: x for x in read_lines(options.results) if job.facts.items() <= x.items()}
-                for line in measure(job, known):
+                for line in measure(job, options.methods, known):
                     add_line(options.results, line)
                     print(f"{name}, seed {seed}, {line['method']}: {100 * line['accuracy']:.1f}", file=sys.stderr)
         except (OSError, SmartFRZError) as error:

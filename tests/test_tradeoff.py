@@ -35,17 +35,17 @@ def test_the_settings_are_run_once_and_differ_in_threshold_and_length(tmp_path, 
     tradeoff.main(["run", *command])
     lines = {x["method"]: x for x in read_lines(results)}
     assert list(lines) == list(tradeoff.SETTINGS)
-    whole = lines["threshold 0.5"]["full_steps"]
+    whole = lines["threshold-0.5"]["full_steps"]
     for name, setting in tradeoff.SETTINGS.items():
         assert lines[name]["steps"] == round(setting.share * whole)
-    flops = [lines[f"threshold {threshold}"]["total_flops"] for threshold in (0.5, 0.85, 0.95)]
+    flops = [lines[f"threshold-{threshold}"]["total_flops"] for threshold in (0.5, 0.85, 0.95)]
     assert flops == sorted(flops)
     assert flops[0] < flops[2]
     before = results.read_text("utf-8")
     capsys.readouterr()
     tradeoff.main(["run", *command])
     assert results.read_text("utf-8") == before
-    assert re.search(r"\| threshold 0\.5 \| 1 \| [+-][0-9.]+ \| .* \| [0-9.]+ % \| [+-]", capsys.readouterr().out)
+    assert re.search(r"\| threshold-0\.5 \| 1 \| [+-][0-9.]+ \| .* \| [0-9.]+ % \| [+-]", capsys.readouterr().out)
 
     path = tmp_path / "new" / "t.png"
     tradeoff.main(["plot", *command, "--picture", str(path)])
@@ -56,9 +56,9 @@ def test_the_settings_are_run_once_and_differ_in_threshold_and_length(tmp_path, 
 
 def test_only_tasks_with_all_settings_are_in_the_means():
     whole = lines_of("a") + lines_of("a", 1)
-    part = [x for x in lines_of("b") if x["method"] != "threshold 0.5"]
+    part = [x for x in lines_of("b") if x["method"] != "threshold-0.5"]
     assert tradeoff.table(whole + part) == tradeoff.table(whole)
-    assert "| threshold 0.85 | 1 | -3.00 (0.00) | -3.00 (cpu a) | 70.0 % | +3.00 (0.00) | 1 of 1 |" in tradeoff.table(
+    assert "| threshold-0.85 | 1 | -3.00 (0.00) | -3.00 (cpu a) | 70.0 % | +3.00 (0.00) | 1 of 1 |" in tradeoff.table(
         whole
     )
 
