@@ -100,13 +100,13 @@ def picture(groups):
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     axes = figure.subplots()
 
-    def curve(methods, style, label, **options):
+    def curve(methods, style, label):
         colour, line, marker = STYLES[style]
         found = [point for method in methods if (point := points(groups, method))]
         if found:
             x, y, errors = zip(*sorted(found), strict=True)
             errors = [error or 0.0 for error in errors]
-            axes.errorbar(x, y, errors, color=colour, linestyle=line, marker=marker, label=label, capsize=2, **options)
+            axes.errorbar(x, y, errors, color=colour, linestyle=line, marker=marker, label=label, capsize=2)
 
     whole = [name for name, setting in SETTINGS.items() if setting.share == 1.0]
     shorter = [name for name, setting in SETTINGS.items() if setting.share < 1.0]
