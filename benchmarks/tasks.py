@@ -410,7 +410,7 @@ LONG = {
         data=_part(cifar10, 15000), training=_with(_SGD, epochs=10, learning_rate=0.03)
     ),
     "resnet20-tiny": CPU["resnet20-tiny"]._replace(
-        data=_part(tiny_imagenet, None, classes=100), training=_with(_SGD, epochs=10, learning_rate=0.1)
+        data=_part(tiny_imagenet, 5000, classes=100), training=_with(_SGD, epochs=10, learning_rate=0.1)
     ),
     "minilm-mrpc": CPU["minilm-mrpc"]._replace(data=_part(mrpc, None, length=48)),
 }
