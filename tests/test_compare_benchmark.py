@@ -170,7 +170,7 @@ def test_pictures_are_drawn_from_the_lines_alone(arguments, results, capsys):
     assert [path.stem for path in written] == list(compare_results.PICTURES)
     colours = {path.stem: colours_of(path) for path in written}
     assert all(len(found) > 50 for found in colours.values())
-    for name, methods in (("accuracy_over_time", METHODS), ("accuracy_against_time", METHODS[1:])):
+    for name, methods in (("accuracy_over_time", compare_results.OVER_TIME), ("accuracy_against_time", METHODS[1:])):
         for method in methods:
             colour = [int(compare_results.STYLES[method][0][i : i + 2], 16) for i in (1, 3, 5)]
             assert (np.abs(colours[name] - colour).max(1) < 12).any(), (name, method)
