@@ -182,7 +182,7 @@ def sections(folder=FOLDER):
     made = {
         "summary": "\n\n".join([summary(tasks_of(lines)), NOTES]) if lines else NOTHING,
         "equal-time": picture(folder, "accuracy_against_time", "Accuracy against time saved"),
-        "tradeoff": tradeoff.table([x for x in settings if x["tier"] == "cpu"] + cpu) if settings else NOTHING,
+        "tradeoff": tradeoff.table([x for x in settings if x["tier"] == "cpu"] + cpu),
         "tradeoff-picture": picture(folder, "tradeoff", "Accuracy against training time"),
         "longer": ours(tasks_of(longer + [x for x in settings if x["tier"] == "long"]), SHOWN_LONGER)
         if longer

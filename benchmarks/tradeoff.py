@@ -31,6 +31,7 @@ from smartfrz.errors import SmartFRZError
 from smartfrz.files import replacing
 
 RESULTS = Path(__file__).parent / "results" / "tradeoff.jsonl"
+NOTHING = "No task has all settings yet."
 
 
 class Setting(NamedTuple):
@@ -74,7 +75,8 @@ def measure(job, settings, known):
 
 def table(lines):
     """Markdown: each setting over all tasks of which everything that it is compared with was measured."""
-    return summary(measured(lines), SHOWN) if lines else "There are no results yet."
+    groups = measured(lines)
+    return summary(groups, SHOWN) if groups else NOTHING
 
 
 def measured(lines):
@@ -147,9 +149,12 @@ def main(given=None):
         except (OSError, SmartFRZError) as error:
             print(f"{name} is left out: {error}", file=sys.stderr)
     lines = read_lines(options.results) + read_lines(options.compared or COMPARED / f"{options.tier}.jsonl")
+    groups = measured(lines)
     if options.what != "plot":
         print(table(lines))
-    elif groups := measured(lines):
+    elif not groups:
+        print(NOTHING)
+    else:
         with replacing(options.picture) as temporary:
             picture(groups).savefig(temporary, dpi=130, format="png")
         print(options.picture)

@@ -71,5 +71,9 @@ def test_points_are_means_of_tasks_and_none_where_a_task_lacks_the_method():
     assert tradeoff.points(groups, "smartfrz") is None
 
 
-def test_without_results_it_says_so():
-    assert tradeoff.table([]) == "There are no results yet."
+def test_without_results_it_says_so(tmp_path, capsys):
+    assert tradeoff.table([]) == tradeoff.table(lines_of("a")[:3]) == "No task has all settings yet."
+    nothing = str(tmp_path / "none.jsonl")
+    tradeoff.main(["plot", "--results", nothing, "--compared", nothing, "--picture", str(tmp_path / "t.png")])
+    assert capsys.readouterr().out == "No task has all settings yet.\n"
+    assert not list(tmp_path.iterdir())
