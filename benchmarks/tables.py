@@ -38,7 +38,7 @@ SHOWN = {  # the paper's methods, by our names; others of ours follow
     "autofreeze": "AutoFreeze",
     "smartfrz": "SmartFRZ",
 }
-SHOWN_LONGER = ("full", *tradeoff.SHOWN)
+SHOWN_LONGER = (*METHODS, *tradeoff.SETTINGS)
 # Accuracy in %, time, computation, as printed in the paper, in the order of SHOWN.
 TABLE_2 = {
     "ResNet50, CIFAR-10": ((96.10, 2594, 12360), (96.05, 1980, 8247), (96.24, 2424, 8716), (96.12, 1955, 8122)),
