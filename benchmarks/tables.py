@@ -38,7 +38,6 @@ SHOWN = {  # the paper's methods, by our names; others of ours follow
     "autofreeze": "AutoFreeze",
     "smartfrz": "SmartFRZ",
 }
-SHOWN_LONGER = (*METHODS, *tradeoff.SETTINGS)
 # Accuracy in %, time, computation, as printed in the paper, in the order of SHOWN.
 TABLE_2 = {
     "ResNet50, CIFAR-10": ((96.10, 2594, 12360), (96.05, 1980, 8247), (96.24, 2424, 8716), (96.12, 1955, 8122)),
@@ -184,9 +183,7 @@ def sections(folder=FOLDER):
         "equal-time": picture(folder, "accuracy_against_time", "Accuracy against time saved"),
         "tradeoff": tradeoff.table([x for x in settings if x["tier"] == "cpu"] + cpu),
         "tradeoff-picture": picture(folder, "tradeoff", "Accuracy against training time"),
-        "longer": ours(tasks_of(longer + [x for x in settings if x["tier"] == "long"]), SHOWN_LONGER)
-        if longer
-        else NOTHING,
+        "longer": ours(tasks_of(longer)) if longer else NOTHING,
         "rates": rates.table(tried, "cpu", {}) or NOTHING,
         "rates-longer": rates.table(tried, "long", {}) or NOTHING,
         "table-1": similarity(lines),

@@ -1,9 +1,10 @@
 """The tasks of `benchmarks.compare`: which network is trained on what, and how.
 
-Two tiers. `cpu`: small pictures, small networks and a part of the data, so that one core trains fully in 20 to 25 s
+Three tiers. `cpu`: small pictures, small networks and a part of the data, so that one core trains fully in 20 to 25 s
 (`mobilenetv2-clothing`, which has the paper's 10 epochs, and sentences: about a minute) and all methods and seeds are
 measured in a few hours; test sets are whole, but that of `vit-cifar10`: 5,000 of 10,000. The learning rates are those
-at which full training is best on validation data: `benchmarks.rates`. `gpu`: the five
+at which full training is best on validation data: `benchmarks.rates`. `long`: two of these, and MRPC, with so many
+steps that training converges (two to eight minutes). `gpu`: the five
 architectures of the paper at their full size, with its settings: 10 epochs, batches of 32, SGD with momentum and a cosine
 schedule. Where they differ from the paper (what was pretrained on what, VGG11's and BERT's heads) the task says so.
 `digits` is for trying things out: it needs no data but what scikit-learn brings.
