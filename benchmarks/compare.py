@@ -379,12 +379,16 @@ class Run:
         metric = matthews(confusion) if self.task.metric == "matthews" else right / len(data)
         return metric, confusion
 
+    def times(self):
+        """Seconds so far, by clock: what `line` is told of full training."""
+        return {"train_seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
+
     def line(self, full):
         """What is reported, beside the seconds of full training; the run is over then."""
         metric, confusion = self.judge(self.test)
         line = self.job.facts | {"method": self.method, "metric": self.task.metric, "accuracy": metric}
         line |= {"test_samples": len(self.test)} | ({"confusion": confusion} if self.task.classes == 2 else {})
-        line |= {"train_seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
+        line |= self.times()
         line |= {"full_train_seconds": full["train_seconds"], "full_cpu_seconds": full["cpu_seconds"]}
         line |= {"steps": self.step, "full_steps": self.full_steps, "train_samples": len(self.loader.dataset)}
         line |= {"validation_samples": len(self.validation)}
@@ -468,7 +472,7 @@ def compare(job, methods, known, load=None):
     if runs:
         with replacing(job.reference) as temporary:
             save_model(runs["full"].model, str(temporary))
-        full = {"train_seconds": runs["full"].seconds, "cpu_seconds": runs["full"].cpu_seconds}
+        full = runs["full"].times()
     while runs:
         method = next(iter(runs))
         run = runs.pop(method)
@@ -506,6 +510,11 @@ def job_of(options, name, seed, predictor):
     return Job(options.tier, name, seed, options.settings, predictor, options.folder, options.device)
 
 
+def known_lines(job, results):
+    """Method to line, of what a file of results has of a job."""
+    return {line["method"]: line for line in read_lines(results) if job.facts.items() <= line.items()}
+
+
 def run_all(options, results):
     """All jobs; what they lack is printed, and they are left out."""
     predictor = zoo.load(options.predictor)
@@ -514,9 +523,9 @@ def run_all(options, results):
         load = functools.cache(job_of(options, name, 0, predictor).data)
         for seed in options.seeds:
             job = job_of(options, name, seed, predictor)
-            same = {line["method"]: line for line in read_lines(results) if job.facts.items() <= line.items()}
+            known = known_lines(job, results)
             try:
-                for line in compare(job, options.methods, same, load):
+                for line in compare(job, options.methods, known, load):
                     add_line(results, line)
                     print(f"{name}, seed {seed}, {line['method']}: {100 * line['accuracy']:.1f}", file=sys.stderr)
             except (OSError, SmartFRZError) as error:

@@ -18,7 +18,7 @@ from pathlib import Path
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from benchmarks.compare import Run, job_of, take_turns
+from benchmarks.compare import Run, job_of, known_lines, take_turns
 from benchmarks.compare_results import cell, share_of_full
 from benchmarks.lines import add_line, read_lines
 from benchmarks.options import add_job_options, parse_job, seeds
@@ -84,7 +84,7 @@ def sweep(job, known):
     shares = {"full": 1.0} | lengths(job, data)
     runs = {method: Run(job, method, data, shares[method]) for method in dict.fromkeys(["full", *missing])}
     take_turns(runs)
-    full = {"train_seconds": runs["full"].seconds, "cpu_seconds": runs["full"].cpu_seconds}
+    full = runs["full"].times()
     for method in missing:
         yield runs.pop(method).line(full) | {"length": shares[method]}
 
@@ -126,8 +126,7 @@ def main(given=None):
     for name in options.tasks if options.what == "run" else ():
         for seed in options.seeds:
             job = job_of(options, name, seed, predictor)
-            same = {x["method"]: x for x in read_lines(options.results) if job.facts.items() <= x.items()}
-            for line in sweep(job, same):
+            for line in sweep(job, known_lines(job, options.results)):
                 add_line(options.results, line)
                 print(f"{name}, seed {seed}, {line['method']}: {100 * line['accuracy']:.1f}", file=sys.stderr)
     print(tables(read_lines(options.results)))

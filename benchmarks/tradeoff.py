@@ -1,4 +1,4 @@
-"""How much time for how much accuracy: `python -m benchmarks.tradeoff run|table [--tasks ...]`.
+"""How much time for how much accuracy: `python -m benchmarks.tradeoff run|table|plot [--tasks ...]`.
 
 SmartFRZ at other thresholds than the predictor's own, and in fewer steps than full training, beside full training that
 stops early: the tasks, the seeds and the runs of `benchmarks.compare`, which has the predictor's own threshold and the
@@ -7,6 +7,7 @@ are there are not repeated.
 """
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from benchmarks.compare import RESULTS as COMPARED
-from benchmarks.compare import Run, job_of, take_turns
+from benchmarks.compare import Run, job_of, known_lines, take_turns
 from benchmarks.compare_results import (
     EARLY,
     STYLES,
@@ -56,19 +57,22 @@ SETTINGS = {
 SHOWN = ("smartfrz", *SETTINGS, "linear", "autofreeze", "weight-change", *EARLY)
 
 
-def measure(job, settings, known):
-    """One line for each of these `SETTINGS` that `known`, method to line of this job, lacks; full training runs along."""
+def measure(job, settings, known, load):
+    """One line for each of these `SETTINGS` that `known`, method to line of this job, lacks; full training runs along.
+
+    `load` returns the job's data, and is called only if there is something to do.
+    """
     missing = [name for name in settings if name not in known]
     if not missing:
         return
-    data = job.data()
+    data = load()
     runs = {"full": Run(job, "full", data)}
     for name in missing:
         setting = SETTINGS[name]
         options = {} if setting.threshold is None else {"threshold": setting.threshold}
         runs[name] = Run(job, "smartfrz", data, setting.share, **options)
     take_turns(runs)
-    full = {"train_seconds": runs["full"].seconds, "cpu_seconds": runs["full"].cpu_seconds}
+    full = runs["full"].times()
     for name in missing:
         yield runs.pop(name).line(full) | {"method": name}
 
@@ -139,20 +143,19 @@ def main(given=None):
     options = parse_job(parser, given)
     predictor = zoo.load(zoo.DEFAULT)
     for name in options.tasks if options.what == "run" else ():
+        load = functools.cache(job_of(options, name, 0, predictor).data)  # once for all seeds
         try:
             for seed in options.seeds:
                 job = job_of(options, name, seed, predictor)
-                known = {x["method"]: x for x in read_lines(options.results) if job.facts.items() <= x.items()}
-                for line in measure(job, options.methods, known):
+                for line in measure(job, options.methods, known_lines(job, options.results), load):
                     add_line(options.results, line)
                     print(f"{name}, seed {seed}, {line['method']}: {100 * line['accuracy']:.1f}", file=sys.stderr)
         except (OSError, SmartFRZError) as error:
             print(f"{name} is left out: {error}", file=sys.stderr)
     lines = read_lines(options.results) + read_lines(options.compared or COMPARED / f"{options.tier}.jsonl")
-    groups = measured(lines)
     if options.what != "plot":
         print(table(lines))
-    elif not groups:
+    elif not (groups := measured(lines)):
         print(NOTHING)
     else:
         with replacing(options.picture) as temporary:
