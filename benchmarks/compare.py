@@ -515,17 +515,22 @@ def known_lines(job, results):
     return {line["method"]: line for line in read_lines(results) if job.facts.items() <= line.items()}
 
 
-def run_all(options, results):
-    """All jobs; what they lack is printed, and they are left out."""
-    predictor = zoo.load(options.predictor)
+def run_all(options, predictor, results, measure):
+    """All jobs; what they lack is printed, and they are left out.
+
+    Args:
+        options: As `benchmarks.options.parse_job` has read them, with `seeds`.
+        predictor: Of the methods that have one.
+        results: File of JSON lines.
+        measure: Makes lines of a job, of the lines that are known of it, and of what loads its data.
+    """
     for name in options.tasks:
         # one copy for all seeds and methods of a task, and none once it is over
         load = functools.cache(job_of(options, name, 0, predictor).data)
         for seed in options.seeds:
             job = job_of(options, name, seed, predictor)
-            known = known_lines(job, results)
             try:
-                for line in compare(job, options.methods, known, load):
+                for line in measure(job, known_lines(job, results), load):
                     add_line(results, line)
                     print(f"{name}, seed {seed}, {line['method']}: {100 * line['accuracy']:.1f}", file=sys.stderr)
             except (OSError, SmartFRZError) as error:
@@ -559,7 +564,12 @@ def main(arguments=None):
                 except OSError as error:
                     print(f"{name} is left out: {error}", file=sys.stderr)
         if options.what == "run":
-            run_all(options, results)
+            run_all(
+                options,
+                zoo.load(options.predictor),
+                results,
+                lambda job, known, load: compare(job, options.methods, known, load),
+            )
         lines = read_lines(results)
         if options.what in ("run", "table"):
             print(tables(lines))

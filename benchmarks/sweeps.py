@@ -12,15 +12,14 @@ runs that are there are not repeated. `table` prints ours beside the paper's.
 import argparse
 import copy
 import statistics
-import sys
 from pathlib import Path
 
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from benchmarks.compare import Run, job_of, known_lines, take_turns
+from benchmarks.compare import Run, run_all, take_turns
 from benchmarks.compare_results import cell, share_of_full
-from benchmarks.lines import add_line, read_lines
+from benchmarks.lines import read_lines
 from benchmarks.options import add_job_options, parse_job, seeds
 from smartfrz import zoo
 from smartfrz.adapters.torch import trace_layers
@@ -75,12 +74,12 @@ def lengths(job, data):
     return dict.fromkeys(SWEPT, 1.0) | linear
 
 
-def sweep(job, known):
-    """One line for each of `full` and `SWEPT` that `known`, method to line, lacks."""
+def sweep(job, known, load):
+    """One line for each of `full` and `SWEPT` that `known`, method to line, lacks; `load` returns the job's data."""
     missing = [method for method in ("full", *SWEPT) if method not in known]
     if not missing:
         return
-    data = job.data()
+    data = load()
     shares = {"full": 1.0} | lengths(job, data)
     runs = {method: Run(job, method, data, shares[method]) for method in dict.fromkeys(["full", *missing])}
     take_turns(runs)
@@ -122,13 +121,9 @@ def main(given=None):
     parser.add_argument("--seeds", type=seeds, default=[0, 1, 2])
     parser.set_defaults(tasks="vgg-cifar10")
     options = parse_job(parser, given)
-    predictor = zoo.load(zoo.DEFAULT, device="cpu")  # no method here asks it
-    for name in options.tasks if options.what == "run" else ():
-        for seed in options.seeds:
-            job = job_of(options, name, seed, predictor)
-            for line in sweep(job, known_lines(job, options.results)):
-                add_line(options.results, line)
-                print(f"{name}, seed {seed}, {line['method']}: {100 * line['accuracy']:.1f}", file=sys.stderr)
+    if options.what == "run":
+        # no method here asks the predictor
+        run_all(options, zoo.load(zoo.DEFAULT, device="cpu"), options.results, sweep)
     print(tables(read_lines(options.results)))
 
 

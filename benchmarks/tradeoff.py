@@ -7,15 +7,13 @@ are there are not repeated.
 """
 
 import argparse
-import functools
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
 from benchmarks.compare import RESULTS as COMPARED
-from benchmarks.compare import Run, job_of, known_lines, take_turns
+from benchmarks.compare import Run, run_all, take_turns
 from benchmarks.compare_results import (
     EARLY,
     STYLES,
@@ -25,10 +23,9 @@ from benchmarks.compare_results import (
     summary,
     tasks_of,
 )
-from benchmarks.lines import add_line, read_lines
+from benchmarks.lines import read_lines
 from benchmarks.options import add_job_options, list_of, parse_job, seeds
 from smartfrz import zoo
-from smartfrz.errors import SmartFRZError
 from smartfrz.files import replacing
 
 RESULTS = Path(__file__).parent / "results" / "tradeoff.jsonl"
@@ -141,17 +138,13 @@ def main(given=None):
     parser.add_argument("--seeds", type=seeds, default=[0, 1, 2])
     parser.add_argument("--picture", type=Path, default=Path("runs/compare/pictures/tradeoff.png"))
     options = parse_job(parser, given)
-    predictor = zoo.load(zoo.DEFAULT)
-    for name in options.tasks if options.what == "run" else ():
-        load = functools.cache(job_of(options, name, 0, predictor).data)  # once for all seeds
-        try:
-            for seed in options.seeds:
-                job = job_of(options, name, seed, predictor)
-                for line in measure(job, options.methods, known_lines(job, options.results), load):
-                    add_line(options.results, line)
-                    print(f"{name}, seed {seed}, {line['method']}: {100 * line['accuracy']:.1f}", file=sys.stderr)
-        except (OSError, SmartFRZError) as error:
-            print(f"{name} is left out: {error}", file=sys.stderr)
+    if options.what == "run":
+        run_all(
+            options,
+            zoo.load(zoo.DEFAULT),
+            options.results,
+            lambda job, known, load: measure(job, options.methods, known, load),
+        )
     lines = read_lines(options.results) + read_lines(options.compared or COMPARED / f"{options.tier}.jsonl")
     if options.what != "plot":
         print(table(lines))
