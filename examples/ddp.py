@@ -28,12 +28,7 @@ def network():
     )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--checkpoint", metavar="FILE", help="written after each epoch, and read if it is there")
-    options = parser.parse_args()
-    dist.init_process_group("gloo")  # "nccl" on GPUs
+def train(options):
     is_first = dist.get_rank() == 0
     torch.manual_seed(0)
     data = load_digits()
@@ -77,6 +72,16 @@ def main():
             right = model.module(inputs).argmax(1) == targets
         print(f"test accuracy {right.float().mean():.1%}")
         print(freezer.report())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--checkpoint", metavar="FILE", help="written after each epoch, and read if it is there")
+    options = parser.parse_args()
+    dist.init_process_group("gloo")  # "nccl" on GPUs
+    train(options)
+    # The model is gone by now. Were it the last to hold the group, PyTorch could wait for ever for its own threads.
     dist.destroy_process_group()
 
 
