@@ -52,7 +52,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, load_model, save_model
 from torch.nn.functional import cross_entropy
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from benchmarks.compare_results import EARLY, METHODS, matthews, plots, tables
@@ -75,6 +75,7 @@ from smartfrz.dataset_builder.recording import (
     optimizer_of,
     probe_batch,
     schedule_factor,
+    to_device,
     train,
 )
 from smartfrz.errors import SmartFRZError
@@ -175,7 +176,7 @@ def pretrain(name, folder, settings, device):
     spec = dataclasses.replace(spec, **{key: value for key, value in settings.items() if key != "samples"})
     torch.manual_seed(0)
     model = network(classes).to(device)
-    samples, test = (OnDevice(part, device) for part in data(settings.get("samples")))
+    samples, test = data(settings.get("samples"))
 
     def progress(step, total, loss, rate):
         if step % max(1, total // 20) == 0:
@@ -186,19 +187,6 @@ def pretrain(name, folder, settings, device):
     with replacing(path) as temporary:
         save_model(model, str(temporary), {"accuracy": repr(accuracy), "settings": json.dumps(settings)})
     return f"{path}: {100 * accuracy:.1f} % on {len(test):,} test samples"
-
-
-class OnDevice(torch.utils.data.Dataset):
-    """Samples that are moved as they are read."""
-
-    def __init__(self, data, device):
-        self.data, self.device = data, device
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, index):
-        return tree_map(lambda value: value.to(self.device), self.data[index])
 
 
 def policy_of(method, job, model, steps_per_epoch, probe):
@@ -250,7 +238,7 @@ class Run:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: factor(self.spec, step / self.total_steps)
         )
-        probe = self.to_device(probe_batch(self.validation, PROBE))
+        probe = to_device(probe_batch(self.validation, PROBE), job.device)
         self.freezer, self.probe, self.grams = None, None, {}
         if method == "full":
             args, keywords = arguments(probe)
@@ -274,10 +262,6 @@ class Run:
         torch.manual_seed(job.seed)
         self.random = self._random_state()
         self.model.train()
-
-    def to_device(self, batch):
-        """Tensors, in whatever they are."""
-        return tree_map(lambda value: value.to(self.job.device), batch)
 
     def _random_state(self):
         return torch.get_rng_state(), torch.cuda.get_rng_state() if self.job.device == "cuda" else None
@@ -308,7 +292,7 @@ class Run:
             self.batches = iter(self.loader)
             batch = next(self.batches)
         ids, *batch = batch
-        inputs, targets = self.to_device(batch)
+        inputs, targets = to_device(batch, self.job.device)
         if not self.step:
             self._count(inputs, targets)
             start = self._clock()
@@ -370,7 +354,7 @@ class Run:
         right, confusion = 0, [[0, 0], [0, 0]]
         with torch.no_grad():
             for inputs, targets in DataLoader(data, 250):
-                found = forward(self.model, self.to_device(inputs)).argmax(1).cpu()
+                found = forward(self.model, to_device(inputs, self.job.device)).argmax(1).cpu()
                 right += int((found == targets).sum())
                 if self.task.classes == 2:
                     for true in (0, 1):

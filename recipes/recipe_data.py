@@ -121,32 +121,50 @@ class _Tokens(Dataset):
         return {key: value[index] for key, value in self.encoded.items()}, self.labels[index]
 
 
-def movie_sentences(length=32, num_train=5000, num_test=1000):
-    """Sentences of film reviews, positive or negative, as tokens of MiniLM's vocabulary."""
+def movie_sentences(length=32, num_train=5000, num_test=1000, halves=False):
+    """Sentences of film reviews, positive or negative, as tokens of MiniLM's vocabulary.
+
+    With `halves`, the first half of one, and the second of the same or of another: whether they belong together. A
+    language model learns that only after a while, as it does with other pairs.
+    """
     lines = (CACHE / "movieReviewSnippets_GroundTruth.txt").read_text(encoding="utf-8").splitlines()
-    rows = [line.split("\t") for line in lines]
-    return _sentences([(row[2], int(float(row[1]) > 0)) for row in rows], length, num_train, num_test)
+    rows = [(row[2], int(float(row[1]) > 0)) for row in (line.split("\t") for line in lines)]
+    if halves:
+        cut = [(words[: len(words) // 2], words[len(words) // 2 :]) for words in (row[0].split() for row in rows)]
+        cut = [(" ".join(start), " ".join(end)) for start, end in cut if len(start) >= 4]
+        belong = np.random.default_rng(1).random(len(cut)) < 0.5
+        rows = [(cut[i][0], cut[i if same else i - 1][1], int(same)) for i, same in enumerate(belong)]
+    return _sentences(rows, length, num_train, num_test)
 
 
-def sst2(length=32, num_train=5000, num_test=1000):
-    """Phrases of film reviews, positive or negative (the first of `text/sst2`), as tokens of MiniLM's vocabulary."""
+def sst2(length=32, num_train=5000, num_test=1000, pairs=False):
+    """Phrases of film reviews, positive or negative (the first of `text/sst2`), as tokens of MiniLM's vocabulary.
+
+    With `pairs`, one of each kind and of six words at least: whether the first is the positive one.
+    """
     path = Path(os.environ.get("SMARTFRZ_DATA", ".")) / "text" / "sst2" / "train.tsv"
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: set SMARTFRZ_DATA to the folder that holds text/sst2/train.tsv")
     with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    return _sentences([(row[0], int(row[1])) for row in rows[1:]], length, num_train, num_test)
+        rows = [(row[0], int(row[1])) for row in list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[1:]]
+    if pairs:
+        random = np.random.default_rng(1)
+        bad, good = ([row[0] for row in rows if row[1] == label and len(row[0].split()) >= 6] for label in (0, 1))
+        number = min(len(bad), len(good))
+        bad, good = ([part[i] for i in random.permutation(len(part))[:number]] for part in (bad, good))
+        first = random.random(number) < 0.5
+        rows = [(g, b, 1) if is_first else (b, g, 0) for b, g, is_first in zip(bad, good, first, strict=True)]
+    return _sentences(rows, length, num_train, num_test)
 
 
 def _sentences(rows, length, num_train, num_test):
-    """Of rows `(sentence, label)`, in a fixed random order."""
+    """Of rows `(sentence, label)` or `(sentence, sentence, label)`, in a fixed random order."""
     from transformers import AutoTokenizer
 
     order = np.random.default_rng(0).permutation(len(rows))[: num_train + num_test]
-    labels = torch.tensor([rows[i][1] for i in order])
+    *texts, labels = ([row[i] for row in (rows[j] for j in order)] for i in range(len(rows[0])))
+    labels = torch.tensor(labels)
     tokenizer = AutoTokenizer.from_pretrained(CACHE / "minilm", local_files_only=True)
-    encoded = tokenizer(
-        [rows[i][0] for i in order], truncation=True, max_length=length, padding="max_length", return_tensors="pt"
-    )
+    encoded = tokenizer(*texts, truncation=True, max_length=length, padding="max_length", return_tensors="pt")
     parts = slice(0, num_train), slice(num_train, num_train + num_test)
     return tuple(_Tokens({k: v[p] for k, v in encoded.items()}, labels[p]) for p in parts)

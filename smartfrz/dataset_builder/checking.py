@@ -14,11 +14,14 @@ from smartfrz.adapters.torch.costs import measure_step
 from smartfrz.adapters.torch.layers import LayerReader, trace_layers
 from smartfrz.dataset_builder.recipes import Recipe, build_data, build_model, is_keras, reference_file
 from smartfrz.dataset_builder.recording import (
+    Device,
     arguments,
     evaluate,
     forward,
     layer_grams,
     probe_batch,
+    to_device,
+    torch_device,
     train,
     training_loader,
 )
@@ -64,17 +67,19 @@ class Check:
         return 2 * self.total_steps * self.step_seconds + records * self.record_seconds + 2 * self.test_seconds
 
 
-def check_recipe(recipe: Recipe, runs: Path) -> Check:
+def check_recipe(recipe: Recipe, runs: Path, device: Device = "auto") -> Check:
     """Take two training steps as the recording would, and measure.
 
     Args:
         recipe: The recipe.
         runs: Where the recordings will be; `model.init` looks for other recipes' reference models there.
+        device: As `record`.
 
     Raises:
-        RecipeError: If the recipe cannot be run, or the loss is not finite.
+        RecipeError: If the recipe cannot be run, the loss is not finite, or CUDA was asked for and is not there.
         UnsupportedModelError: If the model has no layer with weights.
     """
+    chosen = torch_device(device)
     train_data, test_data = build_data(recipe)
     init = recipe.model.init
     init_missing = bool(init) and not init.endswith(".safetensors") and not reference_file(runs, init).exists()
@@ -90,6 +95,7 @@ def check_recipe(recipe: Recipe, runs: Path) -> Check:
     inputs, targets = next(iter(loader))
     _check_targets(recipe, targets, forward(model.eval(), inputs))
     probe = probe_batch(test_data, recipe.recording.probe_size)
+    model, inputs, targets, probe = (to_device(part, chosen) for part in (model, inputs, targets, probe))
     layers = trace_layers(model.eval(), *arguments(probe)[0], **arguments(probe)[1])
     reader = LayerReader(model, layers)
     sizes = {layer.name: reader.num_weights(layer.name) for layer in layers}

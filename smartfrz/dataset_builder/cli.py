@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,18 +65,25 @@ def new(model: str, output: Path | None, **others: Any) -> None:
     click.echo(f"Wrote {path}. Fill in [data], then: smartfrz-build check {path}")
 
 
+def _device_option(text: str) -> Callable[[Any], Any]:
+    return click.option(
+        "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help=text
+    )
+
+
 @main.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--runs", default="runs", show_default=True, type=click.Path(path_type=Path, file_okay=False))
-def check(recipe: Path, runs: Path) -> None:
+@_device_option("Where PyTorch trains.")
+def check(recipe: Path, runs: Path, device: Any) -> None:
     """Take two training steps; print layers, memory, and how long a recording will take."""
     from smartfrz.dataset_builder.checking import check_recipe, describe
 
     loaded = load_recipe(recipe)
-    click.echo(describe(loaded, check_recipe(loaded, runs)))
+    click.echo(describe(loaded, check_recipe(loaded, runs, device)))
 
 
-_RECORDING = ("engine", "workers", "threads", "address", "cpus", "gpus", "retries")
+_RECORDING = ("engine", "workers", "threads", "device", "address", "cpus", "gpus", "retries")
 
 
 def _recording_options(command: Any) -> Any:
@@ -97,6 +104,7 @@ def _recording_options(command: Any) -> Any:
             type=click.IntRange(min=1),
             help="PyTorch threads of a recipe. Default: PyTorch's own choice; with --engine ray as many as --cpus.",
         ),
+        _device_option("Where PyTorch trains, local. A Ray task trains on a GPU if --gpus reserves one."),
         click.option(
             "--address",
             default=None,
@@ -138,6 +146,7 @@ def _engine(
     engine: str,
     workers: int,
     threads: int | None,
+    device: str,
     address: str | None,
     cpus: float,
     gpus: float,
@@ -151,10 +160,12 @@ def _engine(
     if engine == "ray":
         from smartfrz.dataset_builder.ray_engine import RayEngine, RayOptions
 
-        if _given("workers"):
-            raise click.UsageError(
-                "--workers is for --engine local. On Ray, --cpus says how many recipes fit a machine."
-            )
+        for name, instead in (
+            ("workers", "cpus says how many recipes fit a machine"),
+            ("device", "gpus reserves GPUs"),
+        ):
+            if _given(name):
+                raise click.UsageError(f"--{name} is for --engine local. On Ray, --{instead}.")
         try:
             with RayEngine(output, RayOptions(address, cpus, gpus, retries, threads)) as chosen:
                 yield chosen
@@ -168,7 +179,7 @@ def _engine(
         raise click.UsageError(f"{output!r} is an address, to which only --engine ray records. Pass a folder.")
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    with LocalEngine(folder, workers, threads) as chosen_here:
+    with LocalEngine(folder, workers, threads, device) as chosen_here:
         yield chosen_here
 
 

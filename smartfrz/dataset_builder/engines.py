@@ -49,10 +49,11 @@ class LocalEngine:
         output: Folder of the recordings.
         workers: How many recipes at once.
         threads: PyTorch threads of each; None for PyTorch's own choice.
+        device: Where PyTorch trains, as `recording.record` takes it.
     """
 
-    def __init__(self, output: Path, workers: int, threads: int | None):
-        self._output, self._threads = output, threads
+    def __init__(self, output: Path, workers: int, threads: int | None, device: str = "auto"):
+        self._output, self._settings = output, (threads, device)
         context = get_context("spawn")  # forked workers deadlock in PyTorch's threads
         self._manager = SyncManager(ctx=context)
         self._manager.start(end_with_parent)
@@ -69,7 +70,7 @@ class LocalEngine:
 
     def start(self, recipe: Recipe) -> None:
         """As `Engine.start`."""
-        self._running[self._pool.submit(_record, recipe, self._output, self._threads, self._messages)] = recipe.name
+        self._running[self._pool.submit(_record, recipe, self._output, self._messages, *self._settings)] = recipe.name
 
     def finished(self, timeout: float) -> list[Result]:
         """As `Engine.finished`."""
@@ -86,11 +87,11 @@ class LocalEngine:
                 yield Message(*self._messages.get_nowait())
 
 
-def _record(recipe: Recipe, output: Path, threads: int | None, messages: Any) -> Path:
+def _record(recipe: Recipe, output: Path, messages: Any, threads: int | None, device: Any) -> Path:
     import torch
 
     from smartfrz.dataset_builder.recording import record
 
     if threads:
         torch.set_num_threads(threads)
-    return record(recipe, output, lambda fraction, text: messages.put((recipe.name, fraction, text)))
+    return record(recipe, output, lambda fraction, text: messages.put((recipe.name, fraction, text)), device)

@@ -30,7 +30,7 @@ class RayOptions:
     Attributes:
         address: Of the cluster, as `host:6379`; None for the one of RAY_ADDRESS, else for one that is started here.
         cpus: That Ray reserves for a task.
-        gpus: As `cpus`. Training itself stays on the CPU, unless the recipe's own model moves elsewhere.
+        gpus: As `cpus`. A task that has a part of one trains on it.
         retries: How often a task is started again whose machine or process died, or which could not read or write.
         threads: PyTorch threads of a task; None for as many as `cpus`.
     """
@@ -105,7 +105,8 @@ class RayEngine:
         """As `Engine.start`."""
         modules = {path.name: path.read_bytes() for path in sorted(recipe.folder.glob("*.py"))}
         threads = self._options.threads or max(1, int(self._options.cpus))
-        reference = self._task.remote(recipe, modules, self._output, threads, self._board)
+        device = "auto" if self._options.gpus else "cpu"  # Ray does not hide GPUs that were not reserved
+        reference = self._task.remote(recipe, modules, self._output, threads, device, self._board)
         self._running[reference] = recipe.name
 
     def finished(self, timeout: float) -> list[Result]:
@@ -152,7 +153,7 @@ class _Board:
         return news
 
 
-def _record_there(recipe: Recipe, modules: dict[str, bytes], output: str, threads: int, board: Any) -> str:
+def _record_there(recipe: Recipe, modules: dict[str, bytes], output: str, threads: int, device: Any, board: Any) -> str:
     """The task: record one recipe on whichever machine this is; where the recording is then."""
     import torch
 
@@ -183,7 +184,7 @@ def _record_there(recipe: Recipe, modules: dict[str, bytes], output: str, thread
                 told[0] = time.monotonic()
                 board.tell.remote(recipe.name, fraction, text)
 
-        path = record(recipe, runs, progress)
+        path = record(recipe, runs, progress, device)
         place.send(path)
         return place.where(path.name)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from smartfrz import __version__
@@ -29,27 +30,32 @@ from smartfrz.predictor.tailoring import tailoring_positions
 logger = logging.getLogger("smartfrz")
 Progress = Callable[[float, str], None]
 Grams = dict[str, NDArray[np.float64]]
+Device = Literal["auto", "cpu", "cuda"]
 Positions = dict[str, NDArray[np.int64]]
 
 
-def record(recipe: Recipe, output: Path, progress: Progress = lambda fraction, text: None) -> Path:
+def record(
+    recipe: Recipe, output: Path, progress: Progress = lambda fraction, text: None, device: Device = "auto"
+) -> Path:
     """Record one recipe; what is already finished is not done again.
 
     Args:
         recipe: What to train.
         output: Folder of the recorded runs and of the reference models.
         progress: Called with the fraction done, in [0, 1], and what is being done.
+        device: Where PyTorch trains: `"cpu"`, `"cuda"`, or `"auto"` for CUDA where it is. Keras chooses for itself.
 
     Returns:
         The Parquet file.
 
     Raises:
-        RecipeError: If the recipe cannot be run.
+        RecipeError: If the recipe cannot be run, or CUDA was asked for and is not there.
         OSError: If the output cannot be written.
     """
     target = output / f"{recipe.name}.parquet"
     if is_recorded(recipe, output):
         return target
+    chosen = torch_device(device)
     train_data, test_data = build_data(recipe)
     reference = build_model(recipe, recipe.seed, output)
     if is_keras(reference):
@@ -58,13 +64,13 @@ def record(recipe: Recipe, output: Path, progress: Progress = lambda fraction, t
         return record_keras(
             recipe, target, lambda seed: build_model(recipe, seed, output), (train_data, test_data), progress
         )
-    accuracy = _reference(recipe, output, reference, train_data, test_data, progress)
-    probe = probe_batch(test_data, recipe.recording.probe_size)
+    accuracy = _reference(recipe, output, reference.to(chosen), train_data, test_data, progress)
+    probe = to_device(probe_batch(test_data, recipe.recording.probe_size), chosen)
     layers = trace_layers(reference.eval(), *arguments(probe)[0], **arguments(probe)[1])
     grams = layer_grams(reference, layers, probe)
     del reference
 
-    model = build_model(recipe, recipe.seed + 1 if recipe.recording.reinitialize else recipe.seed, output)
+    model = build_model(recipe, recipe.seed + 1 if recipe.recording.reinitialize else recipe.seed, output).to(chosen)
     reader = LayerReader(model, layers)
 
     def measure(positions: Positions) -> tuple[Grams, NDArray[np.float32]]:
@@ -267,6 +273,31 @@ def _probing(model: nn.Module) -> Iterator[None]:
             buffer.copy_(saved)
 
 
+def torch_device(name: Device) -> torch.device:
+    """The device of that name, or for `"auto"` the best there is.
+
+    Raises:
+        RecipeError: If CUDA was asked for, and PyTorch has none.
+    """
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise RecipeError(
+            "device='cuda' was asked for, but PyTorch sees no GPU (torch.cuda.is_available() is False). Install a CUDA "
+            "build of PyTorch, or record with device='cpu'."
+        )
+    return torch.device("cuda" if there and name != "cpu" else "cpu")
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's first parameter is; the CPU for one that has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def to_device(batch: Any, device: torch.device | str) -> Any:
+    """Tensors, in whatever they are."""
+    return tree_map(lambda value: value.to(device), batch)
+
+
 def probe_batch(data: Dataset[Any], size: int) -> Any:
     """The inputs of `size` examples, drawn from the test data with a fixed seed."""
     chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:size]  # type: ignore[arg-type]
@@ -296,7 +327,7 @@ def train(
     """Train a classifier as the recipe says.
 
     Args:
-        model: Trained in place.
+        model: Trained in place, on the device that it is on.
         data: Items `(inputs, target)`.
         spec: Optimizer, schedule, epochs.
         seed: For the order of the data, dropout and augmentation.
@@ -306,6 +337,7 @@ def train(
         RecipeError: If the loss is not finite.
     """
     torch.manual_seed(seed)
+    device = device_of(model)
     loader = training_loader(data, spec)
     total = max(1, round(len(loader) * spec.epochs))
     optimizer = optimizer_of(model, spec)
@@ -313,7 +345,8 @@ def train(
     model.train()
     step = 0
     while step < total:
-        for inputs, targets in loader:
+        for batch in loader:
+            inputs, targets = to_device(batch, device)
             loss = cross_entropy(forward(model, inputs), targets, label_smoothing=spec.label_smoothing)
             loss.backward()
             optimizer.step()
@@ -374,6 +407,7 @@ def evaluate(model: nn.Module, data: Dataset[Any], batch_size: int = 256) -> flo
     model.eval()
     correct = 0
     with torch.no_grad():
-        for inputs, targets in DataLoader(data, batch_size):
+        for batch in DataLoader(data, batch_size):
+            inputs, targets = to_device(batch, device_of(model))
             correct += int((forward(model, inputs).argmax(1) == targets).sum())
     return correct / len(data)  # type: ignore[arg-type]
