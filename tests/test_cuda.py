@@ -1,0 +1,246 @@
+"""On a real GPU: adapter, prefix cache, baselines, recording, and ONNX Runtime where its build can use one."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    pytest.skip("needs an NVIDIA GPU that PyTorch can use", allow_module_level=True)
+
+from numpy_adapter import ScriptedPredictor, script  # noqa: E402
+from torch.nn.functional import cross_entropy  # noqa: E402
+from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
+from torch_runs import NET, Net, attach, batch, moved, parts, seeded, values  # noqa: E402
+
+from smartfrz import zoo  # noqa: E402
+from smartfrz.adapters.torch import PrefixCache, SmartFRZ, trace_layers  # noqa: E402
+from smartfrz.adapters.torch.costs import measure_step  # noqa: E402
+from smartfrz.adapters.torch.layers import LayerReader  # noqa: E402
+from smartfrz.baselines import AutoFreeze, LinearFreezing, WeightChange  # noqa: E402
+from smartfrz.dataset_builder.oracle import SimilarityGuided  # noqa: E402
+from smartfrz.dataset_builder.recording import layer_grams, record  # noqa: E402
+from smartfrz.dataset_builder.storage import read_run  # noqa: E402
+from smartfrz.errors import MissingDependencyError  # noqa: E402
+
+STEPS = 12
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    """Float32 as on the CPU, and the same algorithms at every run."""
+    found = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = found
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
+
+
+def network():
+    """`Net`, without dropout: a GPU draws other random numbers than a CPU."""
+    model = seeded(Net)
+    model.dropout.p = 0.0
+    return model
+
+
+def train(model, optimizer, freezer, steps, *, device="cuda", start=0, context=None, scaler=None):
+    losses = []
+    for step in range(start, start + steps):
+        inputs, targets = (tensor.to(device) for tensor in batch(step))
+        with context or torch.autocast(device, enabled=False):
+            loss = cross_entropy(model(inputs), targets)
+        if scaler is None:
+            loss.backward()
+            optimizer.step()
+        else:
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        optimizer.zero_grad()
+        if freezer is not None:
+            freezer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_frozen_layers_do_not_move_and_the_others_learn():
+    model = network().cuda()
+    optimizer = sgd(model)
+    freezer = attach(model, optimizer, NET, {"conv1"}, {"conv2"})
+    train(model, optimizer, freezer, 2)
+    before = values(model)
+    train(model, optimizer, freezer, 2, start=2)
+    assert not parts(moved(before, model), ["conv1"])
+    before = values(model)
+    train(model, optimizer, freezer, STEPS, start=4)
+    assert parts(moved(before, model), NET) == parts(before, ["head"])
+    assert [layer for _, _, layer in freezer.report().changes] == ["conv1", "conv2"]
+    assert all(p.grad is None for name, p in model.named_parameters() if name.startswith("conv"))
+
+
+def test_training_and_decisions_are_those_of_the_cpu():
+    ran = {}
+    for device in ("cpu", "cuda"):
+        model = network().to(device)
+        optimizer = sgd(model)
+        freezer = SmartFRZ(model, optimizer, zoo.load("smartfrz-base"), total_steps=90, device="cpu")
+        ran[device] = train(model, optimizer, freezer, 90, device=device), freezer.report(), model
+    np.testing.assert_allclose(ran["cpu"][0], ran["cuda"][0], atol=2e-3)
+    one, other = (ran[device][1] for device in ran)
+    assert one.changes
+    assert [layer for _, _, layer in one.changes] == [layer for _, _, layer in other.changes]
+
+
+def test_sampled_weights_are_those_of_the_cpu():
+    model = network()
+    layers = trace_layers(model.eval(), batch(0)[0])
+    positions = {layer.name: np.arange(0, 18, 3) for layer in layers}
+    here = LayerReader(model, layers).tailored(positions)
+    there = LayerReader(model.cuda(), trace_layers(model, batch(0)[0].cuda())).tailored(positions)
+    assert list(here) == list(there)
+    for layer, sampled in here.items():
+        np.testing.assert_array_equal(sampled, there[layer])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_with_a_scaler(dtype):
+    model = network().cuda()
+    optimizer, scaler = sgd(model), torch.amp.GradScaler("cuda", enabled=dtype is torch.float16)
+    freezer = attach(model, optimizer, NET, {"conv1"})
+    losses = train(model, optimizer, freezer, STEPS, context=torch.autocast("cuda", dtype=dtype), scaler=scaler)
+    assert np.isfinite(losses).all()
+    assert [layer for _, _, layer in freezer.report().changes] == ["conv1"]
+
+
+def test_a_run_that_is_resumed_goes_on_as_if_nothing_had_happened(tmp_path):
+    def start(stages_done=0):
+        model = network().cuda()
+        optimizer, predictor = sgd(model), ScriptedPredictor(script(NET, {"conv1"}, {"conv2"})[stages_done:])
+        return model, optimizer, attach(model, optimizer, NET, predictor=predictor)
+
+    whole = start()
+    expected = train(*whole, STEPS)
+    first, second = start(), start(1)
+    found = train(*first, 3)
+    torch.save([part.state_dict() for part in first], tmp_path / "run.pt")
+    for part, state in zip(second, torch.load(tmp_path / "run.pt", weights_only=True), strict=True):
+        part.load_state_dict(state)
+    found += train(*second, STEPS - 3, start=3)
+    assert found == expected
+    assert not moved(values(whole[0]), second[0])
+
+
+@pytest.mark.parametrize("policy", ["linear", "autofreeze", "weight change", "oracle"])
+def test_baselines(policy):
+    model, reference = network().cuda(), network().cuda()
+    optimizer, other = sgd(model), sgd(reference)
+    train(reference, other, None, 40)
+    made = {
+        "linear": lambda: LinearFreezing(0.3),
+        "autofreeze": lambda: AutoFreeze(epochs=4),
+        "weight change": lambda: WeightChange(limit=0.5, tailored_size=16),
+        "oracle": lambda: SimilarityGuided(model, reference, batch(0)[0].cuda()),
+    }[policy]()
+    freezer = SmartFRZ(model, optimizer, made, total_steps=40)
+    assert np.isfinite(train(model, optimizer, freezer, 40)).all()
+    assert freezer.report().changes
+
+
+def test_cka_and_flops_are_those_of_the_cpu():
+    found = []
+    for device in ("cpu", "cuda"):
+        model, (inputs, targets) = network().to(device), (tensor.to(device) for tensor in batch(0))
+        layers = trace_layers(model.eval(), inputs)
+        grams = layer_grams(model, layers, inputs)
+        work = measure_step(model, lambda: cross_entropy(model(inputs), targets))  # noqa: B023
+        found.append((grams, work.forward_flops, work.backward_flops))
+    (grams, *flops), (others, *other_flops) = found
+    assert flops == other_flops
+    for layer, gram in grams.items():
+        np.testing.assert_allclose(gram, others[layer], rtol=1e-3, atol=1e-3 * np.abs(gram).max())
+
+
+def test_the_prefix_cache_leaves_the_curve_as_it_is():
+    data = TensorDataset(*batch(0, 24, 2, 7, 7))
+    curves = []
+    for cache in (None, PrefixCache(memory="10MB", profile=False)):
+        model = network().cuda()
+        optimizer = sgd(model)
+        freezer = attach(model, optimizer, NET, {"conv1"}, {"conv2"}, cache=cache)
+        order = torch.Generator().manual_seed(0)
+        loader = DataLoader(PrefixCache.indexed(data), 8, shuffle=True, generator=order)
+        losses = []
+        for _ in range(8):
+            for ids, inputs, targets in loader:
+                with freezer.batch(ids):
+                    loss = cross_entropy(model(inputs.cuda()), targets.cuda())
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                freezer.step()
+                losses.append(loss.item())
+        curves.append(losses)
+    np.testing.assert_allclose(*curves, atol=1e-4)
+    use = freezer.report().cache
+    assert use.hits > use.misses > 0
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+def test_a_compiled_model_freezes():
+    model = network().cuda()
+    optimizer = sgd(model)
+    freezer = attach(model, optimizer, NET, {"conv1"})
+    compiled = torch.compile(model)
+    train(compiled, optimizer, freezer, 2)
+    before = values(model)
+    assert np.isfinite(train(compiled, optimizer, freezer, STEPS, start=2)).all()
+    assert not parts(moved(before, model), ["conv1"])
+    assert parts(moved(before, model), ["head"])
+
+
+def test_recording(tmp_path):
+    from builder_fixtures import tiny_recipe
+
+    recipe = tiny_recipe(tmp_path)
+    one = read_run(record(recipe, tmp_path / "cpu", device="cpu"))
+    other = read_run(record(recipe, tmp_path / "cuda", device="cuda"))
+    assert other.layers == one.layers
+    assert other.facts["layer_facts"] == one.facts["layer_facts"]
+    np.testing.assert_array_equal(one.step, other.step)
+    np.testing.assert_allclose(one.weights[:, 0], other.weights[:, 0], atol=1e-3)
+    assert np.nanmin(other.cka[:, -1]) > 0.5
+
+
+@pytest.fixture(params=["smartfrz-base", "smartfrz-raw", "smartfrz-tiny"])
+def both(request):
+    """A predictor on the CPU and on the GPU."""
+    try:
+        return zoo.load(request.param, device="cpu"), zoo.load(request.param, device="cuda")
+    except MissingDependencyError as error:
+        pytest.skip(f"ONNX Runtime cannot use the GPU: {error}")
+
+
+def test_a_predictor_on_the_gpu_answers_as_on_the_cpu(both):
+    here, there = both
+    assert (here.device, there.device) == ("cpu", "cuda")
+    info, random = here.info, np.random.default_rng(0)
+    for layers, records in ((3, 5), (3, 5), (50, info.window), (1, 1)):
+        shape = (layers, records, info.tailored_size)
+        history = (random.normal(size=shape).cumsum(1) / 10).astype(np.float32)
+        lengths = random.integers(1, records + 1, layers)
+        where = np.linspace(0, 1, layers, dtype=np.float32) if info.representation == "trajectory" else None
+        for one, other in zip(*(p.predict(history, lengths, where) for p in both), strict=True):
+            np.testing.assert_allclose(one, other, atol=2e-3)
+
+
+def test_a_run_that_is_decided_on_the_gpu(both):
+    changes = []
+    for predictor in both:
+        model = network().cuda()
+        optimizer = sgd(model)
+        freezer = SmartFRZ(model, optimizer, predictor, total_steps=90)
+        train(model, optimizer, freezer, 90)
+        changes.append([list(change) for change in freezer.report().changes])
+    assert changes[0] == changes[1]
