@@ -191,11 +191,13 @@ def test_the_prefix_cache_leaves_the_curve_as_it_is():
 def test_a_compiled_model_freezes():
     model = network().cuda()
     optimizer = sgd(model)
-    freezer = attach(model, optimizer, NET, {"conv1"})
+    # compiled models freeze at a quarter of the stages: the second, the fourth and so on of these
+    freezer = attach(model, optimizer, NET, set(), {"conv1"}, total_steps=STEPS)
     compiled = torch.compile(model)
-    train(compiled, optimizer, freezer, 2)
+    train(compiled, optimizer, freezer, 4)
+    assert freezer.frozen_layers == ["conv1"]
     before = values(model)
-    assert np.isfinite(train(compiled, optimizer, freezer, STEPS, start=2)).all()
+    assert np.isfinite(train(compiled, optimizer, freezer, STEPS - 4, start=4)).all()
     assert not parts(moved(before, model), ["conv1"])
     assert parts(moved(before, model), ["head"])
 
@@ -209,7 +211,7 @@ def test_recording(tmp_path):
     assert other.layers == one.layers
     assert other.facts["layer_facts"] == one.facts["layer_facts"]
     np.testing.assert_array_equal(one.step, other.step)
-    np.testing.assert_allclose(one.weights[:, 0], other.weights[:, 0], atol=1e-3)
+    np.testing.assert_allclose(one.weights[:, 0], other.weights[:, 0], atol=0.05)  # its dropout differs
     assert np.nanmin(other.cka[:, -1]) > 0.5
 
 
@@ -232,7 +234,7 @@ def test_a_predictor_on_the_gpu_answers_as_on_the_cpu(both):
         lengths = random.integers(1, records + 1, layers)
         where = np.linspace(0, 1, layers, dtype=np.float32) if info.representation == "trajectory" else None
         for one, other in zip(*(p.predict(history, lengths, where) for p in both), strict=True):
-            np.testing.assert_allclose(one, other, atol=2e-3)
+            np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 def test_a_run_that_is_decided_on_the_gpu(both):

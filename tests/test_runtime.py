@@ -155,7 +155,7 @@ def mock_gpu_build(monkeypatch):
 
     def behave(behaviour):
         def session(content, options, providers, **more):
-            if "CUDAExecutionProvider" not in providers:
+            if ("CUDAExecutionProvider", {"use_tf32": "0"}) not in providers:
                 return real(content, options, providers=providers)
             assert more == {"enable_fallback": 0}  # it would print
             return behaviour(real(content, options, providers=["CPUExecutionProvider"]))

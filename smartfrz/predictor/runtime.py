@@ -392,8 +392,9 @@ def _cuda_session(ort: Any, content: bytes, options: Any, *, quiet: bool) -> tup
     if quiet:
         ort.set_default_logger_severity(4)  # no error lines where falling back is fine
     try:
-        # Without its own fallback, which prints.
-        session = ort.InferenceSession(content, options, providers=[_CUDA, "CPUExecutionProvider"], enable_fallback=0)
+        # In full float32, as on the CPU and in PyTorch; and without its own fallback, which prints.
+        providers = [(_CUDA, {"use_tf32": "0"}), "CPUExecutionProvider"]
+        session = ort.InferenceSession(content, options, providers=providers, enable_fallback=0)
     except Exception as error:
         # CUDA fails in many ways; a file that is at fault fails on the CPU as well, and is told then.
         return None, str(error).strip().partition("\n")[0][:200]
