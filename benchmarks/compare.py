@@ -9,8 +9,9 @@ compared with it at its own time. Two methods come after the others, since they 
 the time that `smartfrz` took.
 
 One JSON line a run is added to `--results`; runs that are there are not repeated. What a missing run is compared with
-and is not at hand is trained along, and not written a second time. A run that was interrupted begins anew. Several
-processes may write to one file, if each has its own tasks or seeds.
+is trained along, and not written a second time; `early-stop-30` and its like need nothing beside them, since their time is
+their share of the steps. A run that was interrupted begins anew. Several processes may write to one file, if each has
+its own tasks, seeds or methods.
 
 - `accuracy` is of the test data, used once, at the end (`matthews` for CoLA, from `confusion`, rows are true classes);
   `curve` is of the validation part: step, CPU seconds, seconds, accuracy.
@@ -446,14 +447,16 @@ def compare(job, methods, known, load=None):
     first = {method for method in missing if method not in LATER}
     if "early-stop" in missing:
         first |= {"smartfrz"} - set(known)
-    if first or (missing and not ("full" in known and job.reference.exists())):
+    later_needs_it = set(missing) & set(LATER) and not ("full" in known and job.reference.exists())
+    if first - set(EARLY) or later_needs_it:
         first.add("full")
     if not missing:
         return
     data = (load or job.data)()
     runs = {method: Run(job, method, data) for method in METHODS if method in first}
     take_turns(runs)
-    if runs:
+    full = known.get("full", dict.fromkeys(("train_seconds", "cpu_seconds")))
+    if "full" in runs:
         with replacing(job.reference) as temporary:
             save_model(runs["full"].model, str(temporary))
         full = runs["full"].times()

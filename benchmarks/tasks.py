@@ -212,10 +212,10 @@ def vgg11_bn(classes):
 
 
 def full_mobilenet_v2(classes):
-    """MobileNetV2 of full width for pictures of 32 to 64 px: two of its five halvings are left out."""
+    """MobileNetV2 with weights of ImageNet, for pictures of 32 to 64 px: two of its five halvings are left out."""
     from recipe_models import mobilenet_v2
 
-    return mobilenet_v2(num_classes=classes, strides=(1, 1, 1, 2, 2, 1, 2, 1))
+    return mobilenet_v2(num_classes=classes, strides=(1, 1, 1, 2, 2, 1, 2, 1), pretrained=True)
 
 
 def resnet50(classes):
@@ -416,7 +416,13 @@ LONG = {
     "minilm-mrpc": CPU["minilm-mrpc"]._replace(data=_part(mrpc, None, length=48)),
 }
 GPU = {
-    f"{name}-{data}": Task(network, {"cifar10": cifar10, "tiny": tiny_imagenet}[data], classes, spec, f"{name}-{other}")
+    f"{name}-{data}": Task(
+        network,
+        {"cifar10": cifar10, "tiny": tiny_imagenet}[data],
+        classes,
+        spec,
+        None if network is full_mobilenet_v2 else f"{name}-{other}",
+    )
     for name, network, spec in (
         ("resnet50", resnet50, _PAPER),
         ("vgg11", vgg11_bn, _PAPER),
@@ -437,6 +443,7 @@ TIERS = {"cpu": CPU, "long": LONG, "gpu": GPU, "digits": DIGITS}
 
 _BEGIN = _with(_SCRATCH, learning_rate=0.05, epochs=12)
 _BEGIN_VIT = _with(_VIT, epochs=12, batch_size=64, learning_rate=1e-3)
+_LARGE = {"epochs": 10, "batch_size": 256}
 PRETRAINING = {
     # in five minutes of one core each
     "vgg-tiny": Pretraining(small_vgg, tiny_imagenet, 200, _with(_BEGIN, epochs=10)),
@@ -444,11 +451,10 @@ PRETRAINING = {
     "bert-agnews": Pretraining(bert_base, agnews, 4, _with(_BERT, learning_rate=1e-4)),
     "vit-digits": Pretraining(digits_vit, digits, 10, _with(_BEGIN_VIT, epochs=1)),
 } | {
-    f"{name}-{data}": Pretraining(network, source, classes, _with(spec, epochs=30))
+    f"{name}-{data}": Pretraining(network, source, classes, _with(spec, **_LARGE))
     for name, network, spec in (
         ("resnet50", resnet50, _BEGIN),
         ("vgg11", vgg11_bn, _BEGIN),
-        ("mobilenetv2", full_mobilenet_v2, _BEGIN),
         ("deit", deit_tiny, _BEGIN_VIT),
     )
     for data, source, classes in (("tiny", tiny_imagenet, 200), ("cifar10", cifar10, 10))

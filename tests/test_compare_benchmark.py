@@ -141,6 +141,15 @@ def test_shorter_full_training_needs_no_other_method(lines, task, tmp_path):
 
 
 @pytest.mark.slow
+def test_shorter_full_training_alone_has_no_times_of_full_training(tmp_path):
+    job = compare.Job("digits", "vgg-digits", 0, compare.SMOKE, zoo.load("smartfrz-base"), tmp_path, "cpu")
+    (line,) = compare.compare(job, ["early-stop-30"], {})
+    assert (line["full_train_seconds"], line["full_cpu_seconds"]) == (None, None)
+    assert compare_results.share_of_full(line) == pytest.approx(0.3, abs=0.1)
+    assert not job.reference.exists()
+
+
+@pytest.mark.slow
 def test_runs_that_are_there_are_not_repeated_and_others_come_out_the_same(arguments, results, capsys):
     before = results.read_text("utf-8")
     compare.main(["run", *arguments])
