@@ -1,10 +1,11 @@
-"""What asking costs: `python -m benchmarks.decision [--layers 54] [--rounds 50] [FILE ...]`.
+"""What asking costs: `python -m benchmarks.decision [--layers 54] [--rounds 50] [--cuda] [FILE ...]`.
 
 54 layers, the window of 30 full, one thread of the CPU, the ways taking turns. `smartfrz-base` as
 shipped, and other predictor files that are named, are asked about the whole window. Networks of the
 representations `raw` and `steps`, untrained, which for times does not matter, are asked in both
 forms: the whole window, and only what is new (a record is encoded; at a freezing stage it is encoded
-and scored in one). Prints medians, minima, and the memory of the history.
+and scored in one). With `--cuda` also `smartfrz-base` on the GPU, and all times are wall time.
+Prints medians, minima, and the memory of the history.
 """
 
 import argparse
@@ -63,10 +64,15 @@ def main():
     parser.add_argument("files", nargs="*", metavar="FILE", help="other predictors")
     parser.add_argument("--layers", type=int, default=54)
     parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--cuda", action="store_true", help="ask smartfrz-base on the GPU as well, by wall time")
     arguments = parser.parse_args()
+    clock = time.perf_counter if arguments.cuda else time.process_time
     with tempfile.TemporaryDirectory() as folder:
         base = zoo.load(zoo.DEFAULT, device="cpu")
-        predictors = {"smartfrz-base": base} | {file: Predictor(file, device="cpu") for file in arguments.files}
+        predictors = {"smartfrz-base": base}
+        if arguments.cuda:
+            predictors["smartfrz-base on the GPU"] = zoo.load(zoo.DEFAULT, device="cuda")
+        predictors |= {file: Predictor(file, device="cpu") for file in arguments.files}
         predictors |= {f"`{name}`, untrained": untrained(name, base.info, folder) for name in INCREMENTAL}
     rng = np.random.default_rng(0)
     shape = arguments.layers, base.info.window, base.info.tailored_size
@@ -76,11 +82,11 @@ def main():
     seconds = [[] for _ in ways]
     for _ in range(arguments.rounds):
         for (_, _, call), times in zip(ways, seconds, strict=True):
-            start = time.process_time()
+            start = clock()
             call()
-            times.append(time.process_time() - start)
+            times.append(clock() - start)
     about = f"{shape[0]} layers, window {shape[1]}, {shape[2]} weights, {arguments.rounds} rounds"
-    print(f"{about}, processor time of one thread\n")
+    print(f"{about}, {'wall time' if arguments.cuda else 'processor time of one thread'}\n")
     print("| predictor | what | median | minimum |\n|---|---|---|---|")
     for (name, what, _), times in zip(ways, seconds, strict=True):
         print(f"| {name} | {what} | {1e3 * statistics.median(times):.2f} ms | {1e3 * min(times):.2f} ms |")

@@ -19,12 +19,16 @@ def read_lines(path):
     lines = []
     for number, text in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
+            damage = "" if isinstance(line, dict) else f"it is of type {type(line).__name__}"
         except json.JSONDecodeError as error:
+            damage = str(error)
+        if damage:
             sys.exit(
-                f"{path}, line {number} is damaged ({error}): expected one JSON object a line. "
+                f"{path}, line {number} is damaged ({damage}): expected one JSON object a line. "
                 "Remove the line; what it said is measured again."
             )
+        lines.append(line)
     return lines
 
 

@@ -233,6 +233,8 @@ def main(given=None):
     parser.add_argument("--folder", type=Path, default=FOLDER, help="Of README.md, results/ and pictures/.")
     options = parser.parse_args(given)
     readme = options.folder / "README.md"
+    if not readme.exists():
+        parser.error(f"{readme} does not exist; expected the file whose marked parts are to be written. See --folder.")
     before = readme.read_text("utf-8")
     after = filled(before, sections(options.folder))
     if options.check:
