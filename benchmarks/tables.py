@@ -141,6 +141,24 @@ def memory(lines):
     return "\n".join(rows) if lines else NOTHING
 
 
+def shares_by_clock(lines):
+    """What is saved in FLOPs and what in time, and what deciding takes: means over seeds, of full training."""
+    rows = ["| ours | method | backward FLOPs | all FLOPs | time | deciding, of the run's time |", "|---" * 6 + "|"]
+    for task, found in tasks_of(lines).items():
+        full = {line["seed"]: line for line in found if line["method"] == "full"}
+        for method in METHODS:
+            chosen = [line for line in found if line["method"] == method and line["seed"] in full]
+            if method == "full" or stops_early(method) or not chosen:
+                continue
+            cells = [task, method]
+            for key in ("backward_flops", "total_flops"):
+                cells.append(f"{100 * statistics.mean(line[key] / full[line['seed']][key] for line in chosen):.0f} %")
+            cells.append(f"{100 * statistics.mean(map(share_of_full, chosen)):.0f} %")
+            cells.append(f"{100 * statistics.mean(x['decision_seconds'] / x['train_seconds'] for x in chosen):.1f} %")
+            rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def moments(lines):
     """Fig. 5(b) in figures: when the layers of the front and of the back half freeze."""
     rows = ["| frozen at, % of the run | method | layers | front half | back half | never |", "|---" * 6 + "|"]
@@ -169,21 +187,21 @@ def picture(folder, name, text):
 def sections(folder=FOLDER):
     """Name to text of all parts that are made from results."""
     results = folder / "results"
-    cpu = read_lines(results / "cpu.jsonl")
-    lines, longer = cpu + read_lines(results / "gpu.jsonl"), read_lines(results / "long.jsonl")
+    lines, longer, on_gpu = (read_lines(results / f"{tier}.jsonl") for tier in ("cpu", "long", "gpu"))
     settings = read_lines(results / "tradeoff.jsonl")
     predictor, swept = read_lines(results / "predictor_tables.jsonl"), read_lines(results / "sweeps.jsonl")
     tried = read_lines(results / "rates.jsonl")
     language = chosen(lines + longer, lambda task: task in LANGUAGE)
     scratch = chosen(lines, lambda task: task in SCRATCH)
     tuned = chosen(lines, lambda task: task not in (*LANGUAGE, *SCRATCH))
-    machines = sorted({line["machine"] for line in lines + longer})
+    machines = sorted({line["machine"] for line in lines + longer + on_gpu})
     made = {
         "summary": "\n\n".join([summary(tasks_of(lines)), NOTES]) if lines else NOTHING,
         "equal-time": picture(folder, "accuracy_against_time", "Accuracy against time saved"),
-        "tradeoff": tradeoff.table([x for x in settings if x["tier"] == "cpu"] + cpu),
+        "tradeoff": tradeoff.table([x for x in settings if x["tier"] == "cpu"] + lines),
         "tradeoff-picture": picture(folder, "tradeoff", "Accuracy against training time"),
         "longer": ours(tasks_of(longer)) if longer else NOTHING,
+        "gpu": "\n\n".join([ours(tasks_of(on_gpu)), shares_by_clock(on_gpu)]) if on_gpu else NOTHING,
         "rates": rates.table(tried, "cpu", {}) or NOTHING,
         "rates-longer": rates.table(tried, "long", {}) or NOTHING,
         "table-1": similarity(lines),

@@ -234,7 +234,8 @@ def test_a_predictor_on_the_gpu_answers_as_on_the_cpu(both):
         lengths = random.integers(1, records + 1, layers)
         where = np.linspace(0, 1, layers, dtype=np.float32) if info.representation == "trajectory" else None
         for one, other in zip(*(p.predict(history, lengths, where) for p in both), strict=True):
-            np.testing.assert_allclose(one, other, atol=1e-5)
+            # with weights of 8 bits, what is multiplied is rounded to 8 bits, too
+            np.testing.assert_allclose(one, other, atol=1e-2 if info.name == "smartfrz-tiny" else 1e-5)
 
 
 def test_a_run_that_is_decided_on_the_gpu(both):
