@@ -281,9 +281,10 @@ def test_two_processes_add_to_one_file_and_no_line_is_lost(tmp_path):
         assert [line["number"] for line in found if line["name"] == name] == list(range(40))
 
 
-def test_a_damaged_line_is_named(tmp_path):
+@pytest.mark.parametrize("damaged", [b'{"name": "b\xff', b"3"])
+def test_a_damaged_line_is_named(tmp_path, damaged):
     path = tmp_path / "r.jsonl"
-    path.write_bytes(b'{"name": "a"}\n{"name": "b\xff\n')
+    path.write_bytes(b'{"name": "a"}\n' + damaged + b"\n")
     with pytest.raises(SystemExit, match=rf"{path}, line 2 is damaged .*expected one JSON object a line"):
         read_lines(path)
 

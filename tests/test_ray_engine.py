@@ -48,6 +48,10 @@ USAGE = {
     "local, gpus": (["--gpus", "1"], "--gpus is for --engine ray"),
     "local, elsewhere": (["-o", "s3://bucket/runs"], "to which only --engine ray records"),
     "ray, workers": (["--engine", "ray", "--workers", "2"], "--workers is for --engine local"),
+    "ray, device": (
+        ["--engine", "ray", "--device", "cpu"],
+        "--device is for --engine local. On Ray, --gpus reserves GPUs",
+    ),
 }
 
 

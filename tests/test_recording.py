@@ -13,6 +13,7 @@ from builder_fixtures import tiny_recipe, write_recipe
 from torch import nn
 
 from smartfrz.adapters.torch.layers import layer_outputs, trace_layers
+from smartfrz.dataset_builder.checking import check_recipe
 from smartfrz.dataset_builder.cka import centered_gram
 from smartfrz.dataset_builder.recipes import OPTIMIZERS, TrainingSpec, build_model, load_recipe, reference_file
 from smartfrz.dataset_builder.recording import (
@@ -23,6 +24,7 @@ from smartfrz.dataset_builder.recording import (
     probe_batch,
     record,
     schedule_factor,
+    torch_device,
     train,
 )
 from smartfrz.dataset_builder.storage import read_run, run_files
@@ -180,6 +182,16 @@ def test_a_loss_that_is_not_finite_is_reported(tmp_path):
 
 
 # What is finished is kept
+
+
+def test_a_gpu_that_is_not_there_is_told_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    recipe = tiny_recipe(tmp_path)
+    for try_it in (record, check_recipe):
+        with pytest.raises(RecipeError, match=r"device='cuda' was asked for, but PyTorch sees no GPU .* device='cpu'"):
+            try_it(recipe, tmp_path / "runs", device="cuda")
+    assert not (tmp_path / "runs").exists()
+    assert torch_device("auto") == torch_device("cpu") == torch.device("cpu")
 
 
 def test_a_finished_recording_is_kept(tmp_path):
