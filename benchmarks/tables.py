@@ -159,6 +159,28 @@ def shares_by_clock(lines):
     return "\n".join(rows)
 
 
+def other_predictors(lines, known):
+    """SmartFRZ with other predictors, beside `smartfrz-base` and the full runs of the same tasks and seeds."""
+    rows = [
+        "| ours | predictor | accuracy, % | difference | computation | half of the layers frozen at |",
+        "|---" * 6 + "|",
+    ]
+    for task in dict.fromkeys((line["tier"], line["task"]) for line in lines):
+        of_task = [line for line in known + lines if (line["tier"], line["task"]) == task]
+        full = {line["seed"]: line for line in of_task if line["method"] == "full"}
+        ran = [line for line in of_task if line["method"] == "smartfrz" and line["seed"] in full]
+        for name in dict.fromkeys(line["predictor"]["name"] for line in ran):
+            found = [line for line in ran if line["predictor"]["name"] == name]
+            pairs = [(line, full[line["seed"]]) for line in found]
+            work = [100 * line["total_flops"] / whole["total_flops"] for line, whole in pairs]
+            moments = [100 * statistics.median(frozen_at(line).values()) for line in found]
+            cells = [" ".join(task), name, cell([100 * line["accuracy"] for line in found], ".1f")]
+            cells.append(cell([100 * (line["accuracy"] - whole["accuracy"]) for line, whole in pairs], "+.1f"))
+            cells += [cell(work, ".1f", " %"), f"{statistics.mean(moments):.0f} % of the run"]
+            rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows) if lines else NOTHING
+
+
 def moments(lines):
     """Fig. 5(b) in figures: when the layers of the front and of the back half freeze."""
     rows = ["| frozen at, % of the run | method | layers | front half | back half | never |", "|---" * 6 + "|"]
@@ -201,6 +223,7 @@ def sections(folder=FOLDER):
         "tradeoff": tradeoff.table([x for x in settings if x["tier"] == "cpu"] + lines),
         "tradeoff-picture": picture(folder, "tradeoff", "Accuracy against training time"),
         "longer": ours(tasks_of(longer)) if longer else NOTHING,
+        "predictors": other_predictors(read_lines(results / "predictors.jsonl"), lines + longer),
         "gpu": "\n\n".join([ours(tasks_of(on_gpu)), shares_by_clock(on_gpu)]) if on_gpu else NOTHING,
         "rates": rates.table(tried, "cpu", {}) or NOTHING,
         "rates-longer": rates.table(tried, "long", {}) or NOTHING,

@@ -135,6 +135,20 @@ def test_on_a_gpu_flops_stand_beside_the_time_and_the_summary_is_of_cpus_alone(t
     assert made["summary"] == tables.NOTHING
 
 
+def test_other_predictors_stand_beside_the_base_and_the_full_runs_of_their_seeds():
+    events = [[2, "freeze", "a"], [6, "freeze", "b"]]
+    known = [line("full", 0, 0.8, 10.0), line("full", 1, 0.7, 10.0)]
+    known.append(line("smartfrz", 0, 0.76, 7.5, total_flops=100, events=events))
+    other = {"name": "q", "sha256": "1"}
+    ran = [line("smartfrz", seed, 0.79, 9.0, total_flops=150, events=events[1:], predictor=other) for seed in (0, 1, 2)]
+    *_, base, found = tables.other_predictors(ran, known).splitlines()
+    assert base == "| cpu minilm-mrpc | p | 76.0 | -4.0 | 50.0 % | 40 % of the run |"
+    assert found.startswith(
+        "| cpu minilm-mrpc | q | 79.0 ± 0.0 (0.0) | +4.0 ± 7.1 (5.0) | 75.0 ± 0.0 (0.0) % | 60 % of"
+    )
+    assert tables.other_predictors([], known) == tables.NOTHING
+
+
 def test_the_papers_rows_are_relative_to_full_training():
     made = tables.of_paper(tables.TABLE_2).splitlines()
     assert "| ResNet50, CIFAR-10 | Full Training | 96.10 |  | 100.0 % | 100.0 % |" in made
