@@ -1,6 +1,7 @@
 """torch.compile: what SmartFRZ costs it, and that it never loses it. The backend is `aot_eager`, for speed."""
 
 import gc
+import threading
 
 import pytest
 from numpy_adapter import ScriptedPredictor
@@ -246,3 +247,20 @@ def test_baselines_freeze_at_few_stages_too_and_train_as_uncompiled_until_then(p
             assert backend.frame_count == 1 + len(stages - {40})  # after the last step nothing runs
     for compiled, plain in zip(*weights, strict=True):
         torch.testing.assert_close(compiled, plain)
+
+
+def test_a_hold_that_the_garbage_collector_ends_while_another_is_taken(monkeypatch):
+    """It did wait for itself. In a thread, so that a failure ends."""
+    other, hold, real = [EagerHold()], EagerHold(), torch.compiler.set_stance
+
+    def collect_and_set(stance):
+        other.clear()
+        return real(stance)
+
+    monkeypatch.setattr(torch.compiler, "set_stance", collect_and_set)
+    thread = threading.Thread(target=hold.acquire, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    hold.release()
+    assert not other

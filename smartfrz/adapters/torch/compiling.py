@@ -19,7 +19,7 @@ class EagerHold:
     compiler would give up on it, for the rest of the process and without a word.
     """
 
-    _lock = threading.Lock()
+    _lock = threading.RLock()  # the garbage collector may end another hold in this thread while one is taken
     _holders = 0
     _stance: Any = None
 
