@@ -173,10 +173,10 @@ def other_predictors(lines, known):
             found = [line for line in ran if line["predictor"]["name"] == name]
             pairs = [(line, full[line["seed"]]) for line in found]
             work = [100 * line["total_flops"] / whole["total_flops"] for line, whole in pairs]
-            moments = [100 * statistics.median(frozen_at(line).values()) for line in found]
+            halfway = [100 * statistics.median(frozen_at(line).values()) for line in found]
             cells = [" ".join(task), name, cell([100 * line["accuracy"] for line in found], ".1f")]
             cells.append(cell([100 * (line["accuracy"] - whole["accuracy"]) for line, whole in pairs], "+.1f"))
-            cells += [cell(work, ".1f", " %"), f"{statistics.mean(moments):.0f} % of the run"]
+            cells += [cell(work, ".1f", " %"), f"{statistics.mean(halfway):.0f} % of the run"]
             rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) if lines else NOTHING
 

@@ -14,7 +14,6 @@ from smartfrz.adapters.torch.costs import measure_step
 from smartfrz.adapters.torch.layers import LayerReader, trace_layers
 from smartfrz.dataset_builder.recipes import Recipe, build_data, build_model, is_keras, reference_file
 from smartfrz.dataset_builder.recording import (
-    Device,
     arguments,
     evaluate,
     forward,
@@ -26,6 +25,7 @@ from smartfrz.dataset_builder.recording import (
     training_loader,
 )
 from smartfrz.errors import RecipeError
+from smartfrz.predictor.runtime import Device
 
 MEBIBYTE = 2**20
 

@@ -53,7 +53,7 @@ class LocalEngine:
     """
 
     def __init__(self, output: Path, workers: int, threads: int | None, device: str = "auto"):
-        self._output, self._settings = output, (threads, device)
+        self._output, self._threads, self._device = output, threads, device
         context = get_context("spawn")  # forked workers deadlock in PyTorch's threads
         self._manager = SyncManager(ctx=context)
         self._manager.start(end_with_parent)
@@ -70,7 +70,8 @@ class LocalEngine:
 
     def start(self, recipe: Recipe) -> None:
         """As `Engine.start`."""
-        self._running[self._pool.submit(_record, recipe, self._output, self._messages, *self._settings)] = recipe.name
+        arguments = recipe, self._output, self._threads, self._device, self._messages
+        self._running[self._pool.submit(_record, *arguments)] = recipe.name
 
     def finished(self, timeout: float) -> list[Result]:
         """As `Engine.finished`."""
@@ -87,7 +88,7 @@ class LocalEngine:
                 yield Message(*self._messages.get_nowait())
 
 
-def _record(recipe: Recipe, output: Path, messages: Any, threads: int | None, device: Any) -> Path:
+def _record(recipe: Recipe, output: Path, threads: int | None, device: Any, messages: Any) -> Path:
     import torch
 
     from smartfrz.dataset_builder.recording import record

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +25,12 @@ from smartfrz.dataset_builder.recipes import Recipe, TrainingSpec, build_data, b
 from smartfrz.dataset_builder.storage import RecordedRun, read_run, write_run
 from smartfrz.errors import DatasetFormatError, RecipeError
 from smartfrz.files import replacing
+from smartfrz.predictor.runtime import Device
 from smartfrz.predictor.tailoring import tailoring_positions
 
 logger = logging.getLogger("smartfrz")
 Progress = Callable[[float, str], None]
 Grams = dict[str, NDArray[np.float64]]
-Device = Literal["auto", "cpu", "cuda"]
 Positions = dict[str, NDArray[np.int64]]
 
 
@@ -405,9 +405,9 @@ def schedule_factor(spec: TrainingSpec, progress: float) -> float:
 def evaluate(model: nn.Module, data: Dataset[Any], batch_size: int = 256) -> float:
     """Accuracy in [0, 1]; the model is in eval mode afterwards."""
     model.eval()
-    correct = 0
+    device, correct = device_of(model), 0
     with torch.no_grad():
         for batch in DataLoader(data, batch_size):
-            inputs, targets = to_device(batch, device_of(model))
+            inputs, targets = to_device(batch, device)
             correct += int((forward(model, inputs).argmax(1) == targets).sum())
     return correct / len(data)  # type: ignore[arg-type]
