@@ -152,7 +152,8 @@ def shares_by_clock(lines):
                 continue
             cells = [task, method]
             for key in ("backward_flops", "total_flops"):
-                cells.append(f"{100 * statistics.mean(line[key] / full[line['seed']][key] for line in chosen):.0f} %")
+                shares = [100 * line[key] / full[line["seed"]][key] for line in chosen if line[key]]
+                cells.append(f"{statistics.mean(shares):.0f} %" if shares else "")
             cells.append(f"{100 * statistics.mean(map(share_of_full, chosen)):.0f} %")
             cells.append(f"{100 * statistics.mean(x['decision_seconds'] / x['train_seconds'] for x in chosen):.1f} %")
             rows.append(f"| {' | '.join(cells)} |")

@@ -127,10 +127,12 @@ def test_on_a_gpu_flops_stand_beside_the_time_and_the_summary_is_of_cpus_alone(t
     gpu = {"tier": "gpu", "task": "vgg11-cifar10", "device": "cuda"}
     lines = [line("full", 0, 0.8, 10.0, **gpu), line("early-stop-50", 1, 0.7, 5.0, steps=5, **gpu)]
     lines.append(line("smartfrz", 0, 0.76, 8.0, backward_flops=50, total_flops=120, **gpu))
+    lines.append(line("smartfrz+cache", 0, 0.75, 5.0, backward_flops=50, total_flops=None, **gpu))
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "gpu.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines), "utf-8")
     made = tables.sections(tmp_path)
     assert "| gpu vgg11-cifar10 | smartfrz | 50 % | 60 % | 80 % | 1.2 % |" in made["gpu"]
+    assert "| gpu vgg11-cifar10 | smartfrz+cache | 50 % |  | 50 % | 2.0 % |" in made["gpu"]
     assert "| gpu vgg11-cifar10 | early-stop-50 | 70.0 |  | 50.0 % |" in made["gpu"]
     assert made["summary"] == tables.NOTHING
 
