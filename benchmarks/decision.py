@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from smartfrz import zoo
+from smartfrz.errors import SmartFRZError
 from smartfrz.predictor.contract import ENCODING_SIZE, INCREMENTAL, PredictorInfo
 from smartfrz.predictor.export import export
 from smartfrz.predictor.history import EncodedHistory, WeightHistory
@@ -70,9 +71,12 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         base = zoo.load(zoo.DEFAULT, device="cpu")
         predictors = {"smartfrz-base": base}
-        if arguments.cuda:
-            predictors["smartfrz-base on the GPU"] = zoo.load(zoo.DEFAULT, device="cuda")
-        predictors |= {file: Predictor(file, device="cpu") for file in arguments.files}
+        try:
+            if arguments.cuda:
+                predictors["smartfrz-base on the GPU"] = zoo.load(zoo.DEFAULT, device="cuda")
+            predictors |= {file: Predictor(file, device="cpu") for file in arguments.files}
+        except SmartFRZError as error:
+            parser.error(str(error))
         predictors |= {f"`{name}`, untrained": untrained(name, base.info, folder) for name in INCREMENTAL}
     rng = np.random.default_rng(0)
     shape = arguments.layers, base.info.window, base.info.tailored_size
