@@ -20,7 +20,7 @@ import torch
 from benchmarks.overhead import networks
 from smartfrz.adapters.torch import SmartFRZ
 from smartfrz.baselines import AutoFreeze, FullTraining, LinearFreezing, WeightChange
-from smartfrz.dataset_builder.oracle import SimilarityGuided
+from smartfrz.baselines.similarity_guided import SimilarityGuided
 
 ENDLESS = 10**9  # steps: nothing freezes
 

@@ -65,9 +65,9 @@ from smartfrz import __version__, zoo
 from smartfrz.adapters.torch import PrefixCache, SmartFRZ, trace_layers
 from smartfrz.adapters.torch.costs import measure_step
 from smartfrz.baselines import AutoFreeze, EarlyStop, LinearFreezing, WeightChange
+from smartfrz.baselines.similarity_guided import SimilarityGuided
 from smartfrz.dataset_builder.cka import cka_of_grams
 from smartfrz.dataset_builder.labels import LabelRule
-from smartfrz.dataset_builder.oracle import SimilarityGuided
 from smartfrz.dataset_builder.recording import (
     arguments,
     evaluate,

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from smartfrz import zoo
+from smartfrz.control.history import EncodedHistory, WeightHistory
 from smartfrz.errors import SmartFRZError
 from smartfrz.predictor.contract import ENCODING_SIZE, INCREMENTAL, PredictorInfo
-from smartfrz.predictor.export import export
-from smartfrz.predictor.history import EncodedHistory, WeightHistory
-from smartfrz.predictor.model import FreezePredictor
 from smartfrz.predictor.runtime import Predictor
+from smartfrz.predictor.training.export import export
+from smartfrz.predictor.training.model import FreezePredictor
 
 
 def untrained(representation, info, folder):

@@ -14,12 +14,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from smartfrz import zoo
+from smartfrz.control.learned import PATIENCE, RECORDS_PER_STAGE
 from smartfrz.dataset_builder.building import labelled_runs
 from smartfrz.dataset_builder.labels import LabelRule
 from smartfrz.dataset_builder.storage import read_run
 from smartfrz.files import replacing
-from smartfrz.predictor.policy import PATIENCE, RECORDS_PER_STAGE
-from smartfrz.predictor.training import TrainingOptions, first_freezes, score
+from smartfrz.predictor.training.fit import TrainingOptions, first_freezes, score
 
 PICTURE = Path(__file__).parent.parent / "docs" / "attention.png"
 

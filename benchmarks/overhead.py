@@ -17,7 +17,7 @@ import time
 import torch
 
 from smartfrz.adapters.torch import SmartFRZ
-from smartfrz.predictor.policy import RECORDS_PER_STAGE
+from smartfrz.control.learned import RECORDS_PER_STAGE
 
 GOAL = 0.002
 

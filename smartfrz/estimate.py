@@ -23,9 +23,9 @@ from torch.utils._pytree import tree_leaves
 
 from smartfrz.adapters.torch import TorchAdapter, trace_layers
 from smartfrz.adapters.torch.costs import CostProfiler, measure_step
+from smartfrz.control.ordering import LayerCost
 from smartfrz.errors import RecipeError
 from smartfrz.files import replacing
-from smartfrz.predictor.ordering import LayerCost
 
 TURN_SECONDS = 0.4  # short steps are repeated within a turn
 MOST_STEPS = 20  # a turn

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from smartfrz.predictor.report import Report
+from smartfrz.control.report import Report
 
 if TYPE_CHECKING:
     from smartfrz.demo import Run

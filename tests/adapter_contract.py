@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from smartfrz.predictor.tailoring import tailoring_positions
+from smartfrz.control.tailoring import tailoring_positions
 
 
 @dataclass

@@ -28,7 +28,7 @@ TINY = {"name": "tiny", "tailored_size": 64, "window": 10, "representation": "mo
 def tiny_model():
     """An untrained predictor network, seed 0."""
     pytest.importorskip("torch")
-    from smartfrz.predictor.model import FreezePredictor
+    from smartfrz.predictor.training.model import FreezePredictor
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -46,7 +46,7 @@ def tiny_info():
 def predictor_file(tiny_model, tiny_info, tmp_path_factory):
     """The file of `tiny_model`. Read only: copy it to alter it."""
     pytest.importorskip("onnxscript")
-    from smartfrz.predictor.export import export
+    from smartfrz.predictor.training.export import export
 
     path = tmp_path_factory.mktemp("predictor") / "tiny.onnx"
     export(tiny_model, tiny_info, path)
@@ -59,8 +59,8 @@ def eager_predictor(tmp_path_factory):
     torch = pytest.importorskip("torch")
     pytest.importorskip("onnxscript")
     from smartfrz.predictor.contract import PredictorInfo
-    from smartfrz.predictor.export import export
-    from smartfrz.predictor.model import FreezePredictor
+    from smartfrz.predictor.training.export import export
+    from smartfrz.predictor.training.model import FreezePredictor
 
     info = PredictorInfo("eager", 1024, 30, "motion", threshold=0.01, record_fraction=1 / 9)
     path = tmp_path_factory.mktemp("predictor") / "eager.onnx"

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from smartfrz.activation_store import ActivationStore, Budget, CacheFolder, Field, parse_bytes
+from smartfrz.adapters.torch.cache.store import ActivationStore, Budget, CacheFolder, Field, parse_bytes
 from smartfrz.errors import UsageError
 
 PICTURE, TOKENS, MASK = Field((3, 4, 5), "float32"), Field((16, 7), "float32"), Field((6,), "bool")
@@ -249,7 +249,7 @@ def child(code, **options):
     """A Python process that knows the names of this test."""
     start = """
         import sys, os, signal, numpy as np
-        from smartfrz.activation_store import ActivationStore, Budget, CacheFolder, Field
+        from smartfrz.adapters.torch.cache.store import ActivationStore, Budget, CacheFolder, Field
         field, row = Field((3, 4, 5), "float32"), 240
         ones = lambda n: [np.ones((n, 3, 4, 5), np.float32)]
     """

@@ -10,10 +10,10 @@ from numpy_adapter import ChangePredictor, NumpyAdapter, ScriptedPredictor
 from smartfrz import baselines
 from smartfrz.baselines import AutoFreeze, EarlyStop, FullTraining, LinearFreezing, WeightChange
 from smartfrz.baselines.linear_freezing import annealed, moments
+from smartfrz.control.controller import FreezeController, OneProcess, schedule, stages_apart
+from smartfrz.control.learned import LearnedPolicy, policy_of
+from smartfrz.control.policy import Policy
 from smartfrz.errors import StateError, UnsupportedModelError
-from smartfrz.predictor.controller import FreezeController, OneProcess, schedule, stages_apart
-from smartfrz.predictor.decision import Policy
-from smartfrz.predictor.policy import LearnedPolicy, policy_of
 
 SIZES = {"a": 40, "b": (5, 4), "c": 3, "d": 17}
 STEPS = 120

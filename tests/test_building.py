@@ -9,9 +9,9 @@ import torch
 from builder_fixtures import PLAN, RULE, SMALL, labelled, recorded_runs
 
 from smartfrz.dataset_builder.building import build_predictor, evaluate_predictor, mean_quality
-from smartfrz.predictor.evaluation import Regression
 from smartfrz.predictor.runtime import Predictor
-from smartfrz.predictor.training import Quality, score, weight_change
+from smartfrz.predictor.training.fit import Quality, score, weight_change
+from smartfrz.predictor.training.judging import Regression
 
 METHODS = ["predictor", "weight change", "weight change calibrated", "schedule", "logistic regression"]
 DIGEST = hashlib.sha256(b"the recordings").hexdigest()

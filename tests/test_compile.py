@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 from smartfrz.adapters.torch import SmartFRZ  # noqa: E402
 from smartfrz.adapters.torch.compiling import EagerHold  # noqa: E402
 from smartfrz.baselines import AutoFreeze, LinearFreezing  # noqa: E402
-from smartfrz.predictor.controller import COMPILED_STAGES  # noqa: E402
+from smartfrz.control.controller import COMPILED_STAGES  # noqa: E402
 
 DEPTH = 16
 NAMES = [f"blocks.{i}.conv" for i in range(DEPTH)] + ["head"]

@@ -26,10 +26,10 @@ from smartfrz.dataset_builder.recording import record
 from smartfrz.dataset_builder.storage import read_run
 from smartfrz.errors import PredictorFileError
 from smartfrz.predictor.contract import REPRESENTATIONS, PredictorInfo, seal
-from smartfrz.predictor.export import export, parity, restore
-from smartfrz.predictor.model import FreezePredictor
 from smartfrz.predictor.runtime import Predictor
-from smartfrz.predictor.training import fit, mean_auc, score
+from smartfrz.predictor.training.export import export, parity, restore
+from smartfrz.predictor.training.fit import fit, mean_auc, score
+from smartfrz.predictor.training.model import FreezePredictor
 from smartfrz.zoo import embedded_folder
 
 FURTHER = dataclasses.replace(SMALL, learning_rate=5e-4, pull=1000.0)

@@ -9,11 +9,11 @@ import pytest
 from adapter_contract import AdapterContract, Case
 from numpy_adapter import ChangePredictor, NumpyAdapter, ScriptedPredictor, make_info
 
+from smartfrz.control.controller import FreezeController, schedule
+from smartfrz.control.learned import RECORDS_PER_STAGE, LearnedPolicy
+from smartfrz.control.ordering import LayerCost
+from smartfrz.control.tailoring import tailoring_positions
 from smartfrz.errors import StateError, UnsupportedModelError
-from smartfrz.predictor.controller import FreezeController, schedule
-from smartfrz.predictor.ordering import LayerCost
-from smartfrz.predictor.policy import RECORDS_PER_STAGE, LearnedPolicy
-from smartfrz.predictor.tailoring import tailoring_positions
 
 SIZES = {"a": 40, "b": (5, 4), "c": 3}
 

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from smartfrz.adapters.torch import Layer, trace_layers  # noqa: E402
 from smartfrz.adapters.torch import costs as costs_module  # noqa: E402
 from smartfrz.adapters.torch.costs import CostProfiler, measure_step, profile_layers  # noqa: E402
+from smartfrz.control.ordering import LayerCost  # noqa: E402
 from smartfrz.errors import UsageError  # noqa: E402
-from smartfrz.predictor.ordering import LayerCost  # noqa: E402
 
 IMAGES = (4, 3, 8, 8)
 

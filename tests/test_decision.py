@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smartfrz.predictor.decision import decide
-from smartfrz.predictor.ordering import ORDERS, LayerCost, Ordering
+from smartfrz.control.decision import decide
+from smartfrz.control.ordering import ORDERS, LayerCost, Ordering
 
 KEPT = {"below_threshold", "patience", "history_too_short", "not_finite", "last_active_layer", "behind_live_layer"}
 AT = {"step": 30, "timestamp": 2}

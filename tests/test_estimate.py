@@ -13,9 +13,9 @@ from torch import nn  # noqa: E402
 
 from smartfrz import estimate as estimating  # noqa: E402
 from smartfrz.cli import main  # noqa: E402
+from smartfrz.control.ordering import LayerCost  # noqa: E402
 from smartfrz.errors import RecipeError  # noqa: E402
 from smartfrz.estimate import Estimate, EstimateOptions, InputSpec, Prefix, busy, estimate, load_model  # noqa: E402
-from smartfrz.predictor.ordering import LayerCost  # noqa: E402
 
 MODELS = '''
 import torch

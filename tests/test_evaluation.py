@@ -7,7 +7,8 @@ from builder_fixtures import SMALL, labelled_run, labelled_runs
 
 from smartfrz.baselines import WeightChange
 from smartfrz.dataset_builder.building import dataset_of
-from smartfrz.predictor.evaluation import (
+from smartfrz.predictor.training.fit import LabelledRun, TrainingOptions, is_decidable, mean_auc, weight_change
+from smartfrz.predictor.training.judging import (
     METHODS,
     STATISTICS,
     Baselines,
@@ -18,7 +19,6 @@ from smartfrz.predictor.evaluation import (
     statistics,
     weight_change_confidence,
 )
-from smartfrz.predictor.training import LabelledRun, TrainingOptions, is_decidable, mean_auc, weight_change
 
 ANY = TrainingOptions(min_records=1)
 
@@ -142,7 +142,7 @@ def test_probabilities_of_the_regressions_are_calibrated_where_they_were_fitted(
 
 
 def test_data_sets_are_held_out_together(monkeypatch):
-    from smartfrz.predictor import training
+    from smartfrz.predictor.training import fit as training
 
     used, seen = [], []
 

@@ -18,9 +18,9 @@ from numpy_adapter import make_info  # noqa: E402
 from smartfrz.errors import PredictorFileError  # noqa: E402
 from smartfrz.files import replacing  # noqa: E402
 from smartfrz.predictor import export as export_module  # noqa: E402
-from smartfrz.predictor.export import compact, export, restore  # noqa: E402
-from smartfrz.predictor.model import FreezePredictor  # noqa: E402
 from smartfrz.predictor.runtime import Prediction, Predictor  # noqa: E402
+from smartfrz.predictor.training.export import compact, export, restore  # noqa: E402
+from smartfrz.predictor.training.model import FreezePredictor  # noqa: E402
 
 EXPORT_AGAIN = """
 import hashlib, sys
@@ -28,8 +28,8 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from conftest import TINY
 from numpy_adapter import make_info
-from smartfrz.predictor.export import export
-from smartfrz.predictor.model import FreezePredictor
+from smartfrz.predictor.training.export import export
+from smartfrz.predictor.training.model import FreezePredictor
 torch.manual_seed(0)
 info = make_info(**TINY, dataset_sha256="d" * 64, metrics={"rule": {"tolerance": 0.01}, "auc": 0.9})
 export(FreezePredictor(64, "motion"), info, "again.onnx")

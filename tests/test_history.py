@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smartfrz.predictor.history import WeightHistory
+from smartfrz.control.history import WeightHistory
 
 WINDOW, SIZE = 4, 3
 

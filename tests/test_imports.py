@@ -13,7 +13,6 @@ FRAMEWORK_FREE = [
     "smartfrz",
     "smartfrz.errors",
     "smartfrz.files",
-    "smartfrz.activation_store",
     "smartfrz.cli",
     "smartfrz.zoo",
     "smartfrz.zoo.cli",
@@ -23,12 +22,12 @@ FRAMEWORK_FREE = [
     "smartfrz.dataset_builder",
     "smartfrz.predictor",
     "smartfrz.predictor.contract",
-    "smartfrz.predictor.tailoring",
-    "smartfrz.predictor.history",
-    "smartfrz.predictor.decision",
-    "smartfrz.predictor.policy",
-    "smartfrz.predictor.controller",
-    "smartfrz.predictor.report",
+    "smartfrz.control.tailoring",
+    "smartfrz.control.history",
+    "smartfrz.control.decision",
+    "smartfrz.control.learned",
+    "smartfrz.control.controller",
+    "smartfrz.control.report",
     "smartfrz.predictor.runtime",
     "smartfrz.predictor.remote",
     "smartfrz.serving",
@@ -38,27 +37,29 @@ FRAMEWORK_FREE = [
 MAY_IMPORT = {
     "errors.py": [],
     "files.py": [],
-    "activation_store.py": ["errors", "files"],
-    "predictor": ["errors", "files", "predictor"],
-    "baselines": ["baselines", "predictor.decision", "errors"],
+    "commands.py": ["errors"],
+    "control": ["control", "predictor.contract", "errors"],
+    "predictor": ["errors", "files", "predictor", "control"],
+    "baselines": ["baselines", "control", "errors", "adapters.torch", "dataset_builder"],
     "zoo": ["zoo", "predictor", "errors", "files", "__version__"],
     "serving": ["serving", "predictor", "zoo", "errors", "__version__"],
-    "adapters/torch": ["adapters.torch", "activation_store", "predictor", "zoo", "errors"],
-    "adapters/keras": ["adapters.keras", "predictor", "zoo", "errors", "files", "plots"],
+    "adapters/torch": ["adapters.torch", "control", "predictor", "zoo", "errors", "files"],
+    "adapters/keras": ["adapters.keras", "control", "predictor", "zoo", "errors", "files", "plots"],
     "dataset_builder": [
         "dataset_builder",
+        "control",
         "predictor",
         "adapters.torch",
         "adapters.keras",  # in keras_recording.py only
         "errors",
         "files",
         "plots",
-        "cli",
+        "commands",
         "zoo",  # to resolve the name of a base
         "__version__",
     ],
 }
-TRAINING_ONLY = {"model.py", "training.py", "export.py"}
+TRAINING_ONLY = {"model.py", "fit.py", "export.py"}
 
 
 def loaded_after(statement):
@@ -116,7 +117,7 @@ def test_parts_import_only_what_the_design_allows(part):
 def test_onnxruntime_and_torch_are_imported_where_the_design_says():
     folder = Path(smartfrz.__file__).parent / "predictor"
     found = {}
-    for file in sorted(folder.glob("*.py")):
+    for file in sorted(folder.rglob("*.py")):
         for name in imports_of(file):
             found.setdefault(name.partition(".")[0], set()).add(file.name)
     assert found["onnxruntime"] == {"runtime.py"}

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from numpy_adapter import ChangePredictor, NumpyAdapter, make_info
 
 from smartfrz import zoo
+from smartfrz.control.controller import FreezeController
+from smartfrz.control.history import EncodedHistory, WeightHistory
 from smartfrz.errors import PredictorFileError
 from smartfrz.predictor.contract import ENCODING_SIZE, PREFIX, REPRESENTATIONS, PredictorInfo, seal
-from smartfrz.predictor.controller import FreezeController
-from smartfrz.predictor.history import EncodedHistory, WeightHistory
 from smartfrz.predictor.runtime import Advance, Predictor
 
 SIZE, WINDOW = 32, 6
@@ -54,8 +54,8 @@ def predictor(request, tmp_path_factory):
     """An untrained network whose answers differ much between layers."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("onnxscript")
-    from smartfrz.predictor.export import TOLERANCE, export
-    from smartfrz.predictor.model import FreezePredictor
+    from smartfrz.predictor.training.export import TOLERANCE, export
+    from smartfrz.predictor.training.model import FreezePredictor
 
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -430,7 +430,7 @@ def test_a_graph_that_breaks_the_contract(predictor, tmp_path, alter, message):
 
 def test_steps_by_hand():
     torch = pytest.importorskip("torch")
-    from smartfrz.predictor.model import represent
+    from smartfrz.predictor.training.model import represent
 
     history = torch.tensor([[[1.0, 0.0], [3.0, 4.0], [6.0, 8.0]]])
     seen = represent(history, torch.ones(1, 3, dtype=torch.bool), "steps")

@@ -27,8 +27,8 @@ from keras_runs import (
 from numpy_adapter import ChangePredictor, NumpyAdapter, ScriptedPredictor, make_info
 
 from smartfrz.adapters.keras import KerasAdapter, SmartFRZ, trace_layers
+from smartfrz.control.controller import FreezeController
 from smartfrz.errors import StateError, UnsupportedModelError, UsageError
-from smartfrz.predictor.controller import FreezeController
 
 pytestmark = WARNINGS
 

@@ -30,8 +30,8 @@ from numpy_adapter import ChangePredictor, make_info
 
 from smartfrz.adapters.keras import trace_layers
 from smartfrz.adapters.keras.callback import CompileClock
+from smartfrz.control.controller import COMPILED_STAGES
 from smartfrz.errors import StateError
-from smartfrz.predictor.controller import COMPILED_STAGES
 
 pytestmark = WARNINGS
 RUN = {"threshold": 0.8, "decide_every": 2, "patience": 2, "total_steps": 48}

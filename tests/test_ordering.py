@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smartfrz.predictor.ordering import LayerCost, Ordering, backward_cost, savings
+from smartfrz.control.ordering import LayerCost, Ordering, backward_cost, savings
 
 LAYERS = "abcd"
 COSTS = {

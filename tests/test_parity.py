@@ -10,11 +10,11 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnxscript")
 
 from smartfrz.errors import PredictorFileError  # noqa: E402
-from smartfrz.predictor import export as export_module  # noqa: E402
 from smartfrz.predictor.contract import REPRESENTATIONS  # noqa: E402
-from smartfrz.predictor.export import TOLERANCE, export, parity  # noqa: E402
-from smartfrz.predictor.model import FreezePredictor, Motion, represent  # noqa: E402
 from smartfrz.predictor.runtime import Predictor  # noqa: E402
+from smartfrz.predictor.training import export as export_module  # noqa: E402
+from smartfrz.predictor.training.export import TOLERANCE, export, parity  # noqa: E402
+from smartfrz.predictor.training.model import FreezePredictor, Motion, represent  # noqa: E402
 
 SIZE, WINDOW = 32, 12
 

@@ -4,8 +4,8 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+from smartfrz.control.report import Report
 from smartfrz.plots import ACTIVE, FROZEN, plot_report
-from smartfrz.predictor.report import Report
 
 LAYERS = [SimpleNamespace(name=name, forward_flops=100) for name in "abcd"]
 

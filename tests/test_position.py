@@ -10,11 +10,11 @@ pytest.importorskip("onnxscript")
 
 from numpy_adapter import NumpyAdapter, ScriptedPredictor, make_info  # noqa: E402
 
+from smartfrz.control.learned import LearnedPolicy  # noqa: E402
 from smartfrz.predictor.contract import UNKNOWN_POSITION  # noqa: E402
-from smartfrz.predictor.export import export  # noqa: E402
-from smartfrz.predictor.model import FIGURES, FreezePredictor, trajectory  # noqa: E402
-from smartfrz.predictor.policy import LearnedPolicy  # noqa: E402
 from smartfrz.predictor.runtime import Predictor  # noqa: E402
+from smartfrz.predictor.training.export import export  # noqa: E402
+from smartfrz.predictor.training.model import FIGURES, FreezePredictor, trajectory  # noqa: E402
 
 SIZE, WINDOW = 64, 8
 

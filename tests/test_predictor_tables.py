@@ -11,7 +11,7 @@ from benchmarks import predictor_tables
 from benchmarks.lines import read_lines
 from benchmarks.predictor_tables import SIZES, distances, main, mean_auc
 from smartfrz import zoo
-from smartfrz.predictor.evaluation import METHODS
+from smartfrz.predictor.training.judging import METHODS
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_costs_are_measured(results, capsys):
 
 
 def test_flops_of_an_answer_grow_with_the_layers():
-    from smartfrz.predictor.model import FreezePredictor
+    from smartfrz.predictor.training.model import FreezePredictor
 
     counts = []
     for layers in (1, 3):

@@ -18,8 +18,8 @@ from numpy_adapter import NumpyAdapter, make_info
 from serving_process import ServingProcess, histories
 
 from smartfrz import zoo
+from smartfrz.control.controller import FreezeController
 from smartfrz.errors import DownloadError, ServerError
-from smartfrz.predictor.controller import FreezeController
 from smartfrz.predictor.remote import RemotePredictor
 from smartfrz.predictor.runtime import Predictor
 

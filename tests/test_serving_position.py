@@ -14,10 +14,10 @@ pytest.importorskip("onnxscript")
 from numpy_adapter import make_info  # noqa: E402
 from serving_process import ServingProcess  # noqa: E402
 
-from smartfrz.predictor.export import export  # noqa: E402
-from smartfrz.predictor.model import FreezePredictor  # noqa: E402
 from smartfrz.predictor.remote import RemotePredictor  # noqa: E402
 from smartfrz.predictor.runtime import Predictor  # noqa: E402
+from smartfrz.predictor.training.export import export  # noqa: E402
+from smartfrz.predictor.training.model import FreezePredictor  # noqa: E402
 
 SIZE, WINDOW, LAYERS = 64, 8, 12
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smartfrz.predictor.tailoring import tailor, tailoring_positions
+from smartfrz.control.tailoring import tailor, tailoring_positions
 
 # (layer, num_weights, tailored_size, seed) -> positions. Stored recordings and resumed runs rely on them.
 GOLDEN = [
@@ -26,7 +26,7 @@ def test_golden_positions(arguments, expected):
 
 def test_positions_do_not_depend_on_the_process():
     code = (
-        "from smartfrz.predictor.tailoring import tailoring_positions as t;"
+        "from smartfrz.control.tailoring import tailoring_positions as t;"
         "print(*t('block.3', 777, 16, seed=5), *t('block.3', 7, 16, seed=5))"
     )
     environment = {"PYTHONHASHSEED": "123"}  # str hashes differ there

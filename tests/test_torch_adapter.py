@@ -12,8 +12,8 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 from smartfrz.adapters.torch import SmartFRZ, TorchAdapter, trace_layers  # noqa: E402
+from smartfrz.control.controller import FreezeController  # noqa: E402
 from smartfrz.errors import StateError, UnsupportedModelError, UsageError  # noqa: E402
-from smartfrz.predictor.controller import FreezeController  # noqa: E402
 from smartfrz.predictor.runtime import Predictor  # noqa: E402
 
 LAYERS = ["conv1", "conv2", "head"]

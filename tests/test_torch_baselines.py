@@ -16,9 +16,9 @@ from torch_runs import NET, Net, batch, loss_of, mlp, values  # noqa: E402
 from smartfrz.adapters.torch import SmartFRZ, TorchAdapter, trace_layers  # noqa: E402
 from smartfrz.adapters.torch.optimizer_steps import OptimizerSteps  # noqa: E402
 from smartfrz.baselines import AutoFreeze, FullTraining, LinearFreezing, WeightChange  # noqa: E402
+from smartfrz.baselines.similarity_guided import SimilarityGuided  # noqa: E402
 from smartfrz.dataset_builder.cka import linear_cka  # noqa: E402
 from smartfrz.dataset_builder.labels import LabelRule  # noqa: E402
-from smartfrz.dataset_builder.oracle import SimilarityGuided  # noqa: E402
 from smartfrz.errors import StateError, UnsupportedModelError, UsageError  # noqa: E402
 
 OPTIMIZERS = {
@@ -511,7 +511,7 @@ def test_a_refused_state_changes_neither_rates_nor_gradients():
 
 def test_the_heuristic_is_the_one_that_predictors_are_judged_beside():
     pytest.importorskip("sklearn")
-    from smartfrz.predictor.training import LabelledRun, TrainingOptions, weight_change
+    from smartfrz.predictor.training.fit import LabelledRun, TrainingOptions, weight_change
 
     weights = np.random.default_rng(0).normal(size=(3, 12, 16)).astype(np.float32).cumsum(axis=1)
     run = LabelledRun("run", "net", weights, np.zeros((3, 12), np.int8))

@@ -15,10 +15,10 @@ from torch import nn  # noqa: E402
 from torch.utils.data import DataLoader, Dataset, TensorDataset  # noqa: E402
 from torch_runs import NET, Net, attach, batch, mlp, moved, seeded, values  # noqa: E402
 
-from smartfrz.activation_store import ActivationStore  # noqa: E402
 from smartfrz.adapters.torch import PrefixCache  # noqa: E402
-from smartfrz.adapters.torch.prefix_cache import Pace  # noqa: E402
-from smartfrz.adapters.torch.prefix_cut import CutFinder  # noqa: E402
+from smartfrz.adapters.torch.cache.cut import CutFinder  # noqa: E402
+from smartfrz.adapters.torch.cache.prefix import Pace  # noqa: E402
+from smartfrz.adapters.torch.cache.store import ActivationStore  # noqa: E402
 from smartfrz.errors import UsageError  # noqa: E402
 
 SAMPLES = 22  # the last batch is a partial one
@@ -892,7 +892,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr("smartfrz.adapters.torch.prefix_cache.time", clock)
+    monkeypatch.setattr("smartfrz.adapters.torch.cache.prefix.time", clock)
     monkeypatch.setattr(Slow, "clock", clock)
     return clock
 
@@ -973,7 +973,7 @@ def test_a_cut_stays_where_moving_it_costs_more_than_is_left_to_save(clock, monk
         clock.sleep(50.0)
         return find(self, previous)
 
-    monkeypatch.setattr("smartfrz.adapters.torch.prefix_cache.PAUSE", 0.0)
+    monkeypatch.setattr("smartfrz.adapters.torch.cache.prefix.PAUSE", 0.0)
     options = {"stages": ({"0"}, set(), {"2"}), "epochs": 12, "make": make, "layers": FIVE, "dataset": data((5,))}
     moved = run(always(profile=True), steps=480, **options)
     monkeypatch.setattr(CutFinder, "find", slow_search)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 from torch_runs import Net, moved, seeded, values  # noqa: E402
 
 from smartfrz.adapters.torch import trace_layers  # noqa: E402
-from smartfrz.adapters.torch.prefix_cut import CutFinder, Refusal, Walk, pick  # noqa: E402
+from smartfrz.adapters.torch.cache.cut import CutFinder, Refusal, Walk, pick  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 import recipe_models  # noqa: E402

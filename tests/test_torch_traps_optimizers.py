@@ -15,7 +15,7 @@ from torch.optim import lr_scheduler as schedulers  # noqa: E402
 from torch_runs import NET, Net, attach, batch, loss_of, mlp, moved, parts, train, values  # noqa: E402
 
 from smartfrz.adapters.torch import SmartFRZ, trace_layers  # noqa: E402
-from smartfrz.predictor.tailoring import tailoring_positions  # noqa: E402
+from smartfrz.control.tailoring import tailoring_positions  # noqa: E402
 
 MLP = (5, 6, 7, 3)  # layers "0", "2" and "4"
 INPUTS = (8, 5)

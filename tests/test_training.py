@@ -5,8 +5,8 @@ import pytest
 import torch
 from builder_fixtures import PLAN, SMALL, labelled_run, labelled_runs
 
-from smartfrz.predictor.policy import PATIENCE, RECORDS_PER_STAGE
-from smartfrz.predictor.training import (
+from smartfrz.control.learned import PATIENCE, RECORDS_PER_STAGE
+from smartfrz.predictor.training.fit import (
     LabelledRun,
     TrainingOptions,
     best_accuracy_threshold,
@@ -293,7 +293,7 @@ def test_with_one_run_an_architecture_the_last_run_validates():
 
 
 def test_leaving_one_architecture_out(monkeypatch):
-    from smartfrz.predictor import training
+    from smartfrz.predictor.training import fit as training
 
     used = []
 

@@ -2,8 +2,8 @@
 
     SmartFRZ(model, optimizer, AutoFreeze(epochs=10), total_steps=len(loader) * 10)
 
-`smartfrz.dataset_builder.oracle.SimilarityGuided`, which needs a finished reference model, is one more. `EarlyStop` is no
-policy: it says how long to train fully instead.
+`smartfrz.baselines.similarity_guided.SimilarityGuided`, which needs a finished reference model, is another.
+`EarlyStop` is not a policy: it says how long to train fully instead.
 """
 
 from smartfrz.baselines.auto_freeze import AutoFreeze as AutoFreeze

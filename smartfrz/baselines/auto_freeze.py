@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from smartfrz.predictor.decision import Policy, Reason
+from smartfrz.control.decision import Reason
+from smartfrz.control.policy import Policy
 
 
 class AutoFreeze(Policy):

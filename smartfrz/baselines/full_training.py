@@ -1,6 +1,6 @@
 """Nothing is frozen."""
 
-from smartfrz.predictor.decision import Policy
+from smartfrz.control.policy import Policy
 
 
 class FullTraining(Policy):

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-from smartfrz.predictor.decision import Policy
+from smartfrz.control.policy import Policy
 
 Spacing = Literal["linear", "cubic"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from smartfrz.predictor.decision import CHANGE_RECORDS, relative_change
+from smartfrz.control.weight_change import CHANGE_RECORDS, relative_change
 
 
 @dataclass(frozen=True)

@@ -12,20 +12,9 @@ from smartfrz.dataset_builder.labels import LabelRule, label_layers, soft_target
 from smartfrz.dataset_builder.storage import RecordedRun
 from smartfrz.files import replacing
 from smartfrz.predictor.contract import PredictorInfo
-from smartfrz.predictor.evaluation import (
-    Baselines,
-    Judged,
-    Regression,
-    Reliability,
-    can_hold_out,
-    leave_one_out,
-    reliability_table,
-    weight_change_confidence,
-)
-from smartfrz.predictor.export import export
-from smartfrz.predictor.model import FreezePredictor
 from smartfrz.predictor.runtime import Predictor
-from smartfrz.predictor.training import (
+from smartfrz.predictor.training.export import export
+from smartfrz.predictor.training.fit import (
     LabelledRun,
     Quality,
     Scores,
@@ -37,6 +26,17 @@ from smartfrz.predictor.training import (
     split,
     weight_change,
 )
+from smartfrz.predictor.training.judging import (
+    Baselines,
+    Judged,
+    Regression,
+    Reliability,
+    can_hold_out,
+    leave_one_out,
+    reliability_table,
+    weight_change_confidence,
+)
+from smartfrz.predictor.training.model import FreezePredictor
 
 Progress = Callable[[float, str], None]
 HeldOut = dict[str, dict[str, dict[str, list[Judged]]]]  # what is held out, which one, method, a judgement a seed

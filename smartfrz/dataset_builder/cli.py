@@ -13,7 +13,7 @@ import rich
 from click.core import ParameterSource
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from smartfrz.cli import Group
+from smartfrz.commands import Group
 from smartfrz.dataset_builder.engines import Engine, LocalEngine
 from smartfrz.dataset_builder.labels import LabelRule, label_layers
 from smartfrz.dataset_builder.places import on_this_machine
@@ -370,7 +370,7 @@ def _plan(
     pull: float | None,
     **options: Any,
 ) -> _Plan:
-    from smartfrz.predictor.training import TrainingOptions
+    from smartfrz.predictor.training.fit import TrainingOptions
 
     chosen = _rule(rule, tolerance, rule_records)
     if base is None:
@@ -421,8 +421,8 @@ def _records(info: PredictorInfo) -> int:
 def _load_base(name: str) -> Any:
     from smartfrz import zoo
     from smartfrz.dataset_builder.building import Base
-    from smartfrz.predictor.export import restore
     from smartfrz.predictor.runtime import Predictor
+    from smartfrz.predictor.training.export import restore
 
     with zoo.file_of(name) as path:
         predictor = Predictor(path, device="cpu")
@@ -446,7 +446,7 @@ def _old_files(base: Any, folder: Path, new_names: set[str]) -> list[Path]:
 def _train(plan: _Plan, files: Sequence[Path]) -> None:
     """Train, export, write the card and print it."""
     from smartfrz.dataset_builder.building import build_predictor, labelled_runs
-    from smartfrz.predictor.evaluation import can_hold_out
+    from smartfrz.predictor.training.judging import can_hold_out
 
     _quiet_exporter()
     new = [read_run(path) for path in files]
@@ -549,7 +549,7 @@ def evaluate(predictor: Path, runs: Path) -> None:
 @click.option("--name", default=None, help="Default: the output file's name.")
 def compact(predictor: Path, output: Path, name: str | None) -> None:
     """Write a predictor again with weights of 8 bits, a quarter of the size."""
-    from smartfrz.predictor.export import compact as write_compact
+    from smartfrz.predictor.training.export import compact as write_compact
 
     difference = write_compact(predictor, output, name or output.stem)
     click.echo(

@@ -20,13 +20,13 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from smartfrz import __version__
 from smartfrz.adapters.torch.layers import Layer, LayerReader, layer_outputs, trace_layers
+from smartfrz.control.tailoring import tailoring_positions
 from smartfrz.dataset_builder.cka import centered_gram, cka_of_grams
 from smartfrz.dataset_builder.recipes import Recipe, TrainingSpec, build_data, build_model, is_keras, reference_file
 from smartfrz.dataset_builder.storage import RecordedRun, read_run, write_run
 from smartfrz.errors import DatasetFormatError, RecipeError
 from smartfrz.files import replacing
 from smartfrz.predictor.runtime import Device
-from smartfrz.predictor.tailoring import tailoring_positions
 
 logger = logging.getLogger("smartfrz")
 Progress = Callable[[float, str], None]

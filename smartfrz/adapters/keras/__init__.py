@@ -20,6 +20,6 @@ from smartfrz.adapters.keras.callback import SmartFRZ as SmartFRZ
 from smartfrz.adapters.keras.freezing import KerasAdapter as KerasAdapter
 from smartfrz.adapters.keras.layers import Layer as Layer
 from smartfrz.adapters.keras.layers import trace_layers as trace_layers
-from smartfrz.predictor.report import Report as Report
+from smartfrz.control.report import Report as Report
 
 __all__ = ["KerasAdapter", "Layer", "Report", "SmartFRZ", "trace_layers"]

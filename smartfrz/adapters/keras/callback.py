@@ -20,13 +20,14 @@ from smartfrz import zoo
 from smartfrz.adapters.keras.freezing import KerasAdapter, thaw_leftovers
 from smartfrz.adapters.keras.layers import CallRecorder, Layer, graph_run, group
 from smartfrz.adapters.keras.neighbours import Board, Saving, come_first
+from smartfrz.control.controller import FreezeController, require_version, schedule, stages_apart
+from smartfrz.control.decision import FreezeDecision
+from smartfrz.control.learned import AsksPredictor, policy_of
+from smartfrz.control.ordering import FreezeOrder, LayerCost
+from smartfrz.control.policy import Policy
+from smartfrz.control.report import Report
 from smartfrz.errors import StateError, UnsupportedModelError, UsageError
 from smartfrz.files import replacing
-from smartfrz.predictor.controller import FreezeController, require_version, schedule, stages_apart
-from smartfrz.predictor.decision import FreezeDecision, Policy
-from smartfrz.predictor.ordering import FreezeOrder, LayerCost
-from smartfrz.predictor.policy import AsksPredictor, policy_of
-from smartfrz.predictor.report import Report
 from smartfrz.predictor.runtime import Device
 
 

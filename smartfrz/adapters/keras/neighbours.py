@@ -13,8 +13,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from smartfrz.predictor.decision import FreezeDecision
-from smartfrz.predictor.report import Report
+from smartfrz.control.decision import FreezeDecision
+from smartfrz.control.report import Report
 
 logger = logging.getLogger("smartfrz")
 _SAVE = "_save_model"

@@ -10,9 +10,9 @@ from torch import nn
 
 from smartfrz import zoo
 from smartfrz.adapters.torch import Report, SmartFRZ
+from smartfrz.control.learned import AsksPredictor
+from smartfrz.control.policy import Policy
 from smartfrz.errors import StateError
-from smartfrz.predictor.decision import Policy
-from smartfrz.predictor.policy import AsksPredictor
 
 
 class FreezingCallback:

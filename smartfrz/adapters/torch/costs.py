@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from smartfrz.adapters.torch.layers import Layer, Uncopied, _around_parametrizations
+from smartfrz.control.ordering import LayerCost
 from smartfrz.errors import UsageError
-from smartfrz.predictor.ordering import LayerCost
 
 _log = logging.getLogger("smartfrz")
 SHORT = 0.003  # seconds

@@ -14,20 +14,21 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from smartfrz import zoo
+from smartfrz.adapters.torch.cache.prefix import CachedPrefix, PrefixCache
 from smartfrz.adapters.torch.compiling import CompileWatch, EagerHold
 from smartfrz.adapters.torch.costs import CostProfiler
 from smartfrz.adapters.torch.distributed import RANK_TIMEOUT, TrainingProcesses, processes_of, reshard
 from smartfrz.adapters.torch.freezing import TorchAdapter
 from smartfrz.adapters.torch.layers import Layer, LayerTracer
 from smartfrz.adapters.torch.optimizer_steps import OptimizerSteps
-from smartfrz.adapters.torch.prefix_cache import CachedPrefix, PrefixCache
 from smartfrz.adapters.torch.report import Report
 from smartfrz.adapters.torch.sharding import GradientWatch
+from smartfrz.control.controller import FreezeController, require_version, schedule, stages_apart
+from smartfrz.control.decision import FreezeDecision
+from smartfrz.control.learned import AsksPredictor, policy_of
+from smartfrz.control.ordering import FreezeOrder
+from smartfrz.control.policy import Policy
 from smartfrz.errors import StateError, UsageError
-from smartfrz.predictor.controller import FreezeController, require_version, schedule, stages_apart
-from smartfrz.predictor.decision import FreezeDecision, Policy
-from smartfrz.predictor.ordering import FreezeOrder
-from smartfrz.predictor.policy import AsksPredictor, policy_of
 from smartfrz.predictor.runtime import Device
 
 

@@ -1,5 +1,5 @@
 """What SmartFRZ did in a run; the same for every framework."""
 
-from smartfrz.predictor.report import Report
+from smartfrz.control.report import Report
 
 __all__ = ["Report"]

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
+from smartfrz.control.learned import PATIENCE, RECORDS_PER_STAGE
+from smartfrz.control.weight_change import CHANGE_RECORDS, relative_change
 from smartfrz.predictor.contract import UNKNOWN_POSITION
-from smartfrz.predictor.decision import CHANGE_RECORDS, relative_change
-from smartfrz.predictor.model import FreezePredictor
-from smartfrz.predictor.policy import PATIENCE, RECORDS_PER_STAGE
 from smartfrz.predictor.runtime import Predictor
+from smartfrz.predictor.training.model import FreezePredictor
 
 logger = logging.getLogger("smartfrz")
 Scores = list[NDArray[np.float32]]
@@ -49,7 +49,7 @@ class TrainingOptions:
     """How the predictor is trained.
 
     Attributes:
-        representation: What the MLPs see; see `smartfrz.predictor.model.represent`.
+        representation: What the MLPs see; see `smartfrz.predictor.training.model.represent`.
         window: Timestamps that it reads.
         tailored_size: Weights a timestamp.
         min_records: Shortest history that it decides on.
@@ -544,7 +544,7 @@ def leave_one_architecture_out(
     progress: Callable[[float, str], None] = lambda fraction, text: None,
     num_seeds: int = 3,
 ) -> dict[str, dict[str, list[Quality]]]:
-    """Train without one architecture and judge on it; the same for each. See `smartfrz.predictor.evaluation`.
+    """Train without one architecture and judge on it; the same for each. See `smartfrz.predictor.training.judging`.
 
     Returns:
         Architecture to method to one result a seed. The threshold of `weight_change` is the most accurate one on the
@@ -553,7 +553,7 @@ def leave_one_architecture_out(
     Raises:
         ValueError: If there are fewer than two architectures.
     """
-    from smartfrz.predictor.evaluation import leave_one_out  # which builds on this module
+    from smartfrz.predictor.training.judging import leave_one_out  # which builds on this module
 
     judged = leave_one_out(runs, options, "architecture", progress, num_seeds)
     return {

@@ -30,9 +30,9 @@ from smartfrz.predictor.contract import (
     PredictorInfo,
     seal,
 )
-from smartfrz.predictor.model import FreezePredictor
 from smartfrz.predictor.runtime import Prediction, Predictor
 from smartfrz.predictor.sorting import replace_sorts
+from smartfrz.predictor.training.model import FreezePredictor
 
 TOLERANCE = 1e-5
 _MATRIX = 1024  # values from which a matrix is worth storing in 8 bits

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
-from smartfrz.predictor import training
-from smartfrz.predictor.decision import CHANGE_RECORDS, relative_change
-from smartfrz.predictor.training import LabelledRun, Quality, Scores, TrainingOptions
+from smartfrz.control.weight_change import CHANGE_RECORDS, relative_change
+from smartfrz.predictor.training import fit as training
+from smartfrz.predictor.training.fit import LabelledRun, Quality, Scores, TrainingOptions
 
 Group = Literal["architecture", "dataset"]
 METHODS = ("predictor", "weight_change", "weight_change_calibrated", "schedule", "logistic_regression")
@@ -136,7 +136,7 @@ class Regression:
         return cls(features, mean, scale, model.coef_[0], float(model.intercept_[0]))
 
     def score(self, runs: Sequence[LabelledRun], options: TrainingOptions) -> Scores:
-        """Probability that freezing is right; as `smartfrz.predictor.training.score`."""
+        """Probability that freezing is right; as `smartfrz.predictor.training.fit.score`."""
         scores = []
         for run in runs:
             x = (_features(self.features, run, options) - self.mean) / self.scale

@@ -6,10 +6,11 @@ from typing import Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from smartfrz.control.decision import Reason
+from smartfrz.control.history import EncodedHistory, Encodes, WeightHistory
+from smartfrz.control.policy import Policy
+from smartfrz.control.tailoring import tailoring_positions
 from smartfrz.errors import ServerError
-from smartfrz.predictor.decision import Policy, Reason
-from smartfrz.predictor.history import EncodedHistory, Encodes, WeightHistory
-from smartfrz.predictor.tailoring import tailoring_positions
 
 RECORDS_PER_STAGE = 2
 PATIENCE = 2

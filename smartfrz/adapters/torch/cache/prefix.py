@@ -17,13 +17,21 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from smartfrz.activation_store import DTYPES, ActivationStore, Budget, CacheFolder, Field, StoreDtype, parse_bytes
+from smartfrz.adapters.torch.cache.cut import Cut, CutFinder, Refusal, Walk, is_close, pick
+from smartfrz.adapters.torch.cache.fingerprints import batch_size, content, fingerprints, signature
+from smartfrz.adapters.torch.cache.store import (
+    DTYPES,
+    ActivationStore,
+    Budget,
+    CacheFolder,
+    Field,
+    StoreDtype,
+    parse_bytes,
+)
+from smartfrz.adapters.torch.cache.views import IndexedDataset
 from smartfrz.adapters.torch.costs import _synchronize
-from smartfrz.adapters.torch.fingerprints import batch_size, content, fingerprints, signature
-from smartfrz.adapters.torch.prefix_cut import Cut, CutFinder, Refusal, Walk, is_close, pick
 from smartfrz.adapters.torch.sharding import is_sharded
-from smartfrz.adapters.torch.views import IndexedDataset
-from smartfrz.predictor.report import CacheUse
+from smartfrz.control.report import CacheUse
 
 logger = logging.getLogger("smartfrz")
 SEARCHES = 4  # in vain, after which no cut is looked for any more

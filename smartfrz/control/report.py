@@ -6,8 +6,8 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any, Protocol
 
-from smartfrz.predictor.controller import FreezeController
-from smartfrz.predictor.ordering import LayerCost, backward_cost
+from smartfrz.control.controller import FreezeController
+from smartfrz.control.ordering import LayerCost, backward_cost
 
 
 class ReportedLayer(Protocol):

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from smartfrz.control.decision import FreezeDecision, Reason, decide
+from smartfrz.control.learned import AsksPredictor, policy_of
+from smartfrz.control.ordering import ORDERS, FreezeOrder, LayerCost, Ordering, backward_cost
+from smartfrz.control.policy import Policy
 from smartfrz.errors import StateError, UnsupportedModelError
-from smartfrz.predictor.decision import FreezeDecision, Policy, Reason, decide
-from smartfrz.predictor.ordering import ORDERS, FreezeOrder, LayerCost, Ordering, backward_cost
-from smartfrz.predictor.policy import AsksPredictor, policy_of
 
 logger = logging.getLogger("smartfrz")
 STATE_VERSION = 3

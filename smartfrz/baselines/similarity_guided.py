@@ -11,11 +11,12 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from smartfrz.adapters.torch.layers import trace_layers
+from smartfrz.control.decision import Reason
+from smartfrz.control.policy import Policy
 from smartfrz.dataset_builder.cka import cka_of_grams
 from smartfrz.dataset_builder.labels import LabelRule, label_layers
 from smartfrz.dataset_builder.recording import arguments, layer_grams
 from smartfrz.errors import UnsupportedModelError
-from smartfrz.predictor.decision import Policy, Reason
 
 
 class SimilarityGuided(Policy):

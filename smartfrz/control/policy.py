@@ -1,0 +1,107 @@
+"""`Policy`: how ready each layer is to be frozen. The learned predictor and the baselines derive from it."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from numpy.typing import NDArray
+
+from smartfrz.control.decision import Reason
+from smartfrz.control.ordering import FreezeOrder
+
+
+class Policy:
+    """Judges at every freezing stage how ready each layer is to be frozen. The learned predictor is one.
+
+    This one knows nothing, and freezes nothing; others derive from it. What is frozen follows from their
+    confidences by `decide`, for every policy alike. A policy object holds settings; each run works on a copy
+    of it, which starts with `begin`.
+
+    Where several processes train together, all of them call everything but `confidence`, in the same
+    order; that one is called on the first process alone, and must change nothing.
+
+    Attributes:
+        name: For messages and reports.
+        threshold: Confidence from which a layer is frozen, in (0, 1].
+        record_fraction: Fraction of a run between two records; None if that does not follow from
+            the run's length.
+        decide_every: Records between two freezing stages.
+        patience: Freezing stages in a row at which a layer must be confident.
+        freeze_order: See `Ordering`.
+        scales_learning_rates: Whether `lr_scales` has anything to say; the adapter needs `set_lr_scale`.
+        reads_gradients: Whether the adapter needs `gradient_norm`.
+    """
+
+    name = "policy"
+    threshold = 0.5
+    record_fraction: float | None = 1 / 30
+    decide_every = 1
+    patience = 1
+    freeze_order: FreezeOrder = "free"
+    scales_learning_rates = False
+    reads_gradients = False
+
+    def settings(self) -> dict[str, Any]:
+        """What tells this policy from others of its class: plain data."""
+        return {}
+
+    @property
+    def sha256(self) -> str:
+        """Which policy it is, with its settings: a saved run goes on with the same one only."""
+        return hashlib.sha256(json.dumps([self.name, self.settings()], sort_keys=True).encode()).hexdigest()
+
+    def record_every(self, total_steps: int | None) -> int | None:
+        """Steps between two records in a run of this length; None if it does not follow from that.
+
+        Raises:
+            ValueError: If the policy cannot judge a run of unknown length.
+        """
+        if total_steps is None or self.record_fraction is None:
+            return None
+        return max(1, round(total_steps * self.record_fraction))
+
+    def begin(self, adapter: Any, layers: Sequence[str], *, total_steps: int | None, seed: int) -> None:
+        """Begin a run: set up all that changes in it. Nothing is changed in the model.
+
+        Args:
+            adapter: The model, as its framework's adapter shows it.
+            layers: Those that may be frozen, in execution order.
+            total_steps: Optimizer steps of the whole run, if known.
+            seed: Of the run.
+
+        Raises:
+            UnsupportedModelError: If the adapter does not offer what the policy needs.
+        """
+
+    def record(self, active: list[str], *, ask: bool) -> None:
+        """Look at the active layers; `ask` says that a freezing stage follows."""
+
+    def excused(self, active: list[str]) -> dict[str, Reason]:
+        """Layers that cannot be judged at this stage, with the reason."""
+        return {}
+
+    def confidence(self, layers: list[str], *, step: int) -> dict[str, float]:
+        """How sure it is that freezing is right, in [0, 1], for active layers that are not excused.
+
+        A layer that is left out is kept, for want of an answer.
+
+        Args:
+            layers: Their names, in execution order.
+            step: Optimizer steps taken so far.
+        """
+        return dict.fromkeys(layers, 0.0)
+
+    def lr_scales(self, active: list[str], *, step: int) -> dict[str, float]:
+        """The factor on the learning rate of each of these layers in the step after this one; 1 where none is named."""
+        return {}
+
+    def drop(self, layer: str) -> None:
+        """Forget a layer that was frozen."""
+
+    def state_dict(self) -> dict[str, NDArray[Any]]:
+        """What it has recorded, as one array a layer."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Replace what it has recorded by what `state_dict` returned."""

@@ -1,0 +1,1 @@
+"""Train a predictor, judge it, and export it. Needs PyTorch."""
