@@ -68,19 +68,10 @@ from smartfrz.baselines import AutoFreeze, EarlyStop, LinearFreezing, WeightChan
 from smartfrz.baselines.similarity_guided import SimilarityGuided
 from smartfrz.dataset_builder.cka import cka_of_grams
 from smartfrz.dataset_builder.labels import LabelRule
-from smartfrz.dataset_builder.recording import (
-    arguments,
-    evaluate,
-    forward,
-    layer_grams,
-    optimizer_of,
-    probe_batch,
-    schedule_factor,
-    to_device,
-    train,
-)
+from smartfrz.dataset_builder.similarity import layer_grams, probe_batch
 from smartfrz.errors import SmartFRZError
 from smartfrz.files import replacing
+from smartfrz.training import arguments, evaluate, forward, optimizer_of, schedule_factor, to_device, train
 
 RESULTS = Path(__file__).parent / "results"
 LATER = ("similarity-guided", "early-stop")

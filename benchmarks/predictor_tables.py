@@ -46,7 +46,6 @@ from smartfrz.control.history import WeightHistory
 from smartfrz.control.tailoring import tailoring_positions
 from smartfrz.dataset_builder.building import labelled_runs
 from smartfrz.dataset_builder.labels import LabelRule
-from smartfrz.dataset_builder.recording import arguments, forward, optimizer_of, schedule_factor, training_loader
 from smartfrz.dataset_builder.storage import read_run, run_files
 from smartfrz.files import replacing
 from smartfrz.predictor.contract import INCREMENTAL
@@ -54,6 +53,7 @@ from smartfrz.predictor.runtime import Predictor
 from smartfrz.predictor.training.export import restore
 from smartfrz.predictor.training.fit import TrainingOptions
 from smartfrz.predictor.training.judging import METHODS, leave_one_out
+from smartfrz.training import arguments, forward, optimizer_of, schedule_factor, training_loader
 
 RESULTS = Path(__file__).parent / "results" / "predictor_tables.jsonl"
 TABLES = {

@@ -25,7 +25,7 @@ from smartfrz import zoo
 from smartfrz.adapters.torch import trace_layers
 from smartfrz.adapters.torch.costs import measure_step
 from smartfrz.baselines.linear_freezing import moments
-from smartfrz.dataset_builder.recording import arguments, forward
+from smartfrz.training import arguments, forward
 
 RESULTS = Path(__file__).parent / "results" / "sweeps.jsonl"
 SETTINGS = {"linear": (0.3, 0.4, 0.5, 0.6), "autofreeze": (2, 3, 4, 5)}

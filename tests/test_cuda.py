@@ -18,7 +18,8 @@ from smartfrz.adapters.torch.costs import measure_step  # noqa: E402
 from smartfrz.adapters.torch.layers import LayerReader  # noqa: E402
 from smartfrz.baselines import AutoFreeze, LinearFreezing, WeightChange  # noqa: E402
 from smartfrz.baselines.similarity_guided import SimilarityGuided  # noqa: E402
-from smartfrz.dataset_builder.recording import layer_grams, record  # noqa: E402
+from smartfrz.dataset_builder.recording import record  # noqa: E402
+from smartfrz.dataset_builder.similarity import layer_grams  # noqa: E402
 from smartfrz.dataset_builder.storage import read_run  # noqa: E402
 from smartfrz.errors import MissingDependencyError  # noqa: E402
 

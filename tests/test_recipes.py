@@ -346,7 +346,7 @@ def test_a_transformers_model_from_a_folder(tmp_path):
         pytest.skip("transformers is not installed")
     from transformers import BertConfig, BertForSequenceClassification
 
-    from smartfrz.dataset_builder.recording import forward
+    from smartfrz.training import forward
 
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     torch.manual_seed(3)

@@ -15,20 +15,12 @@ from torch import nn
 from smartfrz.adapters.torch.layers import layer_outputs, trace_layers
 from smartfrz.dataset_builder.checking import check_recipe
 from smartfrz.dataset_builder.cka import centered_gram
-from smartfrz.dataset_builder.recipes import OPTIMIZERS, TrainingSpec, build_model, load_recipe, reference_file
-from smartfrz.dataset_builder.recording import (
-    evaluate,
-    forward,
-    is_recorded,
-    layer_grams,
-    probe_batch,
-    record,
-    schedule_factor,
-    torch_device,
-    train,
-)
+from smartfrz.dataset_builder.recipes import build_model, load_recipe, reference_file
+from smartfrz.dataset_builder.recording import is_recorded, record
+from smartfrz.dataset_builder.similarity import layer_grams, probe_batch
 from smartfrz.dataset_builder.storage import read_run, run_files
 from smartfrz.errors import DatasetFormatError, RecipeError
+from smartfrz.training import OPTIMIZERS, TrainingSpec, evaluate, forward, schedule_factor, torch_device, train
 
 ARRAYS = ("step", "progress", "loss", "learning_rate", "cka", "weights")
 LAYERS = ["0", "3", "7"]

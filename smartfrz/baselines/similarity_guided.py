@@ -15,8 +15,9 @@ from smartfrz.control.decision import Reason
 from smartfrz.control.policy import Policy
 from smartfrz.dataset_builder.cka import cka_of_grams
 from smartfrz.dataset_builder.labels import LabelRule, label_layers
-from smartfrz.dataset_builder.recording import arguments, layer_grams
+from smartfrz.dataset_builder.similarity import layer_grams
 from smartfrz.errors import UnsupportedModelError
+from smartfrz.training import arguments
 
 
 class SimilarityGuided(Policy):

@@ -13,19 +13,10 @@ from torch.utils.data import Dataset
 from smartfrz.adapters.torch.costs import measure_step
 from smartfrz.adapters.torch.layers import LayerReader, trace_layers
 from smartfrz.dataset_builder.recipes import Recipe, build_data, build_model, is_keras, reference_file
-from smartfrz.dataset_builder.recording import (
-    arguments,
-    evaluate,
-    forward,
-    layer_grams,
-    probe_batch,
-    to_device,
-    torch_device,
-    train,
-    training_loader,
-)
+from smartfrz.dataset_builder.similarity import layer_grams, probe_batch
 from smartfrz.errors import RecipeError
 from smartfrz.predictor.runtime import Device
+from smartfrz.training import arguments, evaluate, forward, to_device, torch_device, train, training_loader
 
 MEBIBYTE = 2**20
 

@@ -20,22 +20,12 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 from smartfrz import __version__
 from smartfrz.adapters.keras import KerasAdapter, Layer, trace_layers
 from smartfrz.adapters.keras.layers import named_layers
-from smartfrz.dataset_builder.recipes import Recipe, TrainingSpec, reference_file
-from smartfrz.dataset_builder.recording import (
-    Grams,
-    Positions,
-    Progress,
-    Recorder,
-    check_finite,
-    gram,
-    probe_batch,
-    read_reference,
-    schedule_factor,
-    training_loader,
-    write_reference,
-)
+from smartfrz.dataset_builder.recipes import Recipe, reference_file
+from smartfrz.dataset_builder.recording import Positions, Progress, Recorder, read_reference, write_reference
+from smartfrz.dataset_builder.similarity import Grams, gram, probe_batch
 from smartfrz.dataset_builder.storage import write_run
 from smartfrz.errors import RecipeError
+from smartfrz.training import TrainingSpec, check_finite, schedule_factor, training_loader
 
 
 def seeded(make: Callable[[], Any], seed: int) -> Any:
@@ -197,7 +187,7 @@ def _train(
     seed: int,
     on_step: Callable[[int, int, float, float], None],
 ) -> None:
-    """As `recording.train`, with the same batches in the same order."""
+    """As `smartfrz.training.train`, with the same batches in the same order."""
     torch.manual_seed(seed)
     loader = training_loader(data, spec)
     total = max(1, round(len(loader) * spec.epochs))
@@ -229,7 +219,7 @@ def _evaluate(model: Any, data: Dataset[Any], batch_size: int = 256) -> float:
 
 
 def layer_grams(model: Any, layers: list[Layer], probe: Any) -> Grams:
-    """As `recording.layer_grams`: dropout is off, and batch norms use the probe batch's own statistics.
+    """As `similarity.layer_grams`: dropout is off, and batch norms use the probe batch's own statistics.
 
     The model's statistics are as before afterwards.
     """

@@ -19,9 +19,8 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from smartfrz.errors import MissingDependencyError, RecipeError
+from smartfrz.training import OPTIMIZERS, SCHEDULES, TrainingSpec
 
-OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad")
-SCHEDULES = ("cosine", "linear", "constant", "step")
 _KINDS: dict[Any, Any] = {str: str, int: int, float: (int, float), bool: bool, dict[str, Any]: dict}
 
 
@@ -42,21 +41,6 @@ class DataSpec:
     arguments: dict[str, Any] = field(default_factory=dict)
     folder: str = ""  # folder/train/<class>/*.png and folder/test/<class>/*.png
     image_size: int = 64
-
-
-@dataclass(frozen=True)
-class TrainingSpec:
-    """`[training]`."""
-
-    epochs: float
-    batch_size: int = 32
-    optimizer: str = "SGD"
-    learning_rate: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    schedule: str = "cosine"
-    warmup: float = 0.0  # fraction of the run
-    label_smoothing: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,8 @@
 """Recording: train a reference model, train again, and keep weights and CKA along the way."""
 
 import logging
-import math
 import platform
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,24 +11,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn.functional import cross_entropy
-from torch.nn.modules.batchnorm import _NormBase
-from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset
 
 from smartfrz import __version__
-from smartfrz.adapters.torch.layers import Layer, LayerReader, layer_outputs, trace_layers
+from smartfrz.adapters.torch.layers import LayerReader, trace_layers
 from smartfrz.control.tailoring import tailoring_positions
-from smartfrz.dataset_builder.cka import centered_gram, cka_of_grams
-from smartfrz.dataset_builder.recipes import Recipe, TrainingSpec, build_data, build_model, is_keras, reference_file
+from smartfrz.dataset_builder.cka import cka_of_grams
+from smartfrz.dataset_builder.recipes import Recipe, build_data, build_model, is_keras, reference_file
+from smartfrz.dataset_builder.similarity import Grams, layer_grams, probe_batch
 from smartfrz.dataset_builder.storage import RecordedRun, read_run, write_run
-from smartfrz.errors import DatasetFormatError, RecipeError
+from smartfrz.errors import DatasetFormatError
 from smartfrz.files import replacing
 from smartfrz.predictor.runtime import Device
+from smartfrz.training import arguments, evaluate, to_device, torch_device, train
 
 logger = logging.getLogger("smartfrz")
 Progress = Callable[[float, str], None]
-Grams = dict[str, NDArray[np.float64]]
 Positions = dict[str, NDArray[np.int64]]
 
 
@@ -231,183 +227,3 @@ class Recorder:
             cka=np.array(self._cka).T,
             weights=np.stack(self._weights, axis=1),
         )
-
-
-def layer_grams(model: nn.Module, layers: list[Layer], probe: Any) -> Grams:
-    """Centered Gram matrix of each layer's output on the probe batch.
-
-    Dropout is off. Norms with running statistics use the probe batch's own: running statistics lag
-    behind the weights, by hundreds of steps where their momentum is small, and CKA would measure
-    that lag. The model's mode and statistics are as before afterwards.
-    """
-    with _probing(model), layer_outputs(model, layers) as outputs, torch.no_grad():
-        num_examples = len(forward(model, probe))
-    return {name: gram(output.float().numpy(), num_examples) for name, output in outputs.items()}
-
-
-def gram(output: NDArray[np.float32], num_examples: int) -> NDArray[np.float64]:
-    """Centered Gram matrix of a layer's output, float64 `[num_examples, num_examples]`.
-
-    Windows or heads may be folded into the first dimension. An output without examples, such as that of position
-    embeddings, has no CKA: NaN.
-    """
-    if len(output) % num_examples:
-        return np.full((num_examples, num_examples), np.nan)
-    return centered_gram(output.reshape(num_examples, -1))
-
-
-@contextmanager
-def _probing(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
-    buffers = [(b, b.clone()) for m in norms for b in m.buffers(recurse=False)]
-    model.eval()
-    for norm in norms:
-        norm.train()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for buffer, saved in buffers:
-            buffer.copy_(saved)
-
-
-def torch_device(name: Device) -> torch.device:
-    """The device of that name, or for `"auto"` the best there is.
-
-    Raises:
-        RecipeError: If CUDA was asked for, and PyTorch has none.
-    """
-    there = torch.cuda.is_available()
-    if name == "cuda" and not there:
-        raise RecipeError(
-            "device='cuda' was asked for, but PyTorch sees no GPU (torch.cuda.is_available() is False). Install a CUDA "
-            "build of PyTorch, or record with device='cpu'."
-        )
-    return torch.device("cuda" if there and name != "cpu" else "cpu")
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model's first parameter is; the CPU for one that has none."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-
-def to_device(batch: Any, device: torch.device | str) -> Any:
-    """Tensors, in whatever they are."""
-    return tree_map(lambda value: value.to(device), batch)
-
-
-def probe_batch(data: Dataset[Any], size: int) -> Any:
-    """The inputs of `size` examples, drawn from the test data with a fixed seed."""
-    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:size]  # type: ignore[arg-type]
-    return default_collate([data[int(i)][0] for i in chosen])
-
-
-def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs as the arguments of a forward pass: a dict is spread, as transformers models expect."""
-    return ((), inputs) if isinstance(inputs, dict) else ((inputs,), {})
-
-
-def forward(model: nn.Module, inputs: Any) -> torch.Tensor:
-    """The model's logits, float `[batch, classes]`."""
-    args, keywords = arguments(inputs)
-    output = model(*args, **keywords)
-    return output if isinstance(output, torch.Tensor) else output.logits
-
-
-def train(
-    model: nn.Module,
-    data: Dataset[Any],
-    spec: TrainingSpec,
-    *,
-    seed: int,
-    on_step: Callable[[int, int, float, float], None],
-) -> None:
-    """Train a classifier as the recipe says.
-
-    Args:
-        model: Trained in place, on the device that it is on.
-        data: Items `(inputs, target)`.
-        spec: Optimizer, schedule, epochs.
-        seed: For the order of the data, dropout and augmentation.
-        on_step: Called after each optimizer step with step (from 1), total steps, loss, learning rate.
-
-    Raises:
-        RecipeError: If the loss is not finite.
-    """
-    torch.manual_seed(seed)
-    device = device_of(model)
-    loader = training_loader(data, spec)
-    total = max(1, round(len(loader) * spec.epochs))
-    optimizer = optimizer_of(model, spec)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule_factor(spec, step / total))
-    model.train()
-    step = 0
-    while step < total:
-        for batch in loader:
-            inputs, targets = to_device(batch, device)
-            loss = cross_entropy(forward(model, inputs), targets, label_smoothing=spec.label_smoothing)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            check_finite(loss.item(), step)
-            on_step(step, total, loss.item(), optimizer.param_groups[0]["lr"])
-            scheduler.step()
-            if step == total:
-                break
-
-
-def check_finite(loss: float, step: int) -> None:
-    """Whether training makes sense still.
-
-    Raises:
-        RecipeError: If not.
-    """
-    if not math.isfinite(loss):
-        raise RecipeError(f"The loss is {loss} at step {step}. Lower training.learning_rate.")
-
-
-def optimizer_of(model: nn.Module, spec: TrainingSpec) -> torch.optim.Optimizer:
-    """The spec's optimizer, of the parameters that are trained."""
-    momentum = {"momentum": spec.momentum} if spec.optimizer in ("SGD", "RMSprop") else {}
-    optimizer: torch.optim.Optimizer = getattr(torch.optim, spec.optimizer)(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=spec.learning_rate,
-        weight_decay=spec.weight_decay,
-        **momentum,
-    )
-    return optimizer
-
-
-def training_loader(data: Dataset[Any], spec: TrainingSpec) -> DataLoader[Any]:
-    """Shuffled batches of one size."""
-    return DataLoader(data, spec.batch_size, shuffle=True, drop_last=len(data) >= spec.batch_size)  # type: ignore[arg-type]
-
-
-def schedule_factor(spec: TrainingSpec, progress: float) -> float:
-    """Learning rate as a fraction of its peak, at `progress` in [0, 1] of the run."""
-    if progress < spec.warmup:
-        return (progress + 1e-3) / spec.warmup
-    progress = (progress - spec.warmup) / (1 - spec.warmup)
-    match spec.schedule:
-        case "cosine":
-            return 0.5 * (1 + math.cos(math.pi * progress))
-        case "linear":
-            return 1 - progress
-        case "step":
-            return 0.1 ** (int(progress >= 0.5) + int(progress >= 0.75))
-        case _:
-            return 1.0
-
-
-def evaluate(model: nn.Module, data: Dataset[Any], batch_size: int = 256) -> float:
-    """Accuracy in [0, 1]; the model is in eval mode afterwards."""
-    model.eval()
-    device, correct = device_of(model), 0
-    with torch.no_grad():
-        for batch in DataLoader(data, batch_size):
-            inputs, targets = to_device(batch, device)
-            correct += int((forward(model, inputs).argmax(1) == targets).sum())
-    return correct / len(data)  # type: ignore[arg-type]
