@@ -51,14 +51,16 @@ def demo(framework: str, output: Path, **options: Any) -> None:
         raise click.ClickException(
             f'The demo needs {error.name}, which is not installed. Type: pip install "smartfrz[demo,cpu]"'
         ) from error
-    from smartfrz.demo import DemoOptions, run_demo, save, table
+    from smartfrz import demo as demo_torch
+    from smartfrz.demo import DemoOptions, save, table
 
+    demo_of: Any = demo_torch
     if framework == "keras":
         from smartfrz import demo_keras
 
-        run_demo = demo_keras.run_demo
+        demo_of = demo_keras
     columns = (
-        TextColumn("training both runs in turns"),
+        TextColumn("training both runs"),
         BarColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.fields[what]}"),
@@ -66,15 +68,15 @@ def demo(framework: str, output: Path, **options: Any) -> None:
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
         task = bars.add_task("", total=1.0, what="")
         chosen = DemoOptions(**options)
-        runs = run_demo(chosen, lambda done, what: bars.update(task, completed=done, what=what))
-    header, *rows = table(runs)
+        results = demo_of.run_demo(chosen, lambda done, what: bars.update(task, completed=done, what=what))
+    header, *rows = table(results)
     shown = Table(*header)
     for row in rows:
         shown.add_row(*row)
     Console(width=120).print(shown)
     if framework == "keras":
-        click.echo(demo_keras.notes(runs))
-    for path in save(runs, chosen, output):
+        click.echo(demo_of.notes(results))
+    for path in save(results, chosen, output):
         click.echo(f"wrote {path}")
 
 

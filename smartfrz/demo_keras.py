@@ -1,15 +1,7 @@
-"""`smartfrz demo --framework keras`: the network, the data and the comparison of `smartfrz.demo`, on `model.fit`.
+"""`smartfrz demo --framework keras`: the network, the data and the comparison of `smartfrz.demo`, on `model.fit`."""
 
-Each `fit` runs in a thread of its own, and a callback has it wait for its turn. At any moment one
-thread works and all others wait, so the backends need not be thread-safe.
-"""
-
-import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 from smartfrz.adapters.keras import Report, SmartFRZ  # before Keras: it says what to install where that is missing
@@ -22,30 +14,29 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from smartfrz.demo import FREEZING, FULL, DemoOptions, Run, Split, pretrained_network, take_turns, training_data
+from smartfrz.comparing.engine import Method, Point, Progress, Result, take_turns
+from smartfrz.demo import DemoOptions, Split, demo_methods, pretrained_network, training_data
 
 _FORMAT = "channels_last"  # the one that all backends can train on a CPU
 
 
 @dataclass
-class KerasRun(Run):
-    """As `Run`; its backward FLOPs are estimated from shapes, and its `activation_bytes` are empty.
+class KerasResult(Result):
+    """Result of a run with Keras. Backward FLOPs are estimated from shapes, and activations are not counted.
 
     Attributes:
-        first_step_seconds: What `fit` took up to the end of its first step, which traces and
-            compiles the training function. Not part of `seconds`; later traces are.
-        cpu_seconds: Processor time of the process during `seconds`.
+        first_step_seconds: Time that `fit` took up to the end of its first step, which traces and compiles the
+            training function. It is not part of `train_seconds`; later traces are.
     """
 
     first_step_seconds: float = 0.0
-    cpu_seconds: float = 0.0
 
 
-def run_demo(options: DemoOptions, progress: Callable[[float, str], None] = lambda fraction, text: None) -> list[Run]:
-    """As `smartfrz.demo.run_demo`, with Keras on the backend that KERAS_BACKEND names.
+def run_demo(options: DemoOptions, progress: Progress = lambda fraction, text: None) -> list[KerasResult]:
+    """Run `smartfrz.demo.run_demo` with Keras, on the backend that KERAS_BACKEND names.
 
     Returns:
-        The full run and the run with SmartFRZ, each a `KerasRun`.
+        Results of full training and of SmartFRZ.
 
     Raises:
         MissingDependencyError: If a package of the `demo` extra is not installed.
@@ -54,23 +45,21 @@ def run_demo(options: DemoOptions, progress: Callable[[float, str], None] = lamb
     train, test = map(as_arrays, training_data(options))
     torch.manual_seed(options.seed)
     network = pretrained_network(int(train[1].max()) + 1)
-    with ExitStack() as stack:
-        trainers = []
-        for method in (FULL, FREEZING):
-            model = keras_network(network, options.image_size, options.seed)
-            trainers.append(stack.enter_context(Trainer(method, model, train, test, options)))
-        take_turns(trainers, progress)
-        runs = [trainer.run for trainer in trainers]
-        report = trainers[1].report()
-    for run in runs:
-        run.backward_flops = float(options.batch_size * report.backward_flops)
-    runs[1].backward_flops -= options.batch_size * report.backward_flops_saved
-    return list(runs)
+    runs = [
+        KerasRun(method, keras_network(network, options.image_size, options.seed), train, test, options)
+        for method in demo_methods(options)
+    ]
+    take_turns(runs, progress)
+    full, freezing = (run.finish() for run in runs)
+    report = runs[1].report()
+    full.backward_flops = float(options.batch_size * report.backward_flops)
+    freezing.backward_flops = full.backward_flops - options.batch_size * report.backward_flops_saved
+    return [full, freezing]
 
 
-def notes(runs: list[Run]) -> str:
+def notes(results: list[KerasResult]) -> str:
     """What one has to know to read the table."""
-    first = " and ".join(f"{run.first_step_seconds:.1f} s" for run in runs if isinstance(run, KerasRun))
+    first = " and ".join(f"{result.first_step_seconds:.1f} s" for result in results)
     return (
         f"Keras on {keras.backend.backend()}. Not counted: what fit took up to the end of its first step ({first}), where "
         "it traces and compiles; doing that again after freezing is counted. Backward FLOPs are estimated from shapes, and "
@@ -79,7 +68,7 @@ def notes(runs: list[Run]) -> str:
 
 
 def as_arrays(data: TensorDataset) -> Split:
-    """Pictures float32 `[n, height, width, 3]` and labels int64 `[n]`, of PyTorch's `[n, 3, height, width]`."""
+    """Turn PyTorch's pictures `[n, 3, height, width]` and labels into arrays `[n, height, width, 3]` and `[n]`."""
     images, labels = data.tensors
     return np.ascontiguousarray(images.numpy().transpose(0, 2, 3, 1)), labels.numpy()
 
@@ -105,141 +94,102 @@ class _Batches(keras.utils.PyDataset):  # type: ignore[misc]
         self._order = self._random.permutation(len(self._labels))
 
 
-class _Closed(Exception):
-    """Raised inside of a `fit` that nobody waits for any more."""
-
-
-class Trainer(keras.callbacks.Callback):  # type: ignore[misc]
-    """One `fit`, a few steps at a time. A context manager: leaving it ends the `fit`, finished or not.
+class KerasRun(keras.callbacks.Callback):  # type: ignore[misc]
+    """One `fit`, which cannot be interrupted. Implements `smartfrz.comparing.engine.Run`.
 
     Args:
-        method: `full training` or `SmartFRZ`.
-        model: What to train; not compiled.
-        train: Pictures and labels as from `as_arrays`.
-        test: As `train`.
-        options: Of the run; `data`, `num_train`, `num_test` and `image_size` are not read.
+        method: The method; its `share` scales the steps.
+        model: Model to train; not compiled.
+        train: Pictures and labels, as `as_arrays` returns them.
+        test: Pictures and labels to judge the model on after each epoch.
+        options: Epochs, batch size, learning rate and seed are read.
     """
 
-    def __init__(self, method: str, model: keras.Model, train: Split, test: Split, options: DemoOptions):
+    def __init__(self, method: Method, model: keras.Model, train: Split, test: Split, options: DemoOptions):
         super().__init__()
-        self.run = KerasRun(method)
-        batches = _Batches(train, options.batch_size, options.seed)
-        self.total_steps = round(len(batches) * options.epochs)
+        self._network, self._test = model, test
+        self._batches = _Batches(train, options.batch_size, options.seed)
+        full_steps = round(len(self._batches) * options.epochs)
+        self.result = KerasResult(method.name, full_steps=full_steps)
+        self.total_steps = method.steps(full_steps)
         rate = keras.optimizers.schedules.CosineDecay(options.learning_rate, self.total_steps)
         model.compile(
             keras.optimizers.SGD(rate, momentum=0.9, weight_decay=1e-5),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             metrics=["accuracy"],
         )
-        self._go, self._paused = threading.Semaphore(0), threading.Semaphore(0)
-        self._closing = self._done = False
-        self._error: BaseException | None = None
-        self._steps_left = 0
         self._freezer: SmartFRZ | None = None
-        if method == FREEZING:
-            self._freezer = SmartFRZ(options.predictor, total_steps=self.total_steps, threshold=options.threshold)
-        callbacks = [callback for callback in (self._freezer, self) if callback is not None]  # the clock is the last
-
-        def train_all() -> None:
-            self._go.acquire()
-            try:
-                if not self._closing:
-                    self._start()
-                    epochs = -(-self.total_steps // len(batches))
-                    model.fit(
-                        batches,
-                        epochs=epochs,
-                        shuffle=False,  # `_Batches` has done it
-                        verbose=0,
-                        callbacks=callbacks,
-                        validation_data=test,
-                        validation_batch_size=250,
-                    )
-            except _Closed:
-                pass
-            except BaseException as error:  # it belongs to the thread that waits
-                self._error = error
-            self._done = True
-            self._paused.release()
-
-        self._thread = threading.Thread(target=train_all, name=method, daemon=True)
-        self._thread.start()
+        if method.policy is not None:
+            self._freezer = SmartFRZ(method.policy(self), total_steps=self.total_steps, **method.options)
+        self._logs: dict[str, Any] = {}
 
     def advance(self, steps: int) -> bool:
-        """Train up to so many steps; whether there are more to come."""
-        if not self._done:
-            self._steps_left = steps
-            self._go.release()
-            self._paused.acquire()
-            if self._error is not None:
-                raise self._error
-        return not self._done
+        """Train to the end, whatever `steps` is."""
+        self._start()
+        self._network.fit(
+            self._batches,
+            epochs=-(-self.total_steps // len(self._batches)),
+            shuffle=False,  # `_Batches` has done it
+            verbose=0,
+            callbacks=[callback for callback in (self._freezer, self) if callback is not None],  # the clock is the last
+            validation_data=self._test,
+            validation_batch_size=250,
+        )
+        return False
+
+    def finish(self) -> "KerasResult":
+        """Return the result; it has no FLOPs."""
+        result = self.result
+        result.accuracy = result.curve[-1].accuracy
+        if self._freezer is not None:
+            report = self.report()
+            result.decision_seconds, result.frozen = report.decision_seconds, dict(report.frozen)
+            result.layers, result.events = [layer.name for layer in report.layers], list(report.changes)
+        return result
 
     def report(self) -> Report:
-        """Of SmartFRZ; empty in full training."""
+        """Report of SmartFRZ; empty in full training."""
         return Report() if self._freezer is None else self._freezer.report()
-
-    def __enter__(self) -> "Trainer":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._closing = True
-        self._go.release()
-        self._thread.join()
 
     def _start(self) -> None:
         self._started = time.perf_counter(), time.process_time()
 
     def _stop(self) -> None:
+        for value in self._logs.values():
+            float(value)  # waits for the device
         seconds, cpu_seconds = time.perf_counter() - self._started[0], time.process_time() - self._started[1]
-        if self.run.num_steps:
-            self.run.seconds += seconds
-            self.run.cpu_seconds += cpu_seconds
+        if self.result.steps > 1:
+            self.result.train_seconds += seconds
+            self.result.cpu_seconds += cpu_seconds
         else:
-            self.run.first_step_seconds += seconds
+            self.result.first_step_seconds += seconds
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Wait, where the turn ends."""
-        run = self.run
-        self._steps_left -= 1
-        last = run.num_steps + 1 == self.total_steps
-        if self._steps_left and run.num_steps and not last:
-            run.num_steps += 1
-            return
-        for value in (logs or {}).values():
-            float(value)  # waits for the device
-        self._stop()
-        run.num_steps += 1
-        if last:
+        """Count the step; after the first one, begin to count time anew."""
+        self.result.steps += 1
+        self._logs = logs or {}
+        if self.result.steps == 1:
+            self._stop()
+            self._start()
+        if self.result.steps == self.total_steps:
             self.model.stop_training = True  # in the middle of an epoch, perhaps
-        elif not self._steps_left:
-            self._paused.release()
-            self._go.acquire()
-            if self._closing:
-                raise _Closed
-        self._start()
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Stop the clock."""
         self._stop()
 
     def on_test_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Start it again."""
+        """Start the clock."""
         self._start()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Note the accuracy on the test pictures."""
-        self.run.curve.append((self.run.num_steps, self.run.seconds, float((logs or {})["val_accuracy"])))
+        result, accuracy = self.result, float((logs or {})["val_accuracy"])
+        result.curve.append(Point(result.steps, result.cpu_seconds, result.train_seconds, accuracy))
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Note what SmartFRZ did."""
+        """Stop the clock."""
         self._stop()
-        if self._freezer is not None:
-            report = self._freezer.report()
-            self.run.decision_seconds, self.run.frozen = report.decision_seconds, report.frozen
-            self.run.layers = [layer.name for layer in report.layers]
 
 
 def keras_network(network: nn.Module, image_size: int, seed: int = 0) -> keras.Model:

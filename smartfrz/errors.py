@@ -12,6 +12,7 @@
       StateError               a saved state that does not belong to this model or predictor
       RecipeError              a recipe that cannot be run as written
       DatasetFormatError       a recorded run that cannot be read
+      ResultsError             results of a comparison that cannot be read
       UsageError               a call at a moment at which it cannot be answered (also a RuntimeError)
       DistributedError         processes that train together and do not do the same (also a RuntimeError)
       MissingDependencyError   an optional package is absent (also an ImportError)
@@ -75,6 +76,10 @@ class RecipeError(SmartFRZError):
 
 class DatasetFormatError(SmartFRZError):
     """A recorded run cannot be read."""
+
+
+class ResultsError(SmartFRZError):
+    """Results of a comparison cannot be read."""
 
 
 class MissingDependencyError(SmartFRZError, ImportError):

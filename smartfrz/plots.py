@@ -1,8 +1,8 @@
-"""Pictures. Needs matplotlib, which the extras `demo` and `build` bring."""
+"""Pictures of reports, comparisons and labels. Needs matplotlib, which the extras `demo` and `build` bring."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -10,23 +10,21 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
+from smartfrz.comparing.engine import Result
 from smartfrz.control.report import Report
-
-if TYPE_CHECKING:
-    from smartfrz.demo import Run
 
 matplotlib.use("Agg")
 ACTIVE, FROZEN, FULL = "#f2b134", "#2f6690", "#7d8597"
 
 
 def plot_report(report: Report) -> Figure:
-    """Layers over training steps, coloured by trained or frozen.
+    """Draw layers over training steps, coloured by trained or frozen.
 
     Args:
-        report: Of a run with at least one step.
+        report: Report of a run with at least one step.
 
     Returns:
-        A figure of its own, which no window shows: `figure.savefig(path)`.
+        A figure that no window shows: `figure.savefig(path)`.
 
     Raises:
         ValueError: If the run has no step yet.
@@ -49,7 +47,7 @@ def plot_report(report: Report) -> Figure:
 
 
 def _draw_layers(axes: Any, layers: Sequence[str], spans: Mapping[str, Sequence[tuple[int, int]]], steps: int) -> None:
-    """One bar for each layer, input at the top: from when to when it was frozen."""
+    """Draw one bar for each layer, input at the top, with the spans in which it was frozen."""
     for row, layer in enumerate(layers):
         axes.broken_barh([(0, steps)], (row, 0.9), facecolor=ACTIVE)
         axes.broken_barh([(start, end - start) for start, end in spans.get(layer, ())], (row, 0.9), facecolor=FROZEN)
@@ -65,30 +63,29 @@ def _draw_layers(axes: Any, layers: Sequence[str], spans: Mapping[str, Sequence[
     )
 
 
-def plot_demo(runs: "Sequence[Run]", path: Path) -> None:
-    """Layers over training steps, coloured by frozen or not; accuracy of both runs below.
+def plot_results(results: Sequence[Result], path: Path) -> None:
+    """Draw when each layer was frozen, and below it the accuracy of both runs over training steps.
 
     Args:
-        runs: The full run and the run with SmartFRZ.
-        path: Where the PNG goes.
+        results: Results of full training and of a run that freezes.
+        path: PNG file to write.
     """
-    full, freezing = runs
+    full, freezing = results
     figure = Figure(figsize=(9, 7.5), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-    count, steps = len(freezing.layers), freezing.num_steps
-    spans = {layer: [(at, steps)] for layer, at in freezing.frozen.items()}
-    _draw_layers(top, freezing.layers, spans, steps)
-    saved = 1 - freezing.seconds / full.seconds
+    spans = {layer: [(at, freezing.steps)] for layer, at in freezing.frozen.items()}
+    _draw_layers(top, freezing.layers, spans, freezing.steps)
+    saved = 1 - freezing.train_seconds / full.train_seconds
     top.set_title(
-        f"SmartFRZ froze {len(freezing.frozen)} of {count} layers: {abs(saved):.0%} {'less' if saved >= 0 else 'more'} "
-        "training time, "
+        f"SmartFRZ froze {len(freezing.frozen)} of {len(freezing.layers)} layers: {abs(saved):.0%} "
+        f"{'less' if saved >= 0 else 'more'} training time, "
         f"{100 * (freezing.accuracy - full.accuracy):+.1f} points of accuracy",
         fontsize=11,
         loc="left",
     )
-    for run, colour, style in ((full, FULL, "--"), (freezing, FROZEN, "-")):
-        points = [(step, 100 * value) for step, _, value in run.curve]
-        label = f"{run.method}: {100 * run.accuracy:.1f} % in {run.seconds:.0f} s"
+    for result, colour, style in ((full, FULL, "--"), (freezing, FROZEN, "-")):
+        points = [(point.step, 100 * point.accuracy) for point in result.curve]
+        label = f"{result.method}: {100 * result.accuracy:.1f} % in {result.train_seconds:.0f} s"
         bottom.plot(*zip(*points, strict=True), style, color=colour, marker="o", markersize=4, label=label)
     bottom.set_xlabel("training steps")
     bottom.set_ylabel("test accuracy, %")
@@ -100,14 +97,14 @@ def plot_demo(runs: "Sequence[Run]", path: Path) -> None:
 def plot_labels(
     name: str, layers: Sequence[str], cka: NDArray[np.float64], labels: NDArray[np.int8], path: Path
 ) -> None:
-    """CKA curves of one run, and below them which layers are labelled ready to freeze.
+    """Draw the CKA curves of one run, and below them which layers are labelled ready to freeze.
 
     Args:
-        name: The run's name, for the title.
+        name: Name of the run, for the title.
         layers: Layer names, in execution order.
         cka: float64 `[num_layers, timestamps]`.
         labels: int8 of the same shape: 1 freeze, 0 keep training, -1 unknown.
-        path: Where the PNG goes.
+        path: PNG file to write.
     """
     figure = Figure(figsize=(9, 8), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2, 3])

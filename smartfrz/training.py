@@ -1,7 +1,8 @@
-"""How a PyTorch model is trained here: the loop of recordings, comparisons and benchmarks."""
+"""Training PyTorch models: the loop of recordings, and the step that comparisons share with it."""
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +16,25 @@ from smartfrz.errors import RecipeError
 from smartfrz.predictor.runtime import Device
 
 OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad")
+Loss = Callable[[nn.Module, Any, Any], torch.Tensor]
 SCHEDULES = ("cosine", "linear", "constant", "step")
 
 
 @dataclass(frozen=True)
 class TrainingSpec:
-    """`[training]`."""
+    """Table `[training]` of a recipe.
+
+    Attributes:
+        epochs: Length of training; may be a fraction.
+        batch_size: Samples a step.
+        optimizer: One of `OPTIMIZERS`.
+        learning_rate: Peak of the schedule.
+        momentum: For SGD and RMSprop.
+        weight_decay: Passed to the optimizer.
+        schedule: One of `SCHEDULES`.
+        warmup: Fraction of the run in which the learning rate rises.
+        label_smoothing: Passed to the cross entropy.
+    """
 
     epochs: float
     batch_size: int = 32
@@ -29,37 +43,37 @@ class TrainingSpec:
     momentum: float = 0.9
     weight_decay: float = 0.0
     schedule: str = "cosine"
-    warmup: float = 0.0  # fraction of the run
+    warmup: float = 0.0
     label_smoothing: float = 0.0
 
 
 def torch_device(name: Device) -> torch.device:
-    """The device of that name, or for `"auto"` the best there is.
+    """The device called `name`; for `"auto"`, CUDA if there is a GPU, else the CPU.
 
     Raises:
         RecipeError: If CUDA was asked for, and PyTorch has none.
     """
-    there = torch.cuda.is_available()
-    if name == "cuda" and not there:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
         raise RecipeError(
             "device='cuda' was asked for, but PyTorch sees no GPU (torch.cuda.is_available() is False). Install a CUDA "
             "build of PyTorch, or record with device='cpu'."
         )
-    return torch.device("cuda" if there and name != "cpu" else "cpu")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model's first parameter is; the CPU for one that has none."""
+    """Device of the model's first parameter; the CPU if it has none."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def to_device(batch: Any, device: torch.device | str) -> Any:
-    """Tensors, in whatever they are."""
+    """Move all tensors of a nested structure to a device."""
     return tree_map(lambda value: value.to(device), batch)
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs as the arguments of a forward pass: a dict is spread, as transformers models expect."""
+    """Positional and keyword arguments of a forward pass: a dict is spread, as transformers models expect."""
     return ((), inputs) if isinstance(inputs, dict) else ((inputs,), {})
 
 
@@ -78,13 +92,13 @@ def train(
     seed: int,
     on_step: Callable[[int, int, float, float], None],
 ) -> None:
-    """Train a classifier as the recipe says.
+    """Train a classifier as a recipe says.
 
     Args:
-        model: Trained in place, on the device that it is on.
+        model: Model, trained in place on its own device.
         data: Items `(inputs, target)`.
         spec: Optimizer, schedule, epochs.
-        seed: For the order of the data, dropout and augmentation.
+        seed: Seed of the order of the data, dropout and augmentation.
         on_step: Called after each optimizer step with step (from 1), total steps, loss, learning rate.
 
     Raises:
@@ -97,34 +111,49 @@ def train(
     optimizer = optimizer_of(model, spec)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule_factor(spec, step / total))
     model.train()
-    step = 0
-    while step < total:
-        for batch in loader:
-            inputs, targets = to_device(batch, device)
-            loss = cross_entropy(forward(model, inputs), targets, label_smoothing=spec.label_smoothing)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            check_finite(loss.item(), step)
-            on_step(step, total, loss.item(), optimizer.param_groups[0]["lr"])
-            scheduler.step()
-            if step == total:
-                break
+    smoothed_loss = functools.partial(classification_loss, label_smoothing=spec.label_smoothing)
+    for step, batch in zip(range(1, total + 1), endless(loader), strict=False):
+        inputs, targets = to_device(batch, device)
+        loss = train_step(model, inputs, targets, smoothed_loss, optimizer).item()
+        check_finite(loss, step)
+        on_step(step, total, loss, optimizer.param_groups[0]["lr"])
+        scheduler.step()
+
+
+def endless(loader: Iterable[Any]) -> Iterator[Any]:
+    """Yield the loader's batches, epoch after epoch; a loader without batches never yields."""
+    while True:
+        yield from loader
+
+
+def train_step(
+    model: nn.Module, inputs: Any, targets: Any, loss: Loss, optimizer: torch.optim.Optimizer
+) -> torch.Tensor:
+    """Run both passes and one optimizer step, and return the loss."""
+    value = loss(model, inputs, targets)
+    value.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return value
+
+
+def classification_loss(model: nn.Module, inputs: Any, targets: Any, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Mean cross entropy of a classifier."""
+    return cross_entropy(forward(model, inputs), targets, label_smoothing=label_smoothing)
 
 
 def check_finite(loss: float, step: int) -> None:
-    """Whether training makes sense still.
+    """Check that training still makes sense.
 
     Raises:
-        RecipeError: If not.
+        RecipeError: If the loss is not finite.
     """
     if not math.isfinite(loss):
         raise RecipeError(f"The loss is {loss} at step {step}. Lower training.learning_rate.")
 
 
 def optimizer_of(model: nn.Module, spec: TrainingSpec) -> torch.optim.Optimizer:
-    """The spec's optimizer, of the parameters that are trained."""
+    """Make the spec's optimizer for the parameters that require gradients."""
     momentum = {"momentum": spec.momentum} if spec.optimizer in ("SGD", "RMSprop") else {}
     optimizer: torch.optim.Optimizer = getattr(torch.optim, spec.optimizer)(
         [p for p in model.parameters() if p.requires_grad],
@@ -136,12 +165,12 @@ def optimizer_of(model: nn.Module, spec: TrainingSpec) -> torch.optim.Optimizer:
 
 
 def training_loader(data: Dataset[Any], spec: TrainingSpec) -> DataLoader[Any]:
-    """Shuffled batches of one size."""
+    """Make a loader of shuffled batches of equal size."""
     return DataLoader(data, spec.batch_size, shuffle=True, drop_last=len(data) >= spec.batch_size)  # type: ignore[arg-type]
 
 
 def schedule_factor(spec: TrainingSpec, progress: float) -> float:
-    """Learning rate as a fraction of its peak, at `progress` in [0, 1] of the run."""
+    """Learning rate as a fraction of its peak, when `progress` in [0, 1] of the run is done."""
     if progress < spec.warmup:
         return (progress + 1e-3) / spec.warmup
     progress = (progress - spec.warmup) / (1 - spec.warmup)

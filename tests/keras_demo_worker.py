@@ -1,7 +1,6 @@
 """`smartfrz.demo_keras` on one backend, in a process of its own; `test_demo_keras.py` looks at what it prints.
 
 python keras_demo_worker.py predictor.onnx output-folder
-python keras_demo_worker.py failing
 """
 
 import functools
@@ -15,8 +14,8 @@ import torch
 
 from smartfrz import demo_keras
 from smartfrz.adapters.keras import SmartFRZ
-from smartfrz.demo import FREEZING, FULL, DemoOptions, pretrained_network, save, table, take_turns
-from smartfrz.demo_keras import Trainer, keras_network, notes, run_demo
+from smartfrz.demo import DemoOptions, pretrained_network, save, table
+from smartfrz.demo_keras import KerasRun, keras_network, notes, run_demo
 
 # Four steps an epoch, eleven in all: more than a turn.
 SMALL = {"data": "digits", "epochs": 2.75, "num_train": 64, "num_test": 60, "image_size": 32, "batch_size": 16}
@@ -58,34 +57,16 @@ def same_network(size):
     }
 
 
-def failing():
-    """What reaches the caller when one of two runs fails: the error, and which threads still live."""
-    good = np.zeros((32, 32, 32, 3), np.float32), np.zeros(32, np.int64)
-    bad = np.zeros((32, 32, 32, 1), np.float32), np.zeros(32, np.int64)
-    network = pretrained_network(10)
-    options = DemoOptions(epochs=20, batch_size=16)
-    trainers = [
-        Trainer(method, keras_network(network, 32), data, good, options)
-        for method, data in ((FULL, good), (FREEZING, bad))
-    ]
-    try:
-        with trainers[0], trainers[1]:
-            take_turns(trainers, lambda done, text: None)
-    except ValueError as error:
-        return str(error), [trainer._thread.is_alive() for trainer in trainers], trainers[0].run.num_steps
-    return None
-
-
 def small_demo(predictor, output):
     """The figures of a run, and the losses after each epoch, which the figures do not hold."""
-    shown, losses = [], {FULL: [], FREEZING: []}
-    noting = Trainer.on_epoch_end
+    shown, losses = [], {"full training": [], "SmartFRZ": []}
+    noting = KerasRun.on_epoch_end
 
     def spy(self, epoch, logs=None):
-        losses[self.run.method].append(float(logs["val_loss"]))
+        losses[self.result.method].append(float(logs["val_loss"]))
         noting(self, epoch, logs)
 
-    Trainer.on_epoch_end = spy
+    KerasRun.on_epoch_end = spy
     # In eleven steps no freezing pays for compiling anew.
     demo_keras.SmartFRZ = functools.partial(SmartFRZ, recompile_steps=0)
     options = DemoOptions(**SMALL, predictor=predictor)
@@ -96,7 +77,4 @@ def small_demo(predictor, output):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[1] == "failing":
-        print(json.dumps(failing()))
-    else:
-        print(json.dumps(small_demo(*sys.argv[1:]) | {"networks": [same_network(size) for size in (64, 33)]}))
+    print(json.dumps(small_demo(*sys.argv[1:]) | {"networks": [same_network(size) for size in (64, 33)]}))

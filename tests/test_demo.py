@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import gzip
 import json
 import re
@@ -13,9 +14,11 @@ from PIL import Image
 
 from smartfrz import demo
 from smartfrz.cli import main
-from smartfrz.demo import DemoOptions, Run, load_data, run_demo, save, table
+from smartfrz.comparing.engine import Point, Result
+from smartfrz.comparing.pytorch import Task, judge_accuracy
+from smartfrz.demo import DemoOptions, load_data, run_demo, save, table
 from smartfrz.errors import MissingDependencyError, RecipeError
-from smartfrz.plots import plot_demo
+from smartfrz.plots import plot_results
 
 # Three steps an epoch and a record at each; the stages with at least four records are the steps 4, 6 and 8, and a layer
 # freezes at its second.
@@ -35,13 +38,16 @@ def runs(options):
 
 
 def made_up_runs():
-    """Both runs of a demo that nobody has run."""
-    layers = [f"layer{i}" for i in range(6)]
-    full = Run("full training", 100.0, 0.0, 4e12, {0: 2**20 * 80}, [(5, 50.0, 0.5), (10, 100.0, 0.9)], {}, [], 10)
-    frozen = {"layer0": 4, "layer1": 7}
-    memory = {0: 2**20 * 80, 4: 2**20 * 60, 7: 2**20 * 50}
-    curve = [(5, 40.0, 0.55), (10, 70.0, 0.895)]
-    return [full, Run("SmartFRZ", 70.0, 0.7, 3e12, memory, curve, frozen, layers, 10)]
+    """Both results of a demo that nobody has run."""
+    full = Result("full training", steps=10, accuracy=0.9, train_seconds=100.0, backward_flops=4e12)
+    full.activation_bytes = {0: 2**20 * 80}
+    full.curve = [Point(5, 50.0, 50.0, 0.5), Point(10, 100.0, 100.0, 0.9)]
+    freezing = Result("SmartFRZ", steps=10, accuracy=0.895, train_seconds=70.0, decision_seconds=0.7)
+    freezing.backward_flops = 3e12
+    freezing.activation_bytes = {0: 2**20 * 80, 4: 2**20 * 60, 7: 2**20 * 50}
+    freezing.curve = [Point(5, 40.0, 40.0, 0.55), Point(10, 70.0, 70.0, 0.895)]
+    freezing.frozen, freezing.layers = {"layer0": 4, "layer1": 7}, [f"layer{i}" for i in range(6)]
+    return [full, freezing]
 
 
 def write_pictures(folder, number=20, splits=("train", "test")):
@@ -69,7 +75,7 @@ def covered(path, color):
 def test_the_run_with_smartfrz_freezes_and_saves(runs):
     full, freezing = runs
     assert (full.method, freezing.method) == ("full training", "SmartFRZ")
-    assert full.num_steps == freezing.num_steps == STEPS
+    assert full.steps == freezing.steps == STEPS
     assert full.frozen == {}
     assert len(freezing.frozen) > 0.9 * len(freezing.layers)
     assert freezing.layers[-1] not in freezing.frozen
@@ -79,14 +85,14 @@ def test_the_run_with_smartfrz_freezes_and_saves(runs):
     memory = [size for _, size in sorted(freezing.activation_bytes.items())]
     assert memory[-1] < 0.5 * memory[0]
     assert list(full.activation_bytes) == [0]
-    assert 0 < freezing.decision_seconds < freezing.seconds
+    assert 0 < freezing.decision_seconds < freezing.train_seconds
     assert full.decision_seconds == 0
 
 
 @pytest.mark.slow
 def test_both_runs_are_measured_at_the_same_steps(runs):
     for run in runs:
-        steps, seconds, accuracies = zip(*run.curve, strict=True)
+        steps, _, seconds, accuracies = zip(*run.curve, strict=True)
         assert steps == (3, 6, STEPS)  # after each epoch
         assert list(seconds) == sorted(seconds)
         assert run.accuracy == accuracies[-1]
@@ -95,7 +101,7 @@ def test_both_runs_are_measured_at_the_same_steps(runs):
 
 @pytest.mark.slow
 def test_both_runs_are_equal_until_something_is_frozen(runs):
-    full, freezing = ([accuracy for step, _, accuracy in run.curve if step < 6] for run in runs)
+    full, freezing = ([accuracy for step, *_, accuracy in run.curve if step < 6] for run in runs)
     assert len(full) == 1
     assert full == freezing
     # also in what they count
@@ -109,10 +115,9 @@ def test_without_freezing_both_runs_are_the_same_run(options, monkeypatch):
     def spy(model, data):
         weights = torch.cat([p.detach().flatten() for p in model.parameters()])
         seen.setdefault(id(model), []).append(weights.double().sum().item())
-        return original(model, data)
+        return judge_accuracy(model, data)
 
-    original = demo.accuracy
-    monkeypatch.setattr(demo, "accuracy", spy)
+    monkeypatch.setattr(demo, "Task", functools.partial(Task, judge=spy))
     # It is asked at the fourth step first, and never that sure.
     full, freezing = run_demo(dataclasses.replace(options, epochs=2, threshold=1.0))
     assert freezing.frozen == {}
@@ -135,7 +140,7 @@ def test_the_command_on_a_folder_of_pictures(tmp_path, eager_predictor):
     assert f"wrote {tmp_path / 'out' / 'demo.json'}" in result.stdout
     figures = json.loads((tmp_path / "out" / "demo.json").read_text())
     assert figures["options"]["data"] == str(folder)
-    assert figures["runs"][0]["num_steps"] == 8
+    assert figures["runs"][0]["steps"] == 8
     assert len(figures["runs"][1]["frozen"]) > 0
     assert covered(tmp_path / "out" / "demo.png", COLORS["frozen"]) > 0.05
 
@@ -186,9 +191,9 @@ def test_the_figures_are_saved(tmp_path):
 
 def test_the_picture_shows_what_is_frozen(tmp_path):
     runs = made_up_runs()
-    plot_demo(runs, tmp_path / "some.png")
+    plot_results(runs, tmp_path / "some.png")
     runs[1].frozen = {}
-    plot_demo(runs, tmp_path / "none.png")
+    plot_results(runs, tmp_path / "none.png")
     with Image.open(tmp_path / "some.png") as picture:
         assert picture.format == "PNG"
         assert picture.width > 800

@@ -1,0 +1,256 @@
+"""Trains a PyTorch task a few steps at a time, and measures what it takes."""
+
+import copy
+import functools
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, Dataset
+
+from smartfrz.adapters.torch import PrefixCache, SmartFRZ
+from smartfrz.adapters.torch.costs import measure_step
+from smartfrz.comparing.engine import Method, Point, Result
+from smartfrz.errors import RecipeError
+from smartfrz.training import Loss, classification_loss, device_of, endless, evaluate, to_device, train_step
+
+LAST_LOSSES = 20  # steps whose mean loss is reported
+JUDGED_AT_ONCE = 250  # samples
+Judge = Callable[[nn.Module, Dataset[Any]], tuple[float, dict[str, Any]]]
+
+
+def judge_accuracy(model: nn.Module, data: Dataset[Any]) -> tuple[float, dict[str, Any]]:
+    """Share of right answers; there are no details."""
+    return evaluate(model, data, JUDGED_AT_ONCE), {}
+
+
+def constant(progress: float) -> float:
+    """A learning rate that does not change."""
+    return 1.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, on what, and how.
+
+    Attributes:
+        model: Makes the model from a seed, on the device on which it is trained. The random numbers of training
+            (dropout, augmentation) continue from the global generator as this leaves it.
+        optimizer: Makes the optimizer of a model.
+        train: Training samples `(inputs, target)`; inputs that are a dict are spread over the model's arguments.
+        validation: Samples on which the run is followed.
+        test: Samples on which the trained model is judged; it may be `validation`.
+        steps: Steps of full training.
+        batch_size: Samples a step.
+        schedule: Learning rate as a fraction of its peak, from the fraction of the run that is done.
+        warmup: What is left of `schedule` for methods that bring their own.
+        loss: Loss of a batch, from the model, inputs and targets.
+        judge: Metric of a model on data, the larger the better, and other facts to report; it may leave the model in
+            eval mode.
+        evaluations: How often a run is evaluated on `validation`; None for after each epoch.
+    """
+
+    model: Callable[[int], nn.Module]
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+    train: Dataset[Any]
+    validation: Dataset[Any]
+    test: Dataset[Any]
+    steps: int
+    batch_size: int = 32
+    schedule: Callable[[float], float] = constant
+    warmup: Callable[[float], float] = constant
+    loss: Loss = classification_loss
+    judge: Judge = judge_accuracy
+    evaluations: int | None = None
+
+
+class TorchRun:
+    """One training of a task by a method. Implements `smartfrz.comparing.engine.Run`.
+
+    Runs of the same task and seed start from the same weights and see the same batches.
+
+    Args:
+        task: The task.
+        method: The method.
+        seed: Seed of the weights, the order of samples, dropout and augmentation.
+        watch: Called with the run before its first step and after each evaluation, outside of the clock.
+    """
+
+    def __init__(self, task: Task, method: Method, seed: int, watch: Callable[["TorchRun"], None] = lambda run: None):
+        self.task, self.method, self._watch = task, method, watch
+        self.result = Result(method.name, full_steps=task.steps)
+        self.total_steps = method.steps(task.steps)
+        torch.manual_seed(seed)
+        self.model = task.model(seed)
+        self._cuda = device_of(self.model).type == "cuda"
+        self._random = self._random_state()
+        self._loader = self._make_loader(seed)
+        self._batches = endless(self._loader)
+        self._evaluated_after = self._evaluation_steps()
+        self.optimizer = task.optimizer(self.model)
+        schedule = task.warmup if method.own_schedule else task.schedule
+        self._scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: schedule(step / self.total_steps)
+        )
+        self._freezer = self._make_freezer()
+        self._losses: list[float] = []
+        watch(self)
+        self.model.train()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of batches in the training data."""
+        return len(self._loader)
+
+    def _make_loader(self, seed: int) -> DataLoader[Any]:
+        task, order = self.task, torch.Generator().manual_seed(seed)
+        indexed = PrefixCache.indexed(task.train, seed=seed)
+        loader: DataLoader[Any] = DataLoader(indexed, task.batch_size, shuffle=True, drop_last=True, generator=order)
+        if not len(loader):
+            raise RecipeError(
+                f"The task has {len(indexed)} training samples; expected at least {task.batch_size}, one batch. "
+                "Add samples, or lower the batch size."
+            )
+        return loader
+
+    def _make_freezer(self) -> SmartFRZ | None:
+        method = self.method
+        if method.policy is None:
+            return None
+        return SmartFRZ(
+            self.model,
+            self.optimizer,
+            method.policy(self),
+            total_steps=self.total_steps,
+            cache=None if method.cache is None else method.cache(),
+            **method.options,
+        )
+
+    def _evaluation_steps(self) -> set[int]:
+        number = self.task.evaluations
+        if number is None:
+            return {*range(self.steps_per_epoch, self.total_steps, self.steps_per_epoch), self.total_steps}
+        return {math.ceil(self.total_steps * (k + 1) / number) for k in range(number)}
+
+    def _random_state(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return torch.get_rng_state(), torch.cuda.get_rng_state() if self._cuda else None
+
+    def _random_numbers_kept(self) -> AbstractContextManager[None]:
+        """Leave the random numbers of training as they are; even a DataLoader draws one."""
+        return torch.random.fork_rng([torch.cuda.current_device()] if self._cuda else [])
+
+    def advance(self, steps: int) -> bool:
+        """Train up to `steps` more steps, and return whether there are more to come."""
+        cpu_state, cuda_state = self._random  # each run draws its own random numbers
+        torch.set_rng_state(cpu_state)
+        others = 0
+        if cuda_state is not None:
+            torch.cuda.set_rng_state(cuda_state)
+            torch.cuda.reset_peak_memory_stats()
+            others = torch.cuda.memory_allocated()
+        for _ in range(min(steps, self.total_steps - self.result.steps)):
+            self._step()
+        if self._cuda:
+            peak = torch.cuda.max_memory_allocated() - others
+            self.result.peak_device_bytes = max(peak, self.result.peak_device_bytes or 0)
+        self._random = self._random_state()
+        return self.result.steps < self.total_steps
+
+    def _step(self) -> None:
+        result, start = self.result, self._clock()
+        ids, *batch = next(self._batches)
+        inputs, targets = to_device(batch, device_of(self.model))
+        if not result.steps:
+            self._count(inputs, targets)
+            start = self._clock()
+        with self._named(ids):  # a prefix cache then knows the samples
+            loss = train_step(self.model, inputs, targets, self.task.loss, self.optimizer)
+        changed = False
+        if self._freezer is not None:
+            changed = any(decision.action in ("freeze", "thaw") for decision in self._freezer.step())
+        self._scheduler.step()
+        end = self._clock()
+        result.cpu_seconds += end[0] - start[0]
+        result.train_seconds += end[1] - start[1]
+        result.steps += 1
+        result.backward_flops += self._work.backward_flops
+        if result.total_flops is not None:
+            result.total_flops += self._work.forward_flops + self._work.backward_flops
+        self._losses.append(loss.item())
+        if changed:
+            self._count(inputs, targets)
+        if result.steps in self._evaluated_after:
+            self._evaluate()
+
+    def _named(self, ids: torch.Tensor) -> AbstractContextManager[None]:
+        return nullcontext() if self._freezer is None else self._freezer.batch(ids)
+
+    def _clock(self) -> tuple[float, float]:
+        if self._cuda:
+            torch.cuda.synchronize()
+        return time.process_time(), time.perf_counter()
+
+    def _count(self, inputs: Any, targets: Any) -> None:
+        """Count one step's FLOPs and activations, on a copy and outside of the clock."""
+        twin = copy.deepcopy(self.model)
+        with self._random_numbers_kept():
+            self._work = measure_step(twin, lambda: self.task.loss(twin, inputs, targets))
+        self.result.activation_bytes[self.result.steps] = self._work.activation_bytes
+        self._note_memory()
+
+    def _note_memory(self) -> None:
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        kept = [*self.model.parameters(), *self.model.buffers(), *trained]  # gradients are as large as weights
+        kept += [x for x in tree_leaves(dict(self.optimizer.state)) if isinstance(x, torch.Tensor)]
+        size = self._work.activation_bytes
+        if self._freezer is not None:
+            kept += gradient_sums(self._freezer) if self.method.cache is None else []
+            use = self._freezer.report().cache
+            size += 0 if use is None else use.memory_bytes
+        size += sum(tensor.numel() * tensor.element_size() for tensor in kept)
+        self.result.memory.append((self.result.steps, size))
+
+    def _evaluate(self) -> None:
+        result = self.result
+        self._note_memory()
+        self._judged = accuracy, _ = self.judge(self.task.validation)
+        result.curve.append(Point(result.steps, result.cpu_seconds, result.train_seconds, accuracy))
+        self._watch(self)
+        self.model.train()
+
+    def judge(self, data: Dataset[Any]) -> tuple[float, dict[str, Any]]:
+        """The task's metric on data, and other facts; the model is in eval mode afterwards."""
+        self.model.eval()
+        with self._random_numbers_kept():
+            return self.task.judge(self.model, data)
+
+    def finish(self) -> Result:
+        """Judge the trained model on the test data, release the freezer, and return the result."""
+        result = self.result
+        is_judged = self.task.test is self.task.validation and result.curve[-1].step == result.steps
+        result.accuracy, result.details = self._judged if is_judged else self.judge(self.task.test)
+        result.last_loss = sum(self._losses[-LAST_LOSSES:]) / len(self._losses[-LAST_LOSSES:])
+        if self._freezer is not None:
+            report = self._freezer.report()
+            result.decision_seconds, result.frozen = report.decision_seconds, dict(report.frozen)
+            result.layers = [layer.name for layer in report.layers]
+            result.events = list(report.changes)
+            result.cache = report.to_dict()["cache"]
+            self._freezer.close()
+        return result
+
+
+def gradient_sums(freezer: SmartFRZ) -> list[torch.Tensor]:
+    """Sums of gradients that a freezer keeps for policies such as AutoFreeze."""
+    return list(freezer.state_dict().get("gradients", {}).values())
+
+
+def start_run(task: Task, seed: int) -> Callable[[Method], TorchRun]:
+    """What `smartfrz.comparing.engine.compare` starts the runs of a task with."""
+    return functools.partial(TorchRun, task, seed=seed)
