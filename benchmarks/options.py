@@ -1,15 +1,30 @@
 """Options that several benchmarks have."""
 
 import argparse
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
 
 from benchmarks.tasks import TIERS
+from smartfrz.comparing.lines import read_lines
+from smartfrz.errors import ResultsError
+
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "TF_NUM_INTRAOP_THREADS": "1",
+    "TF_NUM_INTEROP_THREADS": "1",
+    "NPROC": "1",  # what XLA takes for the number of cores
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
 
 
 def list_of(known):
-    """What argparse reads as a list of these names."""
+    """Make argparse's reader of a comma-separated list of known names."""
 
     def read(text):
         unknown = set(text.split(",")) - set(known)
@@ -21,33 +36,33 @@ def list_of(known):
 
 
 def positive(text):
-    """A positive number for argparse."""
+    """Read a positive number, for argparse."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}; expected 1 or more")
     return int(text)
 
 
 def seeds(text):
-    """What argparse reads as a list of seeds."""
+    """Read a comma-separated list of seeds, for argparse."""
     return [int(seed) for seed in text.split(",")]
 
 
 def add_job_options(parser):
-    """Those that say what is trained: `parse_job` reads them."""
+    """Add the options that say what is trained; `parse_job` reads them."""
     parser.add_argument("--tier", choices=TIERS, default="cpu")
-    parser.add_argument("--tasks", help="Of the tier; all by default.")
+    parser.add_argument("--tasks", help="Names in the tier; all by default.")
     parser.add_argument(
-        "--folder", type=Path, default=Path("runs/compare"), help="Of pretrained weights and references."
+        "--folder", type=Path, default=Path("runs/compare"), help="Folder of pretrained weights and references."
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="By default that of the tier, if it is there.")
-    parser.add_argument("--samples", type=positive, help="At most, of each part, to try something out.")
-    parser.add_argument("--epochs", type=positive, help="Of full training, to try something out.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="Default: what the tier is for, if available.")
+    parser.add_argument("--samples", type=positive, help="Maximum size of each part, to try something out.")
+    parser.add_argument("--epochs", type=positive, help="Length of full training, to try something out.")
 
 
 def parse_job(parser, given):
-    """The options, one thread for PyTorch, and beside them `settings`: what is smaller than the task's own.
+    """Parse, and have PyTorch use one thread.
 
-    `tasks` is a list then, and `device` one.
+    `tasks` becomes a list and `device` a name, and `settings` holds what is smaller than the task's own.
     """
     options = parser.parse_args(given)
     tier = TIERS[options.tier]
@@ -61,3 +76,27 @@ def parse_job(parser, given):
     options.settings = {key: value for key, value in chosen.items() if value is not None}
     torch.set_num_threads(1)
     return options
+
+
+def lines_of(path):
+    """The lines of a file of results; exits with a message if one is damaged."""
+    try:
+        return read_lines(path)
+    except ResultsError as error:
+        sys.exit(str(error))
+
+
+def run_alone(module, arguments, backend):
+    """Run a benchmark of Keras in a process of its own, with one thread, and return the JSON lines that it prints.
+
+    Raises:
+        subprocess.CalledProcessError: If it fails.
+    """
+    process = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        env=os.environ | ONE_THREAD | {"KERAS_BACKEND": backend},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return [json.loads(line) for line in process.stdout.splitlines()]

@@ -33,10 +33,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
-from benchmarks.freeze_order import RECIPES
 from smartfrz.demo import DemoOptions, load_data, pretrained_network
 from smartfrz.training import TrainingSpec
 
+RECIPES = Path(__file__).parent.parent / "recipes"
 VALIDATION = 0.1  # of the training data
 LEAST_VALIDATION, MOST_VALIDATION = 8, 200  # CKA needs a few; it is looked at eight times a run
 if str(RECIPES) not in sys.path:
@@ -51,15 +51,15 @@ class Data(NamedTuple):
     test: Dataset
 
 
-class Task(NamedTuple):
-    """What is trained on what, and how.
+class Benchmark(NamedTuple):
+    """What is trained on what, and how; or, as a value of `PRETRAINING`, what other benchmarks start from.
 
     Attributes:
-        network: Makes the model for so many classes, with random weights or those of its authors.
-        data: Makes training and test samples, at most so many of each; None for all.
-        classes: Of the data.
-        training: Optimizer, schedule, epochs of full training.
-        pretrained: A name in `PRETRAINING` whose weights to start from.
+        network: Makes the model for a number of classes, with random weights or those of its authors.
+        data: Makes training and test samples, at most a number of each; None for all.
+        classes: Number of classes in the data.
+        training: Optimizer, schedule and epochs of full training.
+        pretrained: Name in `PRETRAINING` whose weights to start from.
         metric: `accuracy`, or `matthews` (two classes).
         repeats: Whether samples come back as they were: only then a cache of activations is of use.
     """
@@ -73,17 +73,8 @@ class Task(NamedTuple):
     repeats: bool = True
 
 
-class Pretraining(NamedTuple):
-    """As `Task`, for weights to start from."""
-
-    network: Callable[[int], nn.Module]
-    data: Callable[[int | None], tuple[Dataset, Dataset]]
-    classes: int
-    training: TrainingSpec
-
-
 def data_of(task, most=None):
-    """The task's data, at most so many samples to train on, as many to test on, and a part of them for validation."""
+    """The benchmark's data: at most `most` samples to train on, some of which become validation data, and to test on."""
     train, test = task.data(most)
     number = max(LEAST_VALIDATION, min(MOST_VALIDATION, round(VALIDATION * len(train))))
     order = np.random.default_rng(0).permutation(len(train)).tolist()
@@ -91,7 +82,7 @@ def data_of(task, most=None):
 
 
 def _plain(data):
-    """Without augmentation."""
+    """The same samples without augmentation."""
     from recipe_data import Augmented
 
     return TensorDataset(data.images, data.labels) if isinstance(data, Augmented) else data
@@ -374,30 +365,30 @@ def _part(data, number, **others):
 
 
 CPU = {
-    "mobilenetv2-clothing": Task(mobilenet_v2, _part(clothing, 1200), 10, _with(_SGD, epochs=10)),
-    "mobilenetv2-imagenette": Task(
+    "mobilenetv2-clothing": Benchmark(mobilenet_v2, _part(clothing, 1200), 10, _with(_SGD, epochs=10)),
+    "mobilenetv2-imagenette": Benchmark(
         mobilenet_v2,
         _part(imagenette, 1200, divisor=64.0),
         10,
         _with(_SGD, epochs=4, optimizer="AdamW", learning_rate=1e-3, weight_decay=0.01, warmup=0.1),
     ),
-    "resnet20-tiny": Task(
+    "resnet20-tiny": Benchmark(
         cifar_resnet20, _part(tiny_imagenet, 3000, classes=100), 100, _with(_SGD, epochs=4, learning_rate=0.1)
     ),
-    "vgg-cifar10": Task(small_vgg, _part(cifar10, 4000), 10, _with(_SGD, epochs=4), "vgg-tiny"),
-    "vit-cifar10": Task(
+    "vgg-cifar10": Benchmark(small_vgg, _part(cifar10, 4000), 10, _with(_SGD, epochs=4), "vgg-tiny"),
+    "vit-cifar10": Benchmark(
         small_vit, _part(cifar10, 1500, number_test=5000), 10, _with(_VIT, learning_rate=1e-3), "vit-tiny"
     ),
-    "minilm-agnews": Task(
+    "minilm-agnews": Benchmark(
         minilm,
         _part(agnews, 890, length=32, number_test=1900),
         4,
         _with(_BERT, batch_size=16),
     ),
     # full training in the steps of the next two learns nothing at any rate (benchmarks/README.md)
-    "minilm-mrpc": Task(minilm, _part(mrpc, 600, length=48), 2, _with(_BERT, batch_size=16)),
-    "minilm-cola": Task(minilm, _part(cola, None, length=16), 2, _with(_BERT, epochs=1), metric="matthews"),
-    "resnet20-scratch": Task(
+    "minilm-mrpc": Benchmark(minilm, _part(mrpc, 600, length=48), 2, _with(_BERT, batch_size=16)),
+    "minilm-cola": Benchmark(minilm, _part(cola, None, length=16), 2, _with(_BERT, epochs=1), metric="matthews"),
+    "resnet20-scratch": Benchmark(
         resnet20,
         _part(cifar10, 3000, augment=True),
         10,
@@ -416,7 +407,7 @@ LONG = {
     "minilm-mrpc": CPU["minilm-mrpc"]._replace(data=_part(mrpc, None, length=48)),
 }
 GPU = {
-    f"{name}-{data}": Task(
+    f"{name}-{data}": Benchmark(
         network,
         {"cifar10": cifar10, "tiny": tiny_imagenet}[data],
         classes,
@@ -431,12 +422,12 @@ GPU = {
     )
     for data, other, classes in (("cifar10", "tiny", 10), ("tiny", "cifar10", 200))
 } | {
-    "bert-mrpc": Task(bert_base, mrpc, 2, _with(_BERT, learning_rate=2e-5), "bert-agnews"),
-    "bert-cola": Task(bert_base, cola, 2, _with(_BERT, learning_rate=2e-5), "bert-agnews", "matthews"),
+    "bert-mrpc": Benchmark(bert_base, mrpc, 2, _with(_BERT, learning_rate=2e-5), "bert-agnews"),
+    "bert-cola": Benchmark(bert_base, cola, 2, _with(_BERT, learning_rate=2e-5), "bert-agnews", "matthews"),
 }
 DIGITS = {
-    "vgg-digits": Task(digits_vgg, digits, 10, TrainingSpec(epochs=6, learning_rate=0.05)),
-    "vit-digits": Task(digits_vit, digits, 10, _with(_VIT, epochs=6), "vit-digits"),
+    "vgg-digits": Benchmark(digits_vgg, digits, 10, TrainingSpec(epochs=6, learning_rate=0.05)),
+    "vit-digits": Benchmark(digits_vit, digits, 10, _with(_VIT, epochs=6), "vit-digits"),
 }
 TIERS = {"cpu": CPU, "long": LONG, "gpu": GPU, "digits": DIGITS}
 
@@ -446,12 +437,12 @@ _BEGIN_VIT = _with(_VIT, epochs=12, batch_size=64, learning_rate=1e-3)
 _LARGE = {"epochs": 10, "batch_size": 256}
 PRETRAINING = {
     # in five minutes of one core each
-    "vgg-tiny": Pretraining(small_vgg, tiny_imagenet, 200, _with(_BEGIN, epochs=10)),
-    "vit-tiny": Pretraining(small_vit, tiny_imagenet, 200, _with(_BEGIN_VIT, epochs=4)),
-    "bert-agnews": Pretraining(bert_base, agnews, 4, _with(_BERT, learning_rate=1e-4)),
-    "vit-digits": Pretraining(digits_vit, digits, 10, _with(_BEGIN_VIT, epochs=1)),
+    "vgg-tiny": Benchmark(small_vgg, tiny_imagenet, 200, _with(_BEGIN, epochs=10)),
+    "vit-tiny": Benchmark(small_vit, tiny_imagenet, 200, _with(_BEGIN_VIT, epochs=4)),
+    "bert-agnews": Benchmark(bert_base, agnews, 4, _with(_BERT, learning_rate=1e-4)),
+    "vit-digits": Benchmark(digits_vit, digits, 10, _with(_BEGIN_VIT, epochs=1)),
 } | {
-    f"{name}-{data}": Pretraining(network, source, classes, _with(spec, **_LARGE))
+    f"{name}-{data}": Benchmark(network, source, classes, _with(spec, **_LARGE))
     for name, network, spec in (
         ("resnet50", resnet50, _BEGIN),
         ("vgg11", vgg11_bn, _BEGIN),

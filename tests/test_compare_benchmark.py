@@ -2,28 +2,28 @@
 
 import gc
 import json
+import re
 import statistics
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmark_source import ROOT, torch
+from benchmark_source import torch
 from PIL import Image
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import compare, compare_results
-from benchmarks.compare_results import EARLY, METHODS, matthews, standard_error, tables
-from benchmarks.lines import add_line, read_lines
-from benchmarks.tasks import DIGITS, TIERS, Task, data_of
+from benchmarks import compare, frames, pictures
+from benchmarks.compare import matthews
+from benchmarks.methods import EARLY, METHODS
+from benchmarks.tables import FREEZING, standard_error, tables
+from benchmarks.tasks import DIGITS, PRETRAINING, TIERS, Benchmark, data_of
 from smartfrz import zoo
 from smartfrz.adapters.torch import trace_layers
+from smartfrz.comparing.lines import read_lines
 
 TASKS = ["vgg-digits", "vit-digits"]
-FREEZING = [method for method in METHODS if method != "full" and not compare_results.stops_early(method)]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_every_method_is_run_and_reported(lines, task):
         assert bool(line["events"]) <= (method in FREEZING)
     for method in ("smartfrz", "smartfrz-prefix", "smartfrz+cache", "linear"):
         line = of(lines, task, method)
-        assert compare_results.frozen_at(line)
+        assert frames.frozen_at(line)
         assert line["backward_flops"] < full["backward_flops"]
         assert line["memory"][-1][1] < full["memory"][-1][1]
         assert line["decision_seconds"] > 0
@@ -121,7 +121,7 @@ def test_stopping_early_takes_the_share_of_steps_that_smartfrz_took_of_the_time(
     share = min(1.0, fast["cpu_seconds"] / fast["full_cpu_seconds"])  # a slower run is compared with full training
     assert early["steps"] == max(1, round(share * fast["full_steps"]))
     assert early["time_of_smartfrz"] == early["cpu_seconds"] / fast["cpu_seconds"]
-    assert compare_results.share_of_full(early) == pytest.approx(early["steps"] / early["full_steps"])
+    assert frames.share_of_full(early) == pytest.approx(early["steps"] / early["full_steps"])
     assert of(lines, task, "similarity-guided")["drift"] == early["drift"]
     if share < 1.0:
         rounding = abs(early["time_of_smartfrz"] / early["drift"]["cpu_seconds"] - 1)
@@ -145,7 +145,7 @@ def test_shorter_full_training_alone_has_no_times_of_full_training(tmp_path):
     job = compare.Job("digits", "vgg-digits", 0, compare.SMOKE, zoo.load("smartfrz-base"), tmp_path, "cpu")
     (line,) = compare.compare(job, ["early-stop-30"], {})
     assert (line["full_train_seconds"], line["full_cpu_seconds"]) == (None, None)
-    assert compare_results.share_of_full(line) == pytest.approx(0.3, abs=0.1)
+    assert frames.share_of_full(line) == pytest.approx(0.3, abs=0.1)
     assert not job.reference.exists()
 
 
@@ -154,7 +154,7 @@ def test_runs_that_are_there_are_not_repeated_and_others_come_out_the_same(argum
     before = results.read_text("utf-8")
     compare.main(["run", *arguments])
     assert results.read_text("utf-8") == before
-    assert "| smartfrz-cost_aware | 1 |" in capsys.readouterr().out
+    assert "| smartfrz-cost_aware | 1 |" in plain(capsys.readouterr().out)
     for lost in ("linear", "similarity-guided", "full"):
         kept = [line for line in before.splitlines() if (of([json.loads(line)], *_key(line))["method"] != lost)]
         results.write_text("\n".join(kept) + "\n", "utf-8")
@@ -176,12 +176,12 @@ def _key(line):
 def test_pictures_are_drawn_from_the_lines_alone(arguments, results, capsys):
     compare.main(["plots", *arguments])
     written = [Path(line) for line in capsys.readouterr().out.split()]
-    assert [path.stem for path in written] == list(compare_results.PICTURES)
+    assert [path.stem for path in written] == list(pictures.PICTURES)
     colours = {path.stem: colours_of(path) for path in written}
     assert all(len(found) > 50 for found in colours.values())
-    for name, methods in (("accuracy_over_time", compare_results.OVER_TIME), ("accuracy_against_time", METHODS[1:])):
+    for name, methods in (("accuracy_over_time", pictures.OVER_TIME), ("accuracy_against_time", METHODS[1:])):
         for method in methods:
-            colour = [int(compare_results.STYLES[method][0][i : i + 2], 16) for i in (1, 3, 5)]
+            colour = [int(pictures.STYLES[method][0][i : i + 2], 16) for i in (1, 3, 5)]
             assert (np.abs(colours[name] - colour).max(1) < 12).any(), (name, method)
 
 
@@ -198,7 +198,7 @@ def test_smoke_runs_leave_nothing_behind(tmp_path, monkeypatch, eager_predictor,
     monkeypatch.chdir(tmp_path)
     options = ["--tier", "digits", "--tasks", "vit-digits", "--methods", "full,similarity-guided"]
     compare.main(["run", "--smoke", "--predictor", eager_predictor, *options])
-    assert "| digits vit-digits (8 batch_size, 2 epochs, 48 samples) |" in capsys.readouterr().out
+    assert "| digits vit-digits (8 batch_size, 2 epochs, 48 samples) |" in plain(capsys.readouterr().out)
     assert not list(tmp_path.iterdir())
 
 
@@ -207,6 +207,11 @@ def test_without_pretrained_weights_a_task_is_left_out(arguments, tmp_path, caps
     compare.main(["run", *options])
     assert "compare pretrain --tier digits --tasks vit-digits" in capsys.readouterr().err
     assert not (tmp_path / "r.jsonl").exists()
+
+
+def plain(table):
+    """A table without the spaces that align its columns."""
+    return re.sub(" +", " ", table)
 
 
 def made_up(method, seed, accuracy, seconds, **others):
@@ -222,7 +227,7 @@ def made_up(method, seed, accuracy, seconds, **others):
 def test_differences_are_paired_by_seed():
     lines = [made_up("full", 0, 0.5, 10.0), made_up("full", 1, 0.7, 10.0)]
     lines += [made_up("linear", 1, 0.71, 6.0, backward_flops=60), made_up("linear", 0, 0.49, 4.0, backward_flops=20)]
-    table = tables(lines).splitlines()
+    table = plain(tables(lines)).splitlines()
     row = next(row for row in table if row.startswith("| linear | 2"))
     deviation = statistics.stdev([49, 71])
     error = deviation / np.sqrt(2)
@@ -239,59 +244,36 @@ def early(method, seed, accuracy, steps):
     return made_up(method, seed, accuracy, steps, steps=steps, full_steps=10)
 
 
+def against_early(lines, method):
+    return list(frames.frame({"made-up": lines}, (method,))["to_early"].dropna())
+
+
 def test_stopping_early_is_interpolated_at_the_time_of_each_method_of_each_seed():
     lines = [made_up("full", 0, 0.8, 10.0), early("early-stop-50", 0, 0.7, 5), early("early-stop-30", 0, 0.4, 3)]
     lines += [made_up("full", 1, 0.9, 10.0), early("early-stop-50", 1, 0.8, 5), early("early-stop-30", 1, 0.5, 3)]
     lines += [made_up("linear", 0, 0.6, 4.0), made_up("linear", 1, 0.81, 7.5)]
-    assert compare_results.early_curve(lines, 0) == ([0.3, 0.5, 1.0], pytest.approx([40.0, 70.0, 80.0]))
+    assert frames.early_curve([line for line in lines if line["seed"] == 0]) == (
+        [0.3, 0.5, 1.0],
+        pytest.approx([40.0, 70.0, 80.0]),
+    )
     # halfway between 40 and 70; halfway between 80 and 90
-    assert compare_results.against_early(lines, "linear") == pytest.approx([60 - 55, 81 - 85])
+    assert against_early(lines, "linear") == pytest.approx([60 - 55, 81 - 85])
     # before the shortest one that was measured, the shortest; of seeds without full training, nothing
     lines += [made_up("autofreeze", 0, 0.5, 1.0), made_up("autofreeze", 2, 0.5, 1.0)]
-    assert compare_results.against_early(lines, "autofreeze") == pytest.approx([50 - 40])
-    table = tables(lines)
+    assert against_early(lines, "autofreeze") == pytest.approx([50 - 40])
+    table = plain(tables(lines))
     assert "| linear | 2 | 70.5 ± 14.8 (10.5) | -14.5 ± 7.8 (5.5) | +0.5 ± 6.4 (4.5) |" in table
     assert "| linear | 1 | -14.50 (5.50) | -14.50 (cpu made-up) | 57.5 % | +0.50 (4.50) | 1 of 1 |" in table
     assert "| early-stop-50 | 1 | -10.00 (0.00) | -10.00 (cpu made-up) | 50.0 % |  |  |" in table
-    assert compare_results._early_point({"made-up": lines}, "early-stop-30") == pytest.approx((70.0, -40.0))
-    assert compare_results._early_point({"made-up": lines}, "early-stop-85") is None
+    assert pictures.early_point({"made-up": lines}, "early-stop-30") == pytest.approx((70.0, -40.0))
+    assert pictures.early_point({"made-up": lines}, "early-stop-85") is None
 
 
 def test_the_error_over_tasks_is_that_of_their_seeds():
-    mean, error = compare_results.mean_of_tasks([[1.0, 3.0], [-1.0, 1.0, 0.0]])
+    mean, error = frames.mean_of_tasks([[1.0, 3.0], [-1.0, 1.0, 0.0]])
     assert mean == 1.0
     assert error == pytest.approx(np.sqrt(2 / 2 + 1 / 3) / 2)
-    assert compare_results.mean_of_tasks([[1.0], [2.0, 4.0]]) == (2.0, None)
-
-
-WRITE = """
-import pathlib, sys
-from benchmarks.lines import add_line
-for number in range(40):
-    add_line(pathlib.Path(sys.argv[1]), {"name": sys.argv[2], "number": number, "much": "x" * 2000})
-"""
-
-
-def test_two_processes_add_to_one_file_and_no_line_is_lost(tmp_path):
-    path = tmp_path / "new" / "r.jsonl"
-    writers = [subprocess.Popen([sys.executable, "-c", WRITE, str(path), name], cwd=ROOT) for name in "ab"]
-    assert [writer.wait(60) for writer in writers] == [0, 0]
-    found = read_lines(path)
-    for name in "ab":
-        assert [line["number"] for line in found if line["name"] == name] == list(range(40))
-
-
-@pytest.mark.parametrize("damaged", [b'{"name": "b\xff', b"3"])
-def test_a_damaged_line_is_named(tmp_path, damaged):
-    path = tmp_path / "r.jsonl"
-    path.write_bytes(b'{"name": "a"}\n' + damaged + b"\n")
-    with pytest.raises(SystemExit, match=rf"{path}, line 2 is damaged .*expected one JSON object a line"):
-        read_lines(path)
-
-
-def test_without_a_file_a_line_goes_to_standard_error(capsys):
-    add_line(None, {"name": "a", "number": 1})
-    assert capsys.readouterr() == ("", '{"name": "a", "number": 1}\n')
+    assert frames.mean_of_tasks([[1.0], [2.0, 4.0]]) == (2.0, None)
 
 
 def test_runs_of_a_job_share_its_data(tmp_path, monkeypatch):
@@ -347,11 +329,11 @@ def test_all_tasks_are_of_known_metrics_and_pretraining():
     assert {tier: len(tasks) for tier, tasks in TIERS.items()} == {"cpu": 9, "long": 3, "gpu": 10, "digits": 2}
     for tasks in TIERS.values():
         for task in tasks.values():
-            assert isinstance(task, Task)
+            assert isinstance(task, Benchmark)
             assert task.metric in ("accuracy", "matthews")
-            assert task.pretrained is None or task.pretrained in compare.PRETRAINING
+            assert task.pretrained is None or task.pretrained in PRETRAINING
             if task.pretrained:
-                assert compare.PRETRAINING[task.pretrained].network is task.network
+                assert PRETRAINING[task.pretrained].network is task.network
 
 
 def test_where_samples_do_not_come_back_there_is_no_run_with_a_cache(tmp_path, monkeypatch):

@@ -84,7 +84,7 @@ class TorchRun:
 
     def __init__(self, task: Task, method: Method, seed: int, watch: Callable[["TorchRun"], None] = lambda run: None):
         self.task, self.method, self._watch = task, method, watch
-        self.result = Result(method.name, full_steps=task.steps)
+        self.result = Result(method.name, full_steps=task.steps, total_flops=0 if method.cache is None else None)
         self.total_steps = method.steps(task.steps)
         torch.manual_seed(seed)
         self.model = task.model(seed)
