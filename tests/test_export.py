@@ -32,7 +32,7 @@ from smartfrz.predictor.training.export import export
 from smartfrz.predictor.training.model import FreezePredictor
 torch.manual_seed(0)
 info = make_info(**TINY, dataset_sha256="d" * 64, metrics={"rule": {"tolerance": 0.01}, "auc": 0.9})
-export(FreezePredictor(64, "motion"), info, "again.onnx")
+export(FreezePredictor(64, "raw"), info, "again.onnx")
 print(hashlib.sha256(open("again.onnx", "rb").read()).hexdigest())
 """
 
@@ -192,7 +192,7 @@ def test_replacing_gives_ordinary_permissions(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["p.onnx"]
 
 
-@pytest.mark.parametrize("representation", ["motion", "trajectory"])
+@pytest.mark.parametrize("representation", ["raw", "trajectory"])
 def test_compact_is_small_answers_alike_and_cannot_be_trained_further(representation, tiny_info, tmp_path):
     info = dataclasses.replace(tiny_info, representation=representation)
     with torch.random.fork_rng():

@@ -107,10 +107,10 @@ def test_displacement_by_hand():
 @pytest.mark.parametrize("size", [8, 32, 100])
 def test_motion_without_repetitions_leads_to_the_same(size):
     torch.manual_seed(3)
-    model = FreezePredictor(size, "motion")
+    model = FreezePredictor(size, "raw")
     history = torch.randn(4, 7, 1) + 0.1 * torch.randn(4, 7, size).cumsum(1)
     real = torch.arange(7)[None] >= 7 - torch.tensor([7, 3, 1, 2])[:, None]
-    seen = represent(history, real, "motion")
+    seen = represent(history, real, "raw")
     motion = Motion.of(history, real)
     assert seen.shape == history.shape
     torch.testing.assert_close(motion.through(model.key), model.key(seen), rtol=0, atol=1e-5)
@@ -125,7 +125,7 @@ def test_an_unknown_representation():
 def test_parity_is_nan_for_a_network_that_answers_nan(tiny_model, predictor_file):
     predictor = Predictor(predictor_file, device="cpu")
     assert parity(tiny_model, predictor, rounds=2) <= TOLERANCE
-    broken = FreezePredictor(64, "motion")
+    broken = FreezePredictor(64, "raw")
     with torch.no_grad():
         broken.head[0].bias[0] = float("nan")
     assert np.isnan(parity(broken, predictor, rounds=2))

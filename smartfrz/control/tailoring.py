@@ -1,8 +1,8 @@
-"""Layer tailoring: one layer's weights, of any number, to `tailored_size` sampled values.
+"""Layer tailoring: sampling `tailored_size` values from the weights of one layer.
 
 The positions are drawn once per layer and stay the same for a whole run, so that one entry of a
-tailored vector follows one weight through training. They depend on the run seed, the layer's name
-and its number of weights alone: every rank of a distributed run and every restart draws the same.
+tailored vector follows one weight through training. They depend only on the run seed, the layer's name
+and its number of weights: every rank of a distributed run and every restart draws the same positions.
 """
 
 import hashlib
@@ -29,10 +29,10 @@ def tailoring_positions(layer: str, num_weights: int, tailored_size: int, *, see
 
     Source:
         Paper, section 3.2, "Layer Tailoring", which samples at random. Departure: large layers are
-        sampled in `tailored_size` strata of equal width, but for rounding, one random position in
-        each. That is a sample without replacement (uniform where the width is a whole number),
+        sampled in `tailored_size` strata of equal width (up to rounding), with one random position in
+        each. This samples without replacement (uniformly where the width is a whole number),
         needs no permutation of all weights, and covers all output channels. The paper does not say
-        how layers smaller than the tailored size are read.
+        how layers smaller than the tailored size are sampled.
 
     Example:
         >>> tailoring_positions("conv1", 100, 5, seed=0).shape
