@@ -60,7 +60,9 @@ def check_onnx(content: bytes, file: str) -> None:
             elif place == FUNCTION_DOMAIN:
                 defined.add(_text(view[value.start : value.stop]))
     except (IndexError, ValueError) as error:
-        raise PredictorFileError(f"{file!r} is not an ONNX file, or is damaged ({error}). Copy the file again.") from error
+        raise PredictorFileError(
+            f"{file!r} is not an ONNX file, or is damaged ({error}). Copy the file again."
+        ) from error
     if custom := sorted(used - defined):
         raise PredictorFileError(
             f"{file!r} uses custom operators of {', '.join(map(repr, custom))}; expected operators that every onnxruntime "

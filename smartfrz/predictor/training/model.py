@@ -139,7 +139,9 @@ def trajectory(history: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     index = torch.arange(window, device=history.device)
     lengths = real.sum(1)
     first = window - lengths
-    history = history / history[:, -1:].abs().amax(-1, keepdim=True).clamp(min=_FLOOR)  # so that squares do not overflow
+    history = history / history[:, -1:].abs().amax(-1, keepdim=True).clamp(
+        min=_FLOOR
+    )  # so that squares do not overflow
     now = history[:, -1:]
     start = torch.gather(history, 1, first[:, None, None].expand(-1, 1, history.shape[2]))
     scale = _rms(now).clamp(min=_FLOOR)
