@@ -17,9 +17,9 @@ from numpy_adapter import make_info  # noqa: E402
 
 from smartfrz.errors import PredictorFileError  # noqa: E402
 from smartfrz.files import replacing  # noqa: E402
-from smartfrz.predictor import export as export_module  # noqa: E402
 from smartfrz.predictor.runtime import Prediction, Predictor  # noqa: E402
-from smartfrz.predictor.training.export import compact, export, restore  # noqa: E402
+from smartfrz.predictor.training import export as export_module  # noqa: E402
+from smartfrz.predictor.training.export import compact, compare, export, restore  # noqa: E402
 from smartfrz.predictor.training.model import FreezePredictor  # noqa: E402
 
 EXPORT_AGAIN = """
@@ -230,5 +230,5 @@ class MockPlaced:
 
 
 def test_mock_files_that_differ_in_what_they_make_of_positions_differ():
-    assert export_module._difference(MockPlaced(1), MockPlaced(1)) == 0
-    assert export_module._difference(MockPlaced(1), MockPlaced(2)) > 0.5
+    assert compare(MockPlaced(1), MockPlaced(1)) == 0
+    assert compare(MockPlaced(1), MockPlaced(2)) > 0.5

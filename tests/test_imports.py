@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "files.py": [],
     "commands.py": ["errors"],
     "training.py": ["errors", "predictor.runtime"],
-    "control": ["control", "predictor.contract", "errors"],
+    "control": ["control", "errors"],
     "predictor": ["errors", "files", "predictor", "control"],
     "baselines": ["baselines", "control", "errors", "adapters.torch", "dataset_builder", "training"],
     "zoo": ["zoo", "predictor", "errors", "files", "__version__"],
@@ -61,7 +61,7 @@ MAY_IMPORT = {
         "__version__",
     ],
 }
-TRAINING_ONLY = {"model.py", "fit.py", "export.py"}
+TRAINING_ONLY = {"model.py", "judging.py", "fit.py", "export.py"}
 
 
 def loaded_after(statement):

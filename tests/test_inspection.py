@@ -132,7 +132,9 @@ def test_functions_that_the_file_brings_along_are_none(model):
 
 @pytest.mark.parametrize("name", DAMAGED)
 def test_damaged_files(name):
-    with pytest.raises(PredictorFileError, match=r"'x\.onnx' is not an ONNX file, or is damaged \(.*Copy the file again"):
+    with pytest.raises(
+        PredictorFileError, match=r"'x\.onnx' is not an ONNX file, or is damaged \(.*Copy the file again"
+    ):
         check_onnx(DAMAGED[name], "x.onnx")
 
 

@@ -511,11 +511,12 @@ def test_a_refused_state_changes_neither_rates_nor_gradients():
 
 def test_the_heuristic_is_the_one_that_predictors_are_judged_beside():
     pytest.importorskip("sklearn")
-    from smartfrz.predictor.training.fit import LabelledRun, TrainingOptions, weight_change
+    from smartfrz.predictor.training.baselines import score_weight_change
+    from smartfrz.predictor.training.runs import LabelledRun, TrainingOptions
 
     weights = np.random.default_rng(0).normal(size=(3, 12, 16)).astype(np.float32).cumsum(axis=1)
     run = LabelledRun("run", "net", weights, np.zeros((3, 12), np.int8))
-    scores = weight_change([run], TrainingOptions())[0]
+    scores = score_weight_change([run], TrainingOptions())[0]
     limit = 0.3
     policy = WeightChange(limit=limit, tailored_size=16)
     for timestamp in range(3, 12):

@@ -247,7 +247,7 @@ class Baselines:
     def judge(
         self, test: Sequence[LabelledRun], validation: Sequence[LabelledRun], options: TrainingOptions
     ) -> dict[str, Judged]:
-        """Judge all baselines; like the predictor's, all thresholds but that of `weight_change` come from validation runs."""
+        """Judge all baselines. Their thresholds, except for `weight_change`, are calibrated on the validation runs."""
         judged = {}
         for method in METHODS:
             threshold = self.weight_change
