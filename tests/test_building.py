@@ -155,7 +155,7 @@ def test_runs_of_one_architecture_cannot_be_cross_validated(tmp_path):
 
 
 def test_a_failed_export_keeps_the_file_that_was_there(tmp_path, recorded, monkeypatch):
-    from smartfrz.predictor import export
+    from smartfrz.predictor.training import export
 
     path = tmp_path / "p.onnx"
     path.write_bytes(b"the older predictor")
