@@ -13,8 +13,8 @@ statistic, and Wasserstein's in standard deviations of the whole.
 `costs`: bytes of the file, parameters, FLOPs of one layer's decision, memory of the history of 54 layers (as many as
 ResNet-50 has), for `--like` and for an untrained network of the paper's form (`raw`).
 
-`run` also trains with other inputs (`representation`, not in the paper): the paper's raw weights, those of version 1 of
-`smartfrz-base` (`motion`), and `trajectory` with and without the layer's position (`unplaced`: 1, it is never told).
+`run` also trains with other inputs (`representation`, not in the paper): the paper's raw weights, and `trajectory`
+with and without the layer's position (with `unplaced` 1 the position is always hidden).
 
 One JSON line a result is added to `--results`, and none is made twice. `table` prints them, and needs nothing else.
 """

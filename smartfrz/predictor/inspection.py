@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from smartfrz.errors import PredictorFileError
 
 MAX_FILE_SIZE = 256 * 2**20  # bytes; smartfrz-base has 1 MiB
-_MAX_FIELDS = 1_000_000  # smartfrz-base has about 4,000; without a limit a file of empty nodes takes minutes
+_MAX_FIELDS = 1_000_000  # smartfrz-base has 2,186; without a limit a file of empty nodes takes minutes
 # Message -> field number -> message, from onnx.proto. A test compares them with the onnx package.
 MESSAGES: dict[str, dict[int, str]] = {
     "ModelProto": {7: "GraphProto", 20: "TrainingInfoProto", 25: "FunctionProto"},
