@@ -45,7 +45,7 @@ class Module:
     Attributes:
         name: Unique name.
         parent: Name of the module around it, or None for the root.
-        weights: The weights that it owns itself, without those of the modules inside.
+        weights: The weights that it owns itself, not the ones that modules inside of it own.
         statistics: Names of everything in it that changes in a forward pass in training mode, such as the running
             statistics of a batch norm. A name may occur several times; the adapter decides what that means.
         is_norm: Whether it only normalises or scales. It is then no layer of its own, even if it owns a matrix.
@@ -161,25 +161,17 @@ def _collect_shares(modules: Mapping[str, Module], ran: Iterable[str], container
         user = _find_user(modules, name, members, containers)
         if user is not None and user != name:
             members[user].append(name)
-    # Wrappers and models may list weights of the modules inside as their own: those belong inside.
-    inside = {w.key for name in members if name not in containers for w in modules[name].weights}
     return [
-        _Share(
-            modules[name],
-            tuple(names),
-            _list_weights((modules[n] for n in names), without=inside if name in containers else ()),
-        )
-        for name, names in members.items()
+        _Share(modules[name], tuple(names), _list_weights(modules[n] for n in names)) for name, names in members.items()
     ]
 
 
-def _list_weights(modules: Iterable[Module], without: Collection[Hashable]) -> tuple[Weight, ...]:
+def _list_weights(modules: Iterable[Module]) -> tuple[Weight, ...]:
     """Return the weights of the modules, each once."""
     found: dict[Hashable, Weight] = {}
     for module in modules:
         for weight in module.weights:
-            if weight.key not in without:
-                found.setdefault(weight.key, weight)
+            found.setdefault(weight.key, weight)
     return tuple(found.values())
 
 

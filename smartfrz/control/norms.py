@@ -33,17 +33,6 @@ def compute_old_share(kept: float | None, *, before: int, since: int) -> float:
     return before / (before + since) if kept is None else kept**since
 
 
-def compute_recent_average(old: Any, new: Any, old_share: float) -> Any:
-    """Return the average over the batches since the snapshot.
-
-    Args:
-        old: The running average at the snapshot, float64.
-        new: The running average now, float64.
-        old_share: From `compute_old_share`, less than 1.
-    """
-    return (new - old_share * old) / (1.0 - old_share)
-
-
 def compute_recent_statistics(old: tuple[Any, Any], new: tuple[Any, Any], old_share: float) -> tuple[Any, Any] | None:
     """Return mean and variance over the batches since the snapshot.
 
@@ -57,5 +46,5 @@ def compute_recent_statistics(old: tuple[Any, Any], new: tuple[Any, Any], old_sh
     """
     if not 0.0 <= old_share < 1.0:
         return None
-    mean, variance = (compute_recent_average(*pair, old_share) for pair in zip(old, new, strict=True))
+    mean, variance = ((now - old_share * then) / (1.0 - old_share) for then, now in zip(old, new, strict=True))
     return mean, variance.clip(min=0.0)  # rounding may leave it below zero

@@ -18,7 +18,7 @@ import numpy as np
 
 from smartfrz import zoo
 from smartfrz.adapters.keras.freezing import KerasAdapter, thaw_leftovers
-from smartfrz.adapters.keras.layers import CallRecorder, Layer, graph_run, group
+from smartfrz.adapters.keras.layers import CallRecorder, Layer, graph_run, group_layers
 from smartfrz.adapters.keras.neighbours import Board, Saving, come_first
 from smartfrz.control.controller import FreezeController, require_version, schedule, stages_apart
 from smartfrz.control.decision import FreezeDecision
@@ -179,10 +179,10 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
             state = None
         run = graph_run(self._model)
         if state is not None:
-            layers = [Layer.from_dict(x) for x in state["layers"]] if run is None else group(self._model, run)
+            layers = [Layer.from_dict(x) for x in state["layers"]] if run is None else group_layers(self._model, run)
             self._restore(state, layers)
         elif run is not None:
-            self._control(group(self._model, run))
+            self._control(group_layers(self._model, run))
         else:
             self._watch()
 
@@ -200,7 +200,7 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
         if self._recorder is not None:
             recorder = self._recorder
             self._stop_watching()
-            self._control(group(self._model, recorder.run()))
+            self._control(group_layers(self._model, recorder.run()))
         controller, adapter = self._controller, self._adapter
         if controller is None or adapter is None:
             return

@@ -2,8 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import wraps
 from typing import Any
 
@@ -11,6 +11,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
+from smartfrz.control.grouping import Module, Weight, find_containers, group_modules
 from smartfrz.errors import StateError, UnsupportedModelError
 
 # Their scales may have several dimensions; they are no layers of their own, as in the PyTorch adapter.
@@ -241,7 +242,7 @@ def trace_layers(model: keras.Model, *example: Any, **keywords: Any) -> list[Lay
         with CallRecorder(model) as recorder:
             model(*example, **keywords)
         run = recorder.run()
-    return group(model, run)
+    return group_layers(model, run)
 
 
 def own_variables(layer: Any) -> list[Any]:
@@ -249,10 +250,9 @@ def own_variables(layer: Any) -> list[Any]:
     return list(getattr(layer, "_trainable_variables", []))
 
 
-def _is_matrix(layer: Any, variable: Any) -> bool:
-    """Whether this variable of the layer is one that tailoring reads."""
-    # The biases of attention and of a GRU have two dimensions in Keras.
-    return len(variable.shape) >= 2 and variable is not getattr(layer, "bias", None)
+def _is_bias(layer: Any, variable: Any) -> bool:
+    """Whether the variable is the layer's bias. Those of attention and of a GRU have two dimensions in Keras."""
+    return variable is getattr(layer, "bias", None)
 
 
 def find_variable(layers: dict[str, Any], name: str) -> Any:
@@ -271,138 +271,101 @@ def find_variable(layers: dict[str, Any], name: str) -> Any:
         ) from None
 
 
-def group(model: keras.Model, run: Run) -> list[Layer]:
+def group_layers(model: keras.Model, run: Run) -> list[Layer]:
     """Join Keras layers to units that are frozen together.
 
     Raises:
         UnsupportedModelError: If no layer with weights ran.
     """
     layers = named_layers(model)
-    paths = {id(layer): path for path, layer in layers.items()}
-    ran: list[str] = []
-    for layer in run.calls:
-        path = paths.get(id(layer))
-        # A recurrent layer may or may not call its cell, as the backend likes: it is one layer with it.
-        if path is not None and not any(isinstance(layers[a], keras.layers.RNN) for a in _ancestors(path, layers)):
-            ran.append(path)
-    ran_set = set(ran)
-    # A layer whose descendants own variables and run is a container, not a layer.
-    containers = {a for path in ran if own_variables(layers[path]) for a in _ancestors(path, layers)}
-    # What a wrapper holds of the layer inside (SpectralNormalization its kernel), or a model of its layers in a
-    # list of variables, is the inner layer's, though Keras tracks it as the outer one's.
-    inside = {id(v) for path in ran if path not in containers for v in own_variables(layers[path])}
-    belongs: dict[str, list[str]] = {path: [path] for path in ran}
-    for path in layers:
-        if path not in ran_set:  # used by the layer around it, without being called
-            around = next((a for a in _ancestors(path, layers) if a in ran_set), None)
-            if around is not None and around not in containers:
-                belongs[around].append(path)
-
-    holder: dict[int, _Draft] = {}
-    drafts: list[_Draft] = []
-    of_layer: dict[int, _Draft] = {}
-    waiting = _Draft("")  # what containers own, and what runs before the first layer, joins the next one
-    for path in ran:
-        layer = layers[path]
-        variables = [
-            (f"{p}:{i}", v, layers[p])
-            for p in belongs[path]
-            for i, v in enumerate(own_variables(layers[p]))
-            if path not in containers or id(v) not in inside
-        ]
-        owned = [(name, v) for name, v, _ in variables]
-        matrices = {name for name, v, owner in variables if _is_matrix(owner, v)}
-        norm = isinstance(layer, keras.layers.BatchNormalization)
-        if not owned and not norm:
-            continue
-        draft = next((holder[id(v)] for _, v in owned if id(v) in holder), None)  # tied weights
-        if draft is None:
-            draft = waiting
-            if drafts and path not in containers:
-                draft = _feeding(layer, run, of_layer) or drafts[-1]
-            if path not in containers and not isinstance(layer, _NORMS) and matrices:
-                draft = _Draft(path)
-                drafts.append(draft)
-                draft.take(waiting)
-                holder.update({id(v): draft for _, v in waiting.parameters})
-                of_layer.update({key: draft for key, other in of_layer.items() if other is waiting})
-                waiting = _Draft("")
-        of_layer[id(layer)] = draft
-        draft.members += belongs[path]
-        new = [(name, v) for name, v in owned if id(v) not in holder]
-        draft.parameters += new
-        draft.matrices |= matrices
-        holder.update({id(v): draft for _, v in new})
-        if norm:
-            draft.norms += [path] * round(run.calls[layer])
-        draft.flops += _forward_flops(layer, run.shapes.get(id(layer)))
-    if drafts:
-        drafts[-1].take(waiting)
-    if not drafts:
+    ran = list(_list_run_layers(layers, run))
+    units = group_modules(_leave_variables_inside(_describe_layers(layers, run), ran), ran)
+    if not units:
         raise UnsupportedModelError(
-            f"SmartFRZ found no layer to freeze in {type(model).__name__} {model.name!r}: none of the {len(ran)} layers "
-            "that ran owns a weight of two or more dimensions. Pass the callback to fit() of the model that holds the "
-            "layers."
+            f"SmartFRZ found no layer to freeze in {type(model).__name__} {model.name!r}: none of the "
+            f"{len(ran)} layers that ran owns a weight of two or more dimensions. Pass the callback to fit() of "
+            "the model that holds the layers."
         )
-    return [draft.layer() for draft in drafts]
+    return [
+        Layer(
+            unit.name,
+            tuple(unit.members),
+            tuple(weight.name for weight in unit.weights),
+            tuple(weight.name for weight in unit.judged),
+            tuple(unit.statistics),
+            unit.flops,
+        )
+        for unit in units
+    ]
 
 
-def _feeding(layer: Any, run: Run, of_layer: dict[int, "_Draft"]) -> "_Draft | None":
-    """The unit whose output a layer gets, by way of layers without weights; None if that is not known, or several.
+def _list_run_layers(layers: Mapping[str, Any], run: Run) -> Iterator[str]:
+    """Yield the names of the layers that ran, in execution order."""
+    names = {id(layer): name for name, layer in layers.items()}
+    for layer in run.calls:
+        name = names.get(id(layer))
+        # A recurrent layer may or may not call its cell, as the backend likes: the two are one layer.
+        if name is not None and not any(isinstance(layers[a], keras.layers.RNN) for a in _ancestors(name, layers)):
+            yield name
 
-    In a graph the convolution of a shortcut may run just before the one beside it, and both norms after them.
+
+def _describe_layers(layers: Mapping[str, Any], run: Run) -> list[Module]:
+    """Describe a model's Keras layers to the grouping rule."""
+    names = {id(layer): name for name, layer in layers.items()}
+    return [
+        Module(
+            name,
+            next(_ancestors(name, layers), None),
+            tuple(
+                Weight(f"{name}:{index}", id(variable), tuple(variable.shape), is_bias=_is_bias(layer, variable))
+                for index, variable in enumerate(own_variables(layer))
+            ),
+            # Each as often as it runs in a step.
+            (name,) * round(run.calls.get(layer, 0)) if isinstance(layer, keras.layers.BatchNormalization) else (),
+            is_norm=isinstance(layer, _NORMS),
+            flops=_forward_flops(layer, run.shapes.get(id(layer))) if layer in run.calls else 0,
+            source=_find_source(layer, run, names),
+        )
+        for name, layer in layers.items()
+    ]
+
+
+def _leave_variables_inside(modules: list[Module], ran: list[str]) -> list[Module]:
+    """Take from containers the variables that belong to layers inside of them.
+
+    Keras tracks the kernel that `SpectralNormalization` assigns to an attribute of its own as the wrapper's, too, and
+    variables that a model keeps in a list as the model's.
     """
+    known = {module.name: module for module in modules}
+    containers = find_containers(known, ran)
+    inside = {weight.key for name in ran if name not in containers for weight in known[name].weights}
+    return [
+        replace(module, weights=tuple(weight for weight in module.weights if weight.key not in inside))
+        if module.name in containers
+        else module
+        for module in modules
+    ]
+
+
+def _find_source(layer: Any, run: Run, names: Mapping[int, str]) -> str | None:
+    """Return the name of the layer that feeds this one, by way of operations that are no layers; None if unknown."""
     source = run.sources.get(id(layer))
-    while source is not None and id(source) not in of_layer:
-        if getattr(source, "_layers", None):
-            return None  # which of the layers in it was the last, only their graph knows
+    while source is not None and id(source) not in names:
         source = run.sources.get(id(source))
-    return of_layer.get(id(source))
+    return None if source is None else names[id(source)]
 
 
-def _ancestors(path: str, layers: dict[str, Any]) -> Iterator[str]:
-    """Names of the layers around a layer, nearest first, the model last."""
-    while path:
-        path = path.rpartition("/")[0]
-        if path in layers:
-            yield path
-
-
-class _Draft:
-    """A layer while its parts are being collected."""
-
-    def __init__(self, name: str):
-        self.name = name
-        self.members: list[str] = []
-        self.parameters: list[tuple[str, Any]] = []
-        self.matrices: set[str] = set()
-        self.norms: list[str] = []
-        self.flops = 0
-
-    def take(self, other: "_Draft") -> None:
-        """Take over all that another draft holds."""
-        self.members += other.members
-        self.parameters += other.parameters
-        self.matrices |= other.matrices
-        self.norms += other.norms
-
-    def layer(self) -> Layer:
-        matrices = [name for name, _ in self.parameters if name in self.matrices]
-        # Embeddings that joined from a container are not what the layer is judged by.
-        inside = [n for n in matrices if n.rpartition(":")[0] == self.name or n.startswith(f"{self.name}/")]
-        return Layer(
-            self.name,
-            tuple(dict.fromkeys(self.members)),
-            tuple(name for name, _ in self.parameters),
-            tuple(inside or matrices),
-            tuple(self.norms),
-            self.flops,
-        )
+def _ancestors(name: str, layers: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the names of the layers around a layer, the nearest first, the model last."""
+    while name:
+        name = name.rpartition("/")[0]
+        if name in layers:
+            yield name
 
 
 def _forward_flops(layer: Any, shape: tuple[int | None, ...] | None) -> int:
     """Of one example: two for each weight at each place where it is used. Unknown sizes count as one."""
-    matrices = [v for v in own_variables(layer) if _is_matrix(layer, v)]
+    matrices = [v for v in own_variables(layer) if len(v.shape) >= 2 and not _is_bias(layer, v)]
     if not matrices or isinstance(layer, keras.layers.Embedding):
         return 0
     places = 1

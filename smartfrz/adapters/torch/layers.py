@@ -1,6 +1,7 @@
 """Which parts of a PyTorch model are frozen as one unit, and how their weights are read."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -18,7 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from smartfrz.adapters.torch.sharding import positions_in, sum_shards
+from smartfrz.adapters.torch.sharding import locate, sum_shards
+from smartfrz.control.grouping import Module, Weight, group_modules
+from smartfrz.control.tailoring import split_positions
 from smartfrz.errors import StateError, UnsupportedModelError
 
 
@@ -143,7 +147,7 @@ class LayerTracer:
         Raises:
             UnsupportedModelError: If no module with weights ran.
         """
-        return _group(self._model, list(dict.fromkeys(self._ran)), self._flops)
+        return _group_modules(self._model, self._ran, self._flops)
 
 
 class Uncopied:
@@ -232,135 +236,90 @@ def trace_layers(model: nn.Module, *example: Any, **keywords: Any) -> list[Layer
         tracer.close()
 
 
-def _group(model: nn.Module, ran: list[str], flops: dict[str, int]) -> list[Layer]:
-    """Join modules and parameters to layers; `ran` holds module names by first execution."""
-    # What computes a module's weight (weight norm, spectral norm, LoRA as a parametrization) is part of that module.
-    modules = {n: module for n, module in model.named_modules() if n == _around_parametrizations(n)}
-    ran = list(dict.fromkeys(map(_around_parametrizations, ran)))
-    counts, flops = flops, {}
-    for name, count in counts.items():
-        flops[_around_parametrizations(name)] = flops.get(_around_parametrizations(name), 0) + count
-    ran_set = set(ran)
-    first_name = {id(p): name for name, p in model.named_parameters()}  # one name per tied parameter
+def _group_modules(model: nn.Module, ran: Iterable[str], flops: Mapping[str, int]) -> list[Layer]:
+    """Join the model's modules to layers.
 
-    def owned(name: str) -> list[str]:
-        own = [modules[name], *(m for _, m in _parametrizations(modules[name]))]
-        return list(dict.fromkeys(first_name[id(p)] for m in own for p in m.parameters(recurse=False)))
-
-    # A module whose descendants own parameters and run is a container, not a layer.
-    containers = {ancestor for name in ran if owned(name) for ancestor in _ancestors(name)}
-    belongs: dict[str, list[str]] = {name: owned(name) for name in ran}
-    for name, module in modules.items():
-        if name in ran_set or not owned(name):
-            continue
-        # nn.MultiheadAttention never calls its out_proj; a ParameterList has no forward at all.
-        # Their parameters are used by the module around them. Anything else that did not run is
-        # unused in training (an auxiliary head, say) and no layer.
-        around = next((a for a in _ancestors(name) if a in ran_set), None)
-        lists = isinstance(module, (nn.ParameterList, nn.ParameterDict))
-        if around is not None and (lists or around not in containers):
-            belongs[around] += owned(name)
-
-    drafts: list[_Draft] = []
-    waiting: list[str] = []  # parameters of containers: they join the next layer that runs
-    waiting_norms: list[str] = []
-    holder: dict[str, _Draft] = {}
-    for name in ran:
-        names, module = belongs[name], modules[name]
-        norms = _norms_of(name, module)
-        tied = next((holder[n] for n in names if n in holder), None)
-        names = [n for n in names if n not in holder]  # a module may be tied to several layers
-        if name in containers:
-            waiting += names
-            continue
-        if tied is not None:
-            draft = tied
-        # a norm over several dimensions has weights of as many, and is no layer of its own
-        elif not isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and any(
-            model.get_parameter(n).dim() >= 2 for n in names
-        ):
-            draft = _Draft(name)
-            drafts.append(draft)
-            names, waiting = [n for n in dict.fromkeys(waiting + names) if n not in holder], []
-            draft.norms, waiting_norms = waiting_norms, []
-        elif names or norms:  # vectors only: a norm, a layer scale, a learned slope
-            if not drafts:
-                waiting += names
-                waiting_norms += norms
-                continue
-            draft = drafts[-1]
-            if isinstance(module, _NormBase):
-                draft.output = name
-        else:
-            continue
-        draft.parameters += names
-        draft.norms += norms
-        draft.flops += flops.get(name, 0)
-        holder.update(dict.fromkeys(names, draft))
-    if drafts:
-        drafts[-1].parameters += [n for n in dict.fromkeys(waiting) if n not in holder]
-        drafts[-1].norms += waiting_norms
-    if not drafts:
+    Args:
+        model: The model.
+        ran: Names of its modules by first execution.
+        flops: Floating point operations of the modules, without the modules inside.
+    """
+    ran = list(dict.fromkeys(map(strip_parametrizations, ran)))
+    units = group_modules(_describe_modules(model, flops), ran)
+    if not units:
         raise UnsupportedModelError(
             f"SmartFRZ found no layer to freeze in {type(model).__name__}: none of the {len(ran)} modules that ran in "
             "its forward pass owns a weight of two or more dimensions. Pass the model that holds the layers, and run "
             "its forward pass through the model itself."
         )
-    return [draft.layer(model) for draft in drafts]
+    return [
+        Layer(
+            unit.name,
+            tuple(weight.name for weight in unit.weights),
+            tuple(weight.name for weight in unit.judged),
+            tuple(unit.statistics),
+            unit.output,
+            unit.flops,
+        )
+        for unit in units
+    ]
 
 
-def _around_parametrizations(name: str) -> str:
-    """The module whose weight is computed, if `name` is a module that computes it."""
+def _describe_modules(model: nn.Module, flops: Mapping[str, int]) -> list[Module]:
+    """Describe the model's modules to the grouping rule.
+
+    What computes a module's weight (weight norm, spectral norm, LoRA as a parametrization) is part of that module.
+    """
+    counts: Counter[str] = Counter()
+    for name, count in flops.items():
+        counts[strip_parametrizations(name)] += count
+    names = {id(parameter): name for name, parameter in model.named_parameters()}  # one for tied parameters
+    return [
+        Module(
+            name,
+            name.rpartition(".")[0] if name else None,
+            tuple(_list_weights(module, names)),
+            tuple(_list_changing_modules(name, module)),
+            # A norm over several dimensions has weights with as many.
+            is_norm=isinstance(module, (nn.LayerNorm, nn.RMSNorm)),
+            ends_layer=isinstance(module, _NormBase),
+            is_list=isinstance(module, (nn.ParameterList, nn.ParameterDict)),
+            flops=counts[name],
+        )
+        for name, module in model.named_modules()
+        if name == strip_parametrizations(name)
+    ]
+
+
+def strip_parametrizations(name: str) -> str:
+    """Return the name of the module whose weight is computed, if `name` is a module that computes it."""
     return f".{name}".partition(".parametrizations.")[0][1:]
 
 
-def _parametrizations(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that compute a module's weights, by their names inside of it."""
+def _list_parametrizations(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that compute a module's weights, with their names inside of it."""
     if is_parametrized(module):
         yield from module.parametrizations.named_modules(prefix="parametrizations")  # type: ignore[union-attr]
 
 
-def _norms_of(name: str, module: nn.Module) -> list[str]:
-    """Names of what a forward pass in training mode changes in this module."""
-    found = [
-        f"{name}.{inner}" if name else inner for inner, m in _parametrizations(module) if isinstance(m, _SpectralNorm)
-    ]
-    running = isinstance(module, _NormBase) and module.running_mean is not None
-    # the older torch.nn.utils.spectral_norm, a hook
-    if running or any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values()):
-        found.append(name)
-    return found
+def _list_weights(module: nn.Module, names: Mapping[int, str]) -> Iterator[Weight]:
+    """Yield the parameters that a module owns itself, by the names of their ids."""
+    for owner in (module, *(inner for _, inner in _list_parametrizations(module))):
+        for parameter in owner.parameters(recurse=False):
+            # A lazy module that never ran has no shapes.
+            shape = () if is_lazy(parameter) else tuple(parameter.shape)
+            yield Weight(names[id(parameter)], id(parameter), shape)
 
 
-def _ancestors(name: str) -> Iterator[str]:
-    """Names of the modules around a module, nearest first, the root last."""
-    while name:
-        name = name.rpartition(".")[0]
+def _list_changing_modules(name: str, module: nn.Module) -> Iterator[str]:
+    """Yield names of everything in this module that a forward pass in training mode changes."""
+    for inner, parametrization in _list_parametrizations(module):
+        if isinstance(parametrization, _SpectralNorm):
+            yield f"{name}.{inner}" if name else inner
+    has_running_statistics = isinstance(module, _NormBase) and module.running_mean is not None
+    # The older torch.nn.utils.spectral_norm is a hook.
+    if has_running_statistics or any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values()):
         yield name
-
-
-class _Draft:
-    """A layer while its parts are being collected."""
-
-    def __init__(self, name: str):
-        self.name = self.output = name
-        self.parameters: list[str] = []
-        self.norms: list[str] = []
-        self.flops = 0
-
-    def layer(self, model: nn.Module) -> Layer:
-        own = self.name + "." if self.name else ""
-        matrices = [n for n in self.parameters if model.get_parameter(n).dim() >= 2]
-        # Embeddings that joined from a container (`cls_token`) are not what the layer is judged by.
-        inside = [n for n in matrices if n.startswith(own)]
-        return Layer(
-            self.name,
-            tuple(self.parameters),
-            tuple(inside or matrices),
-            tuple(self.norms),
-            self.output,
-            self.flops,
-        )
 
 
 class LayerReader:
@@ -427,12 +386,9 @@ class LayerReader:
         known, parts = self._parts.get(layer, (None, []))
         if known is indices:
             return parts
-        parts, start = [], 0
-        for tensor in self._tensors[layer]:
-            inside = indices[(indices >= start) & (indices < start + tensor.numel())] - start
-            start += tensor.numel()
-            if len(inside):
-                parts.append(positions_in(tensor, torch.from_numpy(inside)))
+        tensors = self._tensors[layer]
+        inside = split_positions(indices, [tensor.numel() for tensor in tensors])
+        parts = [locate(t, torch.from_numpy(where)) for t, where in zip(tensors, inside, strict=True) if len(where)]
         self._parts[layer] = indices, parts
         return parts
 

@@ -93,7 +93,7 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return sharded is not None and isinstance(tensor, sharded.DTensor)
 
 
-def positions_in(tensor: torch.Tensor, indices: torch.Tensor) -> Positions | ShardPositions:
+def locate(tensor: torch.Tensor, indices: torch.Tensor) -> Positions | ShardPositions:
     """Positions of a weight of either kind."""
     if is_sharded(tensor):
         return ShardPositions(tensor, indices)
