@@ -207,7 +207,7 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
         before = self._iterations
         # Else every batch is one, and nobody has to wait for the device to tell.
         self._iterations = self._read_iterations() if self._must_ask else before + 1
-        adapter.num_batches += self._iterations - before
+        adapter.add_batches(self._iterations - before)
         for _ in range(self._iterations // self._accumulation - before // self._accumulation):
             self._step(controller, adapter)
         self._seconds = time.perf_counter() - self._started
@@ -243,7 +243,7 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
 
     def _check_frozen(self, controller: FreezeController, adapter: KerasAdapter) -> None:
         """Freeze nothing any more in a run that trains frozen layers on."""
-        moved = adapter.moved()
+        moved = adapter.find_moved()
         if not moved:
             return
         self._given_up = True
