@@ -9,7 +9,7 @@ from torch import nn  # noqa: E402
 from torch.utils._python_dispatch import _get_current_dispatch_mode  # noqa: E402
 
 from smartfrz.adapters.torch import Layer, trace_layers  # noqa: E402
-from smartfrz.adapters.torch.layers import LayerReader, LayerTracer, layer_outputs  # noqa: E402
+from smartfrz.adapters.torch.layers import LayerReader, LayerTracer, collect_outputs  # noqa: E402
 from smartfrz.errors import StateError, UnsupportedModelError  # noqa: E402
 
 IMAGES = (2, 3, 8, 8)
@@ -305,7 +305,7 @@ def test_layer_outputs_are_copies_and_its_hooks_go():
     images = torch.randn(IMAGES)
     layers = trace_layers(model.eval(), images)
     expected = model[1](model[0](images))
-    with layer_outputs(model, layers) as outputs:
+    with collect_outputs(model, layers) as outputs:
         answers = model(images)
         assert num_hooks(model) == 2
     assert num_hooks(model) == 0

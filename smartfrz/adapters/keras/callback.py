@@ -18,7 +18,7 @@ import numpy as np
 
 from smartfrz import zoo
 from smartfrz.adapters.keras.freezing import KerasAdapter, thaw_leftovers
-from smartfrz.adapters.keras.layers import CallRecorder, Layer, graph_run, group_layers
+from smartfrz.adapters.keras.layers import CallRecorder, Layer, group_layers, trace_graph
 from smartfrz.adapters.keras.neighbours import Board, Saving, come_first
 from smartfrz.control.controller import FreezeController, require_version, schedule, stages_apart
 from smartfrz.control.decision import FreezeDecision
@@ -177,7 +177,7 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
             state = _read_state(backup)
         if state is not None and not state["started"]:
             state = None
-        run = graph_run(self._model)
+        run = trace_graph(self._model)
         if state is not None:
             layers = [Layer.from_dict(x) for x in state["layers"]] if run is None else group_layers(self._model, run)
             self._restore(state, layers)

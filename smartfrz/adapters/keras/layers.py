@@ -1,4 +1,4 @@
-"""Which parts of a Keras model are frozen as one unit, in which order they run, and how their weights are read."""
+"""Finds the layers of a Keras model, in the order in which they run, and the axes of their weights."""
 
 import math
 from collections import Counter
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from smartfrz.control.grouping import Module, Weight, find_containers, group_modules
 from smartfrz.errors import StateError, UnsupportedModelError
 
-# Their scales may have several dimensions; they are no layers of their own, as in the PyTorch adapter.
+# Their scales may have several dimensions, but they are no layers of their own.
 _NORMS = (
     keras.layers.BatchNormalization,
     keras.layers.GroupNormalization,
@@ -27,13 +27,13 @@ _NORMS = (
 
 @dataclass(frozen=True)
 class Layer:
-    """What is frozen as one unit: a Keras layer that owns weights, with what belongs to it.
+    """A unit of freezing: a Keras layer that owns weights, with everything that belongs to it.
 
     Attributes:
-        name: The layer's name; in a nested model behind the names of the models around it: `backbone/conv1`.
+        name: The layer's name, in a nested model after the names of the models around it: `backbone/conv1`.
         members: Names of the Keras layers that are frozen with it, itself included.
         parameters: Every variable that is frozen with it: a layer's name, a colon, and an index.
-        weights: The variables that tailoring reads: those with two or more dimensions.
+        weights: The variables that tailoring reads, with two or more dimensions each.
         norms: Members that are batch norms with moving statistics, each as often as it runs in a step.
         forward_flops: Floating point operations of the forward pass of one example.
     """
@@ -46,24 +46,24 @@ class Layer:
     forward_flops: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for a saved state."""
+        """Return the layer as plain data, for a saved state."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Layer":
-        """The layer that `to_dict` described."""
+        """Make the layer that `to_dict` described."""
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         return cls(**values)
 
 
 @dataclass
 class Run:
-    """Which layers ran in a forward pass.
+    """The layers that ran in a forward pass.
 
     Attributes:
-        calls: Keras layers in the order in which they first ran, and how often each did.
-        shapes: By the layer's id, the shape of its first output, batch included; unknown sizes are None.
-        sources: By the layer's id, what feeds it, if that is one operation and a graph tells.
+        calls: How often each Keras layer ran, in the order in which they first did.
+        shapes: Shape of each layer's first output, batch included, by the layer's id. Unknown sizes are None.
+        sources: The operation that feeds each layer, by the layer's id, if it is a single one and the graph is known.
     """
 
     calls: dict[Any, float]
@@ -72,10 +72,10 @@ class Run:
 
 
 def named_layers(model: keras.Model) -> dict[str, Any]:
-    """Every Keras layer inside of the model by its name; the model itself is the empty name.
+    """Return every Keras layer inside of the model by its name. The model itself has the empty name.
 
-    Layers of sequential and functional models go by their own names. Those inside of a subclassed
-    layer go by the attribute that holds them, since Keras numbers unnamed ones anew at every start.
+    Layers of sequential and functional models have their own names. Layers inside of a subclassed layer are named after
+    the attribute that holds them, since the names that Keras makes up differ between processes.
     """
     names: dict[str, Any] = {"": model}
     seen = {id(model)}
@@ -108,7 +108,7 @@ def _children(parent: Any) -> Iterator[tuple[str, Any]]:
             continue
         if isinstance(value, keras.layers.Layer):
             attributes.setdefault(id(value), name.lstrip("_"))
-        elif isinstance(value, (list, tuple, dict)) and not name.startswith("_"):  # not the books of a backend
+        elif isinstance(value, (list, tuple, dict)) and not name.startswith("_"):  # private ones are the backend's
             pairs = value.items() if isinstance(value, dict) else enumerate(value)
             for key, item in pairs:
                 if isinstance(item, keras.layers.Layer):
@@ -118,7 +118,7 @@ def _children(parent: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_graph(layer: Any) -> bool:
-    """Whether it is a sequential or functional model that runs as its graph says."""
+    """Return whether the layer is a sequential or functional model that runs as its graph says."""
     kind: Any = type(layer)
     if isinstance(layer, keras.Sequential):
         return kind.call is keras.Sequential.call
@@ -128,10 +128,11 @@ def _is_graph(layer: Any) -> bool:
     return functional is not None and kind.call is functional.call
 
 
-def graph_run(model: keras.Model) -> Run | None:
-    """The order in which the layers run, if a graph tells it; else None.
+def trace_graph(model: keras.Model) -> Run | None:
+    """Return the layers in the order in which they run, if a graph shows it.
 
-    None for subclassed models and layers with layers inside, and for models that are not built yet.
+    Returns:
+        None if the model is not built yet, subclassed, or has a subclassed layer with layers inside.
     """
     run = Run({}, {})
     return run if model.built and _walk(model, run, 1) else None
@@ -163,12 +164,12 @@ def _walk(model: Any, run: Run, times: int) -> bool:
 
 
 class CallRecorder:
-    """Watches which layers run, where no graph tells. Use it as a context manager, or `start` and `stop`.
+    """Records which layers run, if no graph shows it. Use it as a context manager, or call `start` and `stop`.
 
-    TensorFlow and JAX run Python code only while they trace a function: watch a step that is traced.
+    TensorFlow and JAX run Python code only while they trace a function, so record a step that is traced.
 
     Args:
-        model: Its calls are counted, so that one knows how often a layer runs in each.
+        model: The model. The calls of a layer are counted for each call of the model.
     """
 
     def __init__(self, model: keras.Model):
@@ -178,11 +179,11 @@ class CallRecorder:
         self._original: Callable[..., Any] | None = None
 
     def start(self) -> "CallRecorder":
-        """Begin to watch."""
+        """Begin to record."""
         original = self._original = keras.layers.Layer.__call__
         recorder = self
 
-        # On the class: layers may be made as late as in build(), and an instance's __call__ is not looked up.
+        # The class is patched: layers may be made as late as in build(), and Python ignores an instance's __call__.
         @wraps(original)
         def recording(layer: Any, *args: Any, **kwargs: Any) -> Any:
             if recorder._original is None:
@@ -199,13 +200,13 @@ class CallRecorder:
         return self
 
     def stop(self) -> None:
-        """Watch no more."""
+        """Stop recording."""
         if self._original is not None and keras.layers.Layer.__call__ is self._recording:
             keras.layers.Layer.__call__ = self._original
-        self._original = None  # if somebody else has wrapped the method since, ours only passes on
+        self._original = None  # if the method has been wrapped again since, ours only passes calls on
 
     def run(self) -> Run:
-        """What ran since `start`."""
+        """Return what has run since `start`."""
         passes = max(1, self._calls.get(self._model, 1))
         return Run({layer: calls / passes for layer, calls in self._calls.items()}, self._shapes)
 
@@ -217,12 +218,12 @@ class CallRecorder:
 
 
 def trace_layers(model: keras.Model, *example: Any, **keywords: Any) -> list[Layer]:
-    """The model's layers in execution order.
+    """Return the model's layers in execution order.
 
     Args:
         model: The model.
-        *example: Positional arguments of a call, an example batch. Needed for subclassed models
-            and models that are not built: then the model is called once, in inference mode.
+        *example: Positional arguments of a call, such as an example batch. Needed for subclassed models and models that
+            are not built, which are then called once in inference mode.
         **keywords: Keyword arguments of that call.
 
     Returns:
@@ -232,7 +233,7 @@ def trace_layers(model: keras.Model, *example: Any, **keywords: Any) -> list[Lay
         UnsupportedModelError: If the model has no layer with weights, or its order is unknown
             without an example.
     """
-    run = graph_run(model)
+    run = trace_graph(model)
     if run is None:
         if not example and not keywords:
             raise UnsupportedModelError(
@@ -246,20 +247,20 @@ def trace_layers(model: keras.Model, *example: Any, **keywords: Any) -> list[Lay
 
 
 def own_variables(layer: Any) -> list[Any]:
-    """The variables that a layer itself holds and that are made to be trained, frozen ones included."""
+    """Return the variables that a layer itself holds and that can be trained, frozen ones included."""
     return list(getattr(layer, "_trainable_variables", []))
 
 
 def _is_bias(layer: Any, variable: Any) -> bool:
-    """Whether the variable is the layer's bias. Those of attention and of a GRU have two dimensions in Keras."""
+    """Return whether the variable is the layer's bias. Biases of attention and of a GRU have two dimensions in Keras."""
     return variable is getattr(layer, "bias", None)
 
 
 def find_variable(layers: dict[str, Any], name: str) -> Any:
-    """The variable that `Layer.parameters` names.
+    """Return the variable that `Layer.parameters` names.
 
     Raises:
-        StateError: If there is none.
+        StateError: If the model does not have it.
     """
     path, _, index = name.rpartition(":")
     try:
@@ -267,7 +268,7 @@ def find_variable(layers: dict[str, Any], name: str) -> Any:
     except LookupError:
         raise StateError(
             f"The layers name variable {name!r}, which the model does not have. Use the state of a run of this same "
-            "model; build it first, and give its layers names: Keras numbers unnamed ones anew at every start."
+            "model; build it first, and give its layers names: the ones that Keras makes up differ between processes."
         ) from None
 
 
@@ -323,7 +324,7 @@ def _describe_layers(layers: Mapping[str, Any], run: Run) -> list[Module]:
             # Each as often as it runs in a step.
             (name,) * round(run.calls.get(layer, 0)) if isinstance(layer, keras.layers.BatchNormalization) else (),
             is_norm=isinstance(layer, _NORMS),
-            flops=_forward_flops(layer, run.shapes.get(id(layer))) if layer in run.calls else 0,
+            flops=_estimate_flops(layer, run.shapes.get(id(layer))) if layer in run.calls else 0,
             source=_find_source(layer, run, names),
         )
         for name, layer in layers.items()
@@ -363,8 +364,8 @@ def _ancestors(name: str, layers: Mapping[str, Any]) -> Iterator[str]:
             yield name
 
 
-def _forward_flops(layer: Any, shape: tuple[int | None, ...] | None) -> int:
-    """Of one example: two for each weight at each place where it is used. Unknown sizes count as one."""
+def _estimate_flops(layer: Any, shape: tuple[int | None, ...] | None) -> int:
+    """Estimate the operations for one example: two for each use of a weight. Unknown sizes count as one."""
     matrices = [v for v in own_variables(layer) if len(v.shape) >= 2 and not _is_bias(layer, v)]
     if not matrices or isinstance(layer, keras.layers.Embedding):
         return 0
@@ -383,7 +384,7 @@ def _forward_flops(layer: Any, shape: tuple[int | None, ...] | None) -> int:
 
 
 def _output_axes(layer: Any) -> list[int]:
-    """Axes of the kernel of an `EinsumDense` that its output has."""
+    """Return the axes of the kernel of an `EinsumDense` that its output has, too."""
     output = layer.equation.partition("->")[2]
     return [axis for axis, letter in enumerate(_kernel_letters(layer)) if letter in output]
 
@@ -393,15 +394,15 @@ def _kernel_letters(layer: Any) -> str:
 
 
 def torch_axes(layer: Any, rank: int) -> tuple[int, ...]:
-    """The order of a weight's axes in which PyTorch would have them.
+    """Return the axes of a weight in the order that PyTorch would have them.
 
-    Keras has outputs last, PyTorch first. The predictor was trained on PyTorch's order: the sampled
-    positions are spread over the output channels, and one entry of a tailored vector follows another.
+    Outputs come last in Keras and first in PyTorch. The predictor was trained on PyTorch's order: the sampled positions
+    are spread over the output channels, in their order.
     """
     axes = list(range(rank))
     name = type(layer).__name__
     if isinstance(layer, keras.layers.EinsumDense):
-        # The factors that LoRA adds have other axes than the kernel.
+        # The factors that LoRA adds have different axes from the kernel.
         outputs = _output_axes(layer) if rank == len(_kernel_letters(layer)) else axes[-1:]
         return (*outputs, *(axis for axis in axes if axis not in outputs))
     if isinstance(layer, (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)):
@@ -414,7 +415,7 @@ def torch_axes(layer: Any, rank: int) -> tuple[int, ...]:
 def from_torch_positions(
     positions: NDArray[np.int64], shape: tuple[int, ...], axes: tuple[int, ...]
 ) -> NDArray[np.int64]:
-    """Positions in the flattened weight as PyTorch has it, as positions in the one that Keras has."""
+    """Translate positions in a weight that is flattened in PyTorch's order of axes to Keras' order."""
     coordinates = np.unravel_index(positions, [shape[axis] for axis in axes])
     by_axis = dict(zip(axes, coordinates, strict=True))
     return np.ravel_multi_index([by_axis[axis] for axis in range(len(shape))], shape).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Which parts of a PyTorch model are frozen as one unit, and how their weights are read."""
+"""Finds the layers of a PyTorch model, in the order in which they run, and reads their weights."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,12 +28,12 @@ from smartfrz.errors import StateError, UnsupportedModelError
 
 @dataclass(frozen=True)
 class Layer:
-    """What is frozen as one unit: a module that owns weights, with what belongs to it.
+    """A unit of freezing: a module that owns weights, with everything that belongs to it.
 
     Attributes:
         name: The module's name, as in `model.named_modules()`.
         parameters: Names of every parameter that is frozen with the layer.
-        weights: The parameters that tailoring reads: those with two or more dimensions.
+        weights: The parameters that tailoring reads, with two or more dimensions each.
         norms: Modules of the layer that change in a forward pass in training mode: batch norms with
             running statistics, and the power iteration of a spectral norm.
         output: The module whose output is the layer's output: its batch norm if it has one.
@@ -48,28 +48,33 @@ class Layer:
     forward_flops: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for a saved state."""
+        """Return the layer as plain data, for a saved state."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Layer":
-        """The layer that `to_dict` described."""
+        """Make the layer that `to_dict` described."""
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         return cls(**values)
 
 
 class LayerTracer:
-    """Watches one forward pass to learn the layers in the order in which they run.
+    """Watches one forward pass to find the layers in the order in which they run.
 
-    Registration order is not execution order in many models, and only execution order tells which
-    frozen layers form a prefix that the backward pass need not enter.
+    In many models modules are not registered in the order in which they run. Only the latter tells which frozen layers
+    form a prefix that the backward pass need not enter.
 
     Args:
-        model: The model. Its modules get hooks until the first forward pass that can be traced has
-            ended.
-        training_only: Ignore forward passes in eval mode, in which some modules take other paths,
-            and those without gradients, which show no checkpointing.
+        model: The model. Its modules have hooks until the first forward pass that can be traced has ended.
+        training_only: Ignore forward passes in eval mode, since some modules then take other paths, and without
+            gradients, since they show no checkpointing.
         on_done: Called once the pass has been watched.
+
+    Attributes:
+        total_flops: Floating point operations of the forward pass.
+        done: Whether a pass has been watched.
+        wrapper: The DistributedDataParallel that ran the model, if any.
+        reentrant: Whether parts of the model ran under reentrant checkpointing.
     """
 
     def __init__(self, model: nn.Module, *, training_only: bool = True, on_done: Callable[[], None] | None = None):
@@ -80,18 +85,18 @@ class LayerTracer:
         self._flops: dict[str, int] = {}
         self._stack: list[str] = []
         self._mode: _FlopMode | None = None
-        self._depth = 0  # of calls of the model by itself
+        self._depth = 0  # how many calls deep the model calls itself
         self._handles: list[Any] = []
         self.total_flops = 0
         self.done = False
-        self.wrapper: nn.Module | None = None  # the DistributedDataParallel that runs the model
-        self.reentrant = False  # whether parts of it run under reentrant checkpointing
+        self.wrapper: nn.Module | None = None
+        self.reentrant = False
         for name, module in model.named_modules():
             if module is model:
                 continue
             self._handles.append(module.register_forward_pre_hook(Uncopied(self._enter(name))))
             self._handles.append(module.register_forward_hook(Uncopied(self._leave), always_call=True))
-        # prepend: the root starts and stops the count around everything else
+        # Prepended, so that the root starts the count before everything else.
         self._handles.append(model.register_forward_pre_hook(Uncopied(self._start), prepend=True))
         self._handles.append(model.register_forward_hook(Uncopied(self._stop), always_call=True))
 
@@ -142,7 +147,7 @@ class LayerTracer:
         self._handles = []
 
     def layers(self) -> list[Layer]:
-        """The layers, in execution order.
+        """Return the layers in execution order.
 
         Raises:
             UnsupportedModelError: If no module with weights ran.
@@ -151,36 +156,36 @@ class LayerTracer:
 
 
 class Uncopied:
-    """A hook that copies of the model do without.
+    """A hook that is left out of copies of the model.
 
-    An averaged model is a deep copy, made at any moment. It must neither be traced itself nor end
-    the trace of the model that is trained; and a hook that is a closure could not be pickled.
+    An averaged model is a deep copy, made at any moment. It must neither be traced itself nor end the trace of the model
+    that is trained. Besides, a hook that is a closure could not be pickled.
     """
 
     def __init__(self, hook: Callable[..., Any]):
         self._hook = hook
 
     def __call__(self, *args: Any) -> Any:
-        """What the hook returns."""
+        """Call the hook."""
         return self._hook(*args)
 
     def __deepcopy__(self, memo: Any) -> Callable[..., None]:
-        return _nothing
+        return _do_nothing
 
     def __reduce__(self) -> Any:
-        return _no_hook, ()
+        return _make_empty_hook, ()
 
 
-def _nothing(*args: Any) -> None:
-    """Takes the place of a hook in a copy."""
+def _do_nothing(*args: Any) -> None:
+    """Replace a hook in a copy."""
 
 
-def _no_hook() -> Callable[..., None]:
-    return _nothing
+def _make_empty_hook() -> Callable[..., None]:
+    return _do_nothing
 
 
 def _is_behind(output: Any, node: str) -> bool:
-    """Whether the graph that made the output has a node of this name."""
+    """Return whether a node of this name is in the graph that made the output."""
     values = [value for leaf in tree_leaves(output) for value in (leaf, *tree_leaves(getattr(leaf, "__dict__", None)))]
     waiting = [value.grad_fn for value in values if isinstance(value, torch.Tensor)]
     seen = set()
@@ -196,7 +201,7 @@ def _is_behind(output: Any, node: str) -> bool:
 
 
 class _FlopMode(TorchDispatchMode):
-    """Adds up PyTorch's own operation counts, per innermost running module."""
+    """Adds up PyTorch's own operation counts for each innermost running module."""
 
     def __init__(self, stack: list[str], flops: dict[str, int]):
         super().__init__()
@@ -217,7 +222,7 @@ def trace_layers(model: nn.Module, *example: Any, **keywords: Any) -> list[Layer
     """Run the model once, without gradients, and return its layers in execution order.
 
     Args:
-        model: The model, in the mode in which it shall be traced.
+        model: The model, in the mode in which to trace it.
         *example: Positional arguments of its forward pass.
         **keywords: Keyword arguments of its forward pass.
 
@@ -346,20 +351,20 @@ class LayerReader:
         self._parts: dict[str, tuple[NDArray[np.int64], list[Any]]] = {}
 
     def layers(self) -> list[str]:
-        """Names of the layers, in execution order."""
+        """Return the names of the layers in execution order."""
         return list(self._layers)
 
     def num_weights(self, layer: str) -> int:
-        """How many weights the layer has."""
+        """Return the number of weights that the layer is judged by."""
         return sum(t.numel() for t in self._tensors[layer])
 
     def weights(self, layer: str, indices: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The layer's flattened weights at `indices`, as a copy.
+        """Return a copy of the layer's flattened weights at `indices`.
 
         Args:
             layer: Name of the layer.
-            indices: Positions in the layer's flattened weights, int64 `[n]`, ascending. Pass the
-                same array at every call: it is then kept on the weights' device.
+            indices: Positions in the layer's flattened weights, int64 `[n]`, ascending. Pass the same array at every
+                call, so that it is moved to the weights' device only once.
 
         Returns:
             float32 `[n]`, whatever the dtype of the weights.
@@ -367,9 +372,9 @@ class LayerReader:
         return self.tailored({layer: indices})[layer]
 
     def tailored(self, positions: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[np.float32]]:
-        """As `weights`, of several layers at once: a GPU is waited for once, not for every layer.
+        """Return what `weights` does for several layers, and wait for the GPU only once.
 
-        Where the weights are spread over processes, every process has to call it, and it costs one message.
+        If the weights are spread over processes, every process has to call it, and it costs one message.
         """
         parts = {layer: self._split(layer, indices) for layer, indices in positions.items()}
         read = {layer: [part.read() for part in of_layer] for layer, of_layer in parts.items()}
@@ -382,7 +387,7 @@ class LayerReader:
         return dict(zip(picked, np.split(joined, ends[:-1]), strict=True))
 
     def _split(self, layer: str, indices: NDArray[np.int64]) -> list[Any]:
-        """The positions in each of the layer's tensors."""
+        """Return the positions in each of the layer's tensors."""
         known, parts = self._parts.get(layer, (None, []))
         if known is indices:
             return parts
@@ -394,26 +399,26 @@ class LayerReader:
 
 
 @contextmanager
-def layer_outputs(model: nn.Module, layers: list[Layer]) -> Iterator[dict[str, torch.Tensor]]:
-    """Collect each layer's output during forward passes inside the block; hooks are removed after.
+def collect_outputs(model: nn.Module, layers: list[Layer]) -> Iterator[dict[str, torch.Tensor]]:
+    """Collect the output of each layer during forward passes inside the block.
 
     Yields:
-        A dict that a forward pass fills: layer name to its output, a copy on the CPU. Where a
+        A dict that a forward pass fills with a copy of each layer's output on the CPU, by the name of the layer. If a
         module returns several values, the first tensor counts.
     """
     outputs: dict[str, torch.Tensor] = {}
     modules = dict(model.named_modules())
 
-    def keep(name: str) -> Any:
+    def make_hook(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             while isinstance(output, (tuple, list)):
                 output = output[0]
-            # a copy: an in-place activation behind the layer would overwrite its output
+            # A copy, since an in-place activation after the layer would overwrite its output.
             outputs[name] = output.detach().to("cpu", copy=True)
 
         return hook
 
-    handles = [modules[layer.output].register_forward_hook(keep(layer.name)) for layer in layers]
+    handles = [modules[layer.output].register_forward_hook(make_hook(layer.name)) for layer in layers]
     try:
         yield outputs
     finally:
