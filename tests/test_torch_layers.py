@@ -118,6 +118,12 @@ def test_execution_order_with_batch_norm_in_its_convolutions_layer():
     assert layers["head"].output == "head"
 
 
+def test_a_lazy_module_that_never_ran_is_unused():
+    model = Backwards()
+    model.extra = nn.LazyLinear(7)
+    assert list(layers_of(model, torch.randn(IMAGES))) == ["conv1", "conv2", "head"]
+
+
 def test_parameters_of_containers_join_the_layer_next_to_them():
     layers = layers_of(Patches(), torch.randn(IMAGES))
     assert list(layers) == ["patch", "attention", "mlp.0", "mlp.2", "head"]
