@@ -265,7 +265,7 @@ def test_policies_that_reach_into_the_optimizers_steps(two):
         assert first[f"{policy} ddp"] == first[f"{policy} alone"]
         assert len(first[f"{policy} ddp on data of each rank"]["frozen_at"]) > 0
     assert first["linear-freezing fsdp"] == first["linear-freezing alone"]
-    assert "Gradients of a model in fully_shard were to be added up" in first["autofreeze fsdp"]
+    assert "AutoFreeze adds up gradients, and this model is in fully_shard" in first["autofreeze fsdp"]
 
 
 def test_fully_sharded_on_four_ranks_and_replicated_in_pairs(four):

@@ -6,6 +6,7 @@ and its number of weights: every rank of a distributed run and every restart dra
 """
 
 import hashlib
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,3 +71,22 @@ def tailor(weights: NDArray[np.floating], positions: NDArray[np.int64]) -> NDArr
         array([0., 5.], dtype=float32)
     """
     return np.ascontiguousarray(weights).reshape(-1)[positions].astype(np.float32)
+
+
+def split_positions(positions: NDArray[np.int64], sizes: Iterable[int]) -> list[NDArray[np.int64]]:
+    """Translate positions in the joined weights of a layer to positions in each of its tensors.
+
+    Args:
+        positions: Positions in the layer's flattened weights, ascending, int64 `[n]`.
+        sizes: Number of weights of each tensor, in the order in which they are joined.
+
+    Returns:
+        For each tensor, the positions inside of it; together `n`.
+
+    Example:
+        >>> [part.tolist() for part in split_positions(np.array([0, 3, 4, 9]), [4, 2, 4])]
+        [[0, 3], [0], [3]]
+    """
+    starts = np.cumsum([0, *sizes])[:-1]
+    parts = np.split(positions, np.searchsorted(positions, starts[1:]))
+    return [part - start for part, start in zip(parts, starts, strict=True)]

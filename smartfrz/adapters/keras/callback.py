@@ -18,7 +18,7 @@ import numpy as np
 
 from smartfrz import zoo
 from smartfrz.adapters.keras.freezing import KerasAdapter, thaw_leftovers
-from smartfrz.adapters.keras.layers import CallRecorder, Layer, graph_run, group
+from smartfrz.adapters.keras.layers import CallRecorder, Layer, group_layers, trace_graph
 from smartfrz.adapters.keras.neighbours import Board, Saving, come_first
 from smartfrz.control.controller import FreezeController, require_version, schedule, stages_apart
 from smartfrz.control.decision import FreezeDecision
@@ -177,12 +177,12 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
             state = _read_state(backup)
         if state is not None and not state["started"]:
             state = None
-        run = graph_run(self._model)
+        run = trace_graph(self._model)
         if state is not None:
-            layers = [Layer.from_dict(x) for x in state["layers"]] if run is None else group(self._model, run)
+            layers = [Layer.from_dict(x) for x in state["layers"]] if run is None else group_layers(self._model, run)
             self._restore(state, layers)
         elif run is not None:
-            self._control(group(self._model, run))
+            self._control(group_layers(self._model, run))
         else:
             self._watch()
 
@@ -200,14 +200,14 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
         if self._recorder is not None:
             recorder = self._recorder
             self._stop_watching()
-            self._control(group(self._model, recorder.run()))
+            self._control(group_layers(self._model, recorder.run()))
         controller, adapter = self._controller, self._adapter
         if controller is None or adapter is None:
             return
         before = self._iterations
         # Else every batch is one, and nobody has to wait for the device to tell.
         self._iterations = self._read_iterations() if self._must_ask else before + 1
-        adapter.num_batches += self._iterations - before
+        adapter.add_batches(self._iterations - before)
         for _ in range(self._iterations // self._accumulation - before // self._accumulation):
             self._step(controller, adapter)
         self._seconds = time.perf_counter() - self._started
@@ -243,7 +243,7 @@ class SmartFRZ(keras.callbacks.Callback):  # type: ignore[misc]
 
     def _check_frozen(self, controller: FreezeController, adapter: KerasAdapter) -> None:
         """Freeze nothing any more in a run that trains frozen layers on."""
-        moved = adapter.moved()
+        moved = adapter.find_moved()
         if not moved:
             return
         self._given_up = True

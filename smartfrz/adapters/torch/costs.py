@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from smartfrz.adapters.torch.layers import Layer, Uncopied, _around_parametrizations
+from smartfrz.adapters.torch.layers import Layer, Uncopied, strip_parametrizations
 from smartfrz.control.ordering import LayerCost
 from smartfrz.errors import UsageError
 
@@ -213,11 +213,11 @@ def _modules(model: nn.Module, layers: list[Layer]) -> Iterator[tuple[nn.Module,
     parameters = dict(model.named_parameters())
     # By identity, not by name: a tied parameter has one name in its layer, and several modules.
     holder = {id(parameters[n]): layer.name for layer in layers for n in layer.parameters if n in parameters}
-    found = {_around_parametrizations(n): layer.name for layer in layers for n in (*layer.norms, layer.name)}
+    found = {strip_parametrizations(n): layer.name for layer in layers for n in (*layer.norms, layer.name)}
     for name, module in modules.items():
         layer_name = next((holder[id(p)] for p in module.parameters(recurse=False) if id(p) in holder), None)
         if layer_name is not None:
-            found.setdefault(_around_parametrizations(name), layer_name)
+            found.setdefault(strip_parametrizations(name), layer_name)
     return ((modules[name], layer_name) for name, layer_name in found.items() if name in modules)
 
 
