@@ -316,6 +316,7 @@ def test_bytes_behind_the_last_tensor(server):
         ("POST", "/v1/models/tiny:predict", 404),
         ("GET", "/v2/models/..%2f..%2fetc", 404),
         ("GET", "/docs", 404),
+        ("GET", "/v2/models/tiny/ready?model_version=1", 501),
         ("BREW", "/v2", 405),
     ],
 )
