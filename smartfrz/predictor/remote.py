@@ -1,7 +1,7 @@
 """A predictor that runs on a server, queried over the Open Inference Protocol with the standard library alone.
 
-A small retry loop of our own, and not urllib3's `Retry`: that one retries at once the first time, draws its jitter from the
-random state that training uses, logs a warning for each attempt, and reads a refused answer whatever its size.
+It has a small retry loop of its own. urllib3's `Retry` does not pause before the first retry, draws its jitter from the
+random state that training uses, and has no deadline for all attempts. urllib3's pool logs a warning for each failed attempt.
 """
 
 import contextlib
