@@ -14,6 +14,7 @@ from numpy_adapter import ChangePredictor, NumpyAdapter, make_info
 from smartfrz import zoo
 from smartfrz.control.controller import FreezeController
 from smartfrz.control.history import EncodedHistory, WeightHistory
+from smartfrz.control.options import FreezeOptions
 from smartfrz.errors import PredictorFileError
 from smartfrz.predictor.contract import ENCODING_SIZE, PREFIX, REPRESENTATIONS, PredictorInfo, seal
 from smartfrz.predictor.runtime import Advance, Predictor
@@ -166,7 +167,7 @@ def test_histories_agree_on_any_course_of_events(predictor):
 def controller_of(predictor, adapter=None, **options):
     adapter = adapter or NumpyAdapter.random({f"layer{i}": 60 for i in range(6)}, seed=3)
     options = {"record_every": 1, "decide_every": 2, "patience": 2} | options
-    return FreezeController(adapter, predictor, **options), adapter
+    return FreezeController(adapter, predictor, FreezeOptions(**options)), adapter
 
 
 def run(controller, adapter, steps):

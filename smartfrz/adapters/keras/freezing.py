@@ -71,7 +71,7 @@ class KerasAdapter:
         self._frozen: set[str] = set()
         self._watched: dict[str, NDArray[np.float32]] = {}
         self._lists: list[_OptimizerLists] = []
-        self.num_batches = 0  # of training so far; who trains counts them, since Keras does not
+        self._num_batches = 0
         self._snapshots: dict[str, tuple[NDArray[np.float64], NDArray[np.float64], int]] = {}
 
     def layers(self) -> list[str]:
@@ -232,6 +232,14 @@ class KerasAdapter:
         else:
             vars(model).pop(_ADAPTER, None)
 
+    def count_batches(self, number: int) -> None:
+        """Count batches that were trained; Keras does not count them.
+
+        Args:
+            number: Batches since the last call.
+        """
+        self._num_batches += number
+
     def snapshot_statistics(self) -> None:
         """Remember the moving statistics, so that `freeze` can tell what was added since.
 
@@ -239,7 +247,7 @@ class KerasAdapter:
         """
         self.sync()
         self._snapshots = {
-            name: (*self._statistics(name), self.num_batches)
+            name: (*self._statistics(name), self._num_batches)
             for layer in self.layers()
             if layer not in self._frozen
             for name in self._layers[layer].norms
@@ -264,7 +272,7 @@ class KerasAdapter:
             return
         mean, variance, batches_before = self._snapshots[norm]
         calls = sum(x.norms.count(norm) for x in self._layers.values())  # in one step
-        old_share = float(layer.momentum) ** (calls * (self.num_batches - batches_before))
+        old_share = float(layer.momentum) ** (calls * (self._num_batches - batches_before))
         if not 0.0 <= old_share < 1.0:  # no batch since
             return
         recent = [
@@ -277,14 +285,14 @@ class KerasAdapter:
     def norm_state(self) -> dict[str, Any]:
         """The snapshot, for a saved state."""
         return {
-            name: [mean, variance, self.num_batches - before]
+            name: [mean, variance, self._num_batches - before]
             for name, (mean, variance, before) in self._snapshots.items()
         }
 
     def load_norm_state(self, state: dict[str, Any]) -> None:
         """Restore what `norm_state` returned."""
         self._snapshots = {
-            name: (np.asarray(mean), np.asarray(variance), self.num_batches - int(ago))
+            name: (np.asarray(mean), np.asarray(variance), self._num_batches - int(ago))
             for name, (mean, variance, ago) in state.items()
             if name in self._named
         }

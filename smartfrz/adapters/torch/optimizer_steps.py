@@ -26,9 +26,6 @@ class OptimizerSteps:
         optimizers: Those of the model's parameters.
         before_step: Called before each step.
         accumulate: Whether to add up gradients from the first step on: a copy of the gradients, in float32 at least.
-
-    Attributes:
-        seconds: That accumulating gradients and splitting groups took, on the CPU's clock.
     """
 
     def __init__(
@@ -43,7 +40,7 @@ class OptimizerSteps:
         self._scales: dict[nn.Parameter, float] = {}
         self._sums: dict[nn.Parameter, torch.Tensor] = {}
         self._whole: dict[torch.optim.Optimizer, list[dict[str, Any]]] = {}
-        self.seconds = 0.0
+        self._seconds = 0.0
         self._handles: list[Any] = []
         for optimizer in map(_inside, optimizers):
             self._handles += [
@@ -52,6 +49,11 @@ class OptimizerSteps:
                 # No post hook runs after a step that raised, or was interrupted; a checkpoint may be written then.
                 optimizer.register_state_dict_pre_hook(self._restore),
             ]
+
+    def take_seconds(self) -> float:
+        """Return the seconds that accumulating gradients and splitting groups took since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
     def close(self) -> None:
         """Remove the hooks: from now on every layer has its group's learning rate."""
@@ -101,7 +103,7 @@ class OptimizerSteps:
             self._accumulate(optimizer)
         if self._scales:
             self._split(optimizer)
-        self.seconds += time.perf_counter() - start
+        self._seconds += time.perf_counter() - start
 
     def _accumulate(self, optimizer: torch.optim.Optimizer) -> None:
         """Here, and not after the step, when the user may have dropped the gradients."""
