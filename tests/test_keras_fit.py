@@ -189,7 +189,7 @@ def test_nothing_freezes_that_saves_less_than_compiling_costs():
 
 def test_what_compiling_costs_is_measured_in_steps(monkeypatch):
     now = 100.0
-    monkeypatch.setattr("smartfrz.adapters.keras.callback.time.perf_counter", lambda: now)
+    monkeypatch.setattr("smartfrz.adapters.keras.compiling.time.perf_counter", lambda: now)
     clock = CompileClock()
     assert clock.cost == 0.0
     for seconds, new in ((5.0, True), (0.1, False), (0.15, False), (0.1, False), (3.1, True), (0.1, False)):

@@ -381,7 +381,7 @@ class SmartFRZ(Freezer[TorchAdapter]):
         layers = [Layer.from_dict(layer) for layer in state["layers"]]
         run = self._control(layers, state["reentrant"], saved)
         run.adapter.load_norm_state(state["norms"])
-        run.adapter.load_gradient_state(state["gradients"])
+        run.adapter.load_gradient_state(state.get("gradients", {}))  # earlier versions saved none
         self._clock.resume(state["seconds"])
 
     def _start_over(self) -> None:
