@@ -1,5 +1,7 @@
 """The Keras adapter on the backend that KERAS_BACKEND names; `test_keras_backends.py` runs it on each."""
 
+import dataclasses
+import inspect
 from itertools import pairwise
 
 import numpy as np
@@ -566,3 +568,9 @@ def test_with_the_predictor_that_ships():
     assert callback.report().num_steps == 80
     assert callback.frozen_layers
     assert all(0 <= event.confidence <= 1 for event in callback.events if event.reason == "below_threshold")
+
+
+def test_all_options_are_taken_with_their_defaults():
+    defaults = {field.name: field.default for field in dataclasses.fields(FreezeOptions)}
+    parameters = inspect.signature(SmartFRZ).parameters
+    assert {name: parameters[name].default for name in defaults} == defaults

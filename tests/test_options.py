@@ -41,8 +41,8 @@ def test_a_schedule_holds_no_numbers_of_numpy():
     assert {type(value) for value in schedule} == {int, float, str}
 
 
-def test_every_framework_takes_all_options_with_their_defaults():
-    """Signatures are spelled out in each adapter; this holds them to the options' names and defaults."""
+def test_all_options_are_taken_with_their_defaults():
+    """The signature is spelled out in each adapter; `test_keras_adapter.py` has the same test."""
     defaults = {field.name: field.default for field in dataclasses.fields(FreezeOptions)}
     torch_adapter = pytest.importorskip("smartfrz.adapters.torch", exc_type=ImportError)
     parameters = inspect.signature(torch_adapter.SmartFRZ).parameters

@@ -476,7 +476,7 @@ def test_report():
     assert report.frozen == {"1": 4, "0": 8}
     assert freezer.frozen_layers == ["1", "0"]
     assert "SmartFRZ froze 2 of 3 layers in 10 steps." in str(report)
-    assert "The frozen prefix is 2 layers long; 0 frozen layers lie behind it." in str(report)
+    assert "The frozen prefix is 2 layers long; 0 frozen layers are behind it." in str(report)
     assert report.to_dict()["backward_flops_saved"] == report.backward_flops_saved
 
 
