@@ -117,7 +117,7 @@ class FreezeController:
 
     @property
     def is_before_first_stage(self) -> bool:
-        """Whether the next step is the first freezing stage of the run."""
+        """True if the next step is the first freezing stage of the run."""
         return self.num_steps + 1 == self.record_every * self.decide_every
 
     @property

@@ -1,4 +1,4 @@
-"""From confidences to decisions. Pure: nothing here changes a model."""
+"""`decide`: turns confidences into decisions. Pure: nothing here changes a model."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass

@@ -135,7 +135,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         self._board = Board(neighbours)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """At the first epoch, learn the layers, if they can be known yet, and freeze what a saved state says.
+        """Learn the layers at the first epoch, if they can be known yet, and freeze what a saved state says.
 
         This cannot happen when training begins: `BackupAndRestore` loads its weights then, perhaps after this call.
         """
@@ -155,7 +155,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
             self._learn_order()
 
     def _saved_state(self) -> dict[str, Any] | None:
-        """Return the state that this run continues: one that was loaded, or one beside a backup."""
+        """Return the state that this run continues: one that was loaded, or one next to a backup."""
         state, self._pending = self._pending, None
         backup = self._saving.find_state(self._iterations) if self._saving else None
         if state is None and backup is not None:
@@ -266,7 +266,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
 
     @property
     def _must_ask(self) -> bool:
-        """Whether only the optimizer knows how many steps it took since the last call.
+        """True if only the optimizer knows how many steps it took since the last call.
 
         Several batches may have passed, and not every batch is a step. With a loss scale, a step is skipped
         when gradients overflow.
@@ -276,7 +276,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
 
     @property
     def _compiles(self) -> bool:
-        """Whether a change of the frozen set makes Keras trace or compile a function again."""
+        """True if a change of the frozen set makes Keras trace or compile a function again."""
         model = self._model
         return not model.run_eagerly and (keras.backend.backend() == "tensorflow" or bool(model.jit_compile))
 

@@ -57,6 +57,11 @@ class FreezingCallback:
         """Report what froze when, what that saved, and what deciding cost."""
         return self.freezer.report() if self.freezer else Report()
 
+    @property
+    def _needs_length(self) -> bool:
+        """True if the length of the run has to come from the framework."""
+        return self._options.get("total_steps") is None and self._options.get("record_every") is None
+
     def _logs(self) -> dict[str, float]:
         """Return what joins the logs of the framework."""
         return self.report().scalars()
@@ -79,8 +84,10 @@ class FreezingCallback:
                 "again. Resume from a checkpoint that was made with SmartFRZ, or pass allow_missing_state=True to "
                 "watch from here on."
             )
-        schedule = {} if "record_every" in self._options else {"total_steps": total_steps}
-        freezer = SmartFRZ(model, optimizers, self._predictor, **schedule | self._options)
+        options = dict(self._options)
+        if self._needs_length:
+            options["total_steps"] = total_steps
+        freezer = SmartFRZ(model, optimizers, self._predictor, **options)
         if find_entry is not None:
             freezer.set_entry(find_entry)
         if saved is not None:

@@ -93,7 +93,7 @@ class CompileWatch:
 
     @property
     def compiled(self) -> bool:
-        """Whether anything was compiled since the watch began."""
+        """True if anything was compiled since the watch began."""
         return _clock.count > self._from[0]
 
     @property

@@ -176,20 +176,20 @@ class SmartFRZ(Freezer[TorchAdapter]):
         return [float(group["lr"]) for optimizer in self._optimizers for group in optimizer.param_groups]
 
     def batch(self, ids: Any) -> AbstractContextManager[None]:
-        """While it lasts, forward passes of the model are of these samples: `with freezer.batch(ids): ...`.
+        """Name the samples of the forward passes inside of the block: `with freezer.batch(ids): ...`.
 
-        A cache knows samples by the content of the model's inputs. With ids it also notices at once,
-        and says, when a sample is another one than at the last epoch, and reads rows from the disk
-        ahead. Use it for every batch or for none: forward passes outside of it then run as if there
-        were no cache, as those in eval mode always do. Without a cache it does nothing.
+        Without ids a cache recognizes samples by the content of the model's inputs. With ids it also
+        notices, and reports at once, when a sample differs from the last epoch. Use it for every batch or
+        for none: forward passes outside of it then run without the cache, as forward passes in eval mode
+        always do. Without a cache it does nothing.
 
         Args:
-            ids: An integer for each sample of the batch, the same one at every epoch: a sequence, an
+            ids: An integer for each sample of the batch, the same at every epoch: a sequence, an
                 array or a tensor `[batch]`. `PrefixCache.indexed` yields them.
 
         Raises:
             TypeError: If `ids` are not integers.
-            ValueError: In the forward pass, if the batch is not of as many samples.
+            ValueError: In the forward pass, if the number of ids is not the number of samples.
         """
         if self._cache is None:
             return nullcontext()
@@ -197,13 +197,13 @@ class SmartFRZ(Freezer[TorchAdapter]):
         return self._cache.batch(ids)
 
     def read_ahead(self, loader: Iterable[Any]) -> Iterator[Any]:
-        """The batches of a loader, unchanged: `for ids, inputs, targets in freezer.read_ahead(loader): ...`.
+        """Yield the batches of a loader, unchanged: `for ids, inputs, targets in freezer.read_ahead(loader): ...`.
 
-        While you train with one batch, the system reads from the disk what the cache has kept of the
-        next one. It is of use where kept activations do not fit into memory.
+        While you train with one batch, the system reads what the cache has kept of the next one from the
+        disk. It helps if kept activations do not fit into memory.
 
         Args:
-            loader: Of batches whose first element are the ids, as `PrefixCache.indexed` yields them.
+            loader: Yields batches whose first elements are the ids, as with `PrefixCache.indexed`.
         """
         batches = iter(loader)
         current = next(batches, None)
@@ -215,7 +215,7 @@ class SmartFRZ(Freezer[TorchAdapter]):
             current = following
 
     def _no_cache_where_compiled(self, cache: CachedPrefix) -> None:
-        # A compiled model would be compiled anew at every batch.
+        # A compiled model would be compiled again at every batch.
         if cache.active and not cache.off and self._compiling.compiled:
             cache.switch_off("torch.compile is in use in this process, and the cache cannot cut a compiled model")
 

@@ -88,12 +88,11 @@ class SmartFRZCallback(FreezingCallback, Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the freezer: the optimizers exist by now, and are restored if fitting resumes."""
         saved, self._saved = self._saved, None
-        needs_total = not {"total_steps", "record_every"} & set(self._options)
         self._step = _TrainingStep(pl_module)
         self._begin(
             self._step,
             trainer.optimizers,
-            _steps_left(trainer) if needs_total else None,
+            _steps_left(trainer) if self._needs_length else None,
             saved,
             trainer.global_step,
             self._step.entry,
@@ -176,7 +175,7 @@ class _TrainingStep(nn.Module):
 
     @property
     def is_watched(self) -> bool:
-        """Whether the forward pass has hooks."""
+        """True if the forward pass has hooks."""
         return bool(self._forward_pre_hooks or self._forward_hooks)
 
     def take_next(self) -> None:
