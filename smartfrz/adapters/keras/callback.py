@@ -187,7 +187,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         before = self._iterations
         # Where every batch is one iteration, counting them spares a wait for the device.
         self._iterations = self._read_iterations() if self._must_ask else before + 1
-        adapter.count_batches(self._iterations - before)
+        adapter.add_batches(self._iterations - before)
         return self._iterations // self._accumulation - before // self._accumulation
 
     def _step(self, run: Run[KerasAdapter]) -> None:

@@ -232,7 +232,7 @@ class KerasAdapter:
         else:
             vars(model).pop(_ADAPTER, None)
 
-    def count_batches(self, number: int) -> None:
+    def add_batches(self, number: int) -> None:
         """Count batches that were trained; Keras does not count them.
 
         Args:
