@@ -21,6 +21,7 @@ from serving_process import ServingProcess, histories
 
 from smartfrz import zoo
 from smartfrz.control.controller import FreezeController
+from smartfrz.control.options import FreezeOptions
 from smartfrz.errors import DownloadError, ServerError
 from smartfrz.predictor.remote import RemotePredictor
 from smartfrz.predictor.runtime import Predictor
@@ -188,7 +189,7 @@ def impostor():
 def controller_of(predictor, **options):
     adapter = NumpyAdapter.random(SIZES)
     settings = {"record_every": 1, "decide_every": 2, "patience": 1, **options}
-    return FreezeController(adapter, predictor, **settings), adapter
+    return FreezeController(adapter, predictor, FreezeOptions(**settings)), adapter
 
 
 def run(controller, adapter, steps):

@@ -14,6 +14,6 @@ from smartfrz.adapters.torch.freezer import SmartFRZ as SmartFRZ
 from smartfrz.adapters.torch.freezing import TorchAdapter as TorchAdapter
 from smartfrz.adapters.torch.layers import Layer as Layer
 from smartfrz.adapters.torch.layers import trace_layers as trace_layers
-from smartfrz.adapters.torch.report import Report as Report
+from smartfrz.control.report import Report as Report
 
 __all__ = ["Layer", "PrefixCache", "Report", "SmartFRZ", "TorchAdapter", "trace_layers"]

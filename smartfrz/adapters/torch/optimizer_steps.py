@@ -27,9 +27,6 @@ class OptimizerSteps:
         before_step: Called before each step.
         accumulate: Whether to add up gradients from the first step on. This takes memory for a copy of the gradients, in
             float32 at least.
-
-    Attributes:
-        seconds: Time that adding up gradients and splitting groups took, on the CPU's clock.
     """
 
     def __init__(
@@ -44,7 +41,7 @@ class OptimizerSteps:
         self._scales: dict[nn.Parameter, float] = {}
         self._sums: dict[nn.Parameter, torch.Tensor] = {}
         self._whole: dict[torch.optim.Optimizer, list[dict[str, Any]]] = {}
-        self.seconds = 0.0
+        self._seconds = 0.0
         self._handles: list[Any] = []
         for optimizer in map(_unwrap, optimizers):
             self._handles += [
@@ -53,6 +50,11 @@ class OptimizerSteps:
                 # No post hook runs after a step that raised or was interrupted, but a checkpoint may be written.
                 optimizer.register_state_dict_pre_hook(self._restore),
             ]
+
+    def take_seconds(self) -> float:
+        """Return the seconds that accumulating gradients and splitting groups took since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
     def close(self) -> None:
         """Remove the hooks. From now on every layer has the learning rate of its group."""
@@ -102,7 +104,7 @@ class OptimizerSteps:
             self._accumulate(optimizer)
         if self._scales:
             self._split(optimizer)
-        self.seconds += time.perf_counter() - start
+        self._seconds += time.perf_counter() - start
 
     def _accumulate(self, optimizer: torch.optim.Optimizer) -> None:
         """Add up gradients before the step: users may clear them afterwards."""
