@@ -3,18 +3,18 @@
 import os
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from smartfrz import zoo
-from smartfrz.adapters.torch.cache.prefix import CachedPrefix, PrefixCache
+from smartfrz.adapters.torch.cache.options import PrefixCache
+from smartfrz.adapters.torch.cache.prefix import CachedPrefix
 from smartfrz.adapters.torch.compiling import CompileWatch, EagerHold
 from smartfrz.adapters.torch.costs import CostProfiler
 from smartfrz.adapters.torch.distributed import RANK_TIMEOUT, TrainingProcesses, processes_of, reshard
@@ -142,7 +142,7 @@ class SmartFRZ:
         self._eager = EagerHold()
         self._cache: CachedPrefix | None = None
         if cache is not None:
-            self._cache = CachedPrefix(cache, model, dist.get_rank() if _in_a_group() else None)
+            self._cache = CachedPrefix(cache, model)
         self._tracer: LayerTracer | None = None
         self._profiler: CostProfiler | None = None
         self._gradient_hook: GradientWatch | None = None
@@ -193,7 +193,7 @@ class SmartFRZ:
             self._no_cache_where_compiled(self._cache)
         decisions = controller.step()
         if self._cache is not None and controller.total_steps:
-            self._cache.progress = controller.num_steps / controller.total_steps
+            self._cache.note_progress(controller.num_steps / controller.total_steps)
         if self._steps is not None:
             controller.decision_seconds += self._steps.seconds
             self._steps.seconds = 0.0
@@ -233,9 +233,9 @@ class SmartFRZ:
         """While it lasts, forward passes of the model are of these samples: `with freezer.batch(ids): ...`.
 
         A cache knows samples by the content of the model's inputs. With ids it also notices at once,
-        and says, when a sample is another one than at the last epoch, and reads rows from the disk
-        ahead. Use it for every batch or for none: forward passes outside of it then run as if there
-        were no cache, as those in eval mode always do. Without a cache it does nothing.
+        and says, when a sample is another one than at the last epoch. Use it for every batch or for
+        none: forward passes outside of it then run as if there were no cache, as those in eval mode
+        always do. Without a cache it does nothing.
 
         Args:
             ids: An integer for each sample of the batch, the same one at every epoch: a sequence, an
@@ -249,24 +249,6 @@ class SmartFRZ:
             return nullcontext()
         self._no_cache_where_compiled(self._cache)
         return self._cache.batch(ids)
-
-    def read_ahead(self, loader: Iterable[Any]) -> Iterator[Any]:
-        """The batches of a loader, unchanged: `for ids, inputs, targets in freezer.read_ahead(loader): ...`.
-
-        While you train with one batch, the system reads from the disk what the cache has kept of the
-        next one. It is of use where kept activations do not fit into memory.
-
-        Args:
-            loader: Of batches whose first element are the ids, as `PrefixCache.indexed` yields them.
-        """
-        batches = iter(loader)
-        current = next(batches, None)
-        while current is not None:
-            following = next(batches, None)
-            if self._cache is not None and following is not None:
-                self._cache.prefetch(following[0])
-            yield current
-            current = following
 
     def _no_cache_where_compiled(self, cache: CachedPrefix) -> None:
         # A compiled model would be compiled anew at every batch.
@@ -419,8 +401,6 @@ class SmartFRZ:
         """
         if self._controller is None or self._adapter is None:
             return {"started": False}
-        if self._cache is not None:
-            self._cache.flush()
         state = self._controller.state_dict()
         state["history"] = {layer: torch.from_numpy(rows) for layer, rows in state["history"].items()}
         return {
@@ -463,10 +443,6 @@ class SmartFRZ:
         adapter.load_gradient_state(state.get("gradients", {}))  # states of earlier versions have none
         self._seconds = state["seconds"]
         self._started = time.perf_counter() - self._seconds
-
-
-def _in_a_group() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
