@@ -149,7 +149,7 @@ class CachedPrefix:
 
     @contextmanager
     def batch(self, ids: Any) -> Iterator[None]:
-        """Take forward passes of the model inside the block for passes of these samples.
+        """Tell which samples the model's forward passes inside the block are of.
 
         Args:
             ids: An integer for each sample of the batch, in a sequence, an array or a tensor.
@@ -206,7 +206,7 @@ class CachedPrefix:
         return forward(*args, **kwargs)
 
     def _describe(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Batch | None:
-        """Return the batch, or None if this forward pass is none of the cache's."""
+        """Return the batch, or None if the cache has nothing to do with this forward pass."""
         ids, inputs = self._ids, (args, kwargs)
         if ids is not None:
             check_number(ids, inputs)
@@ -349,7 +349,7 @@ class CachedPrefix:
             self._start_at(cut, finder, batch)
 
     def _finder(self, batch: Batch) -> CutFinder:
-        # A LightningModule is not among the modules of what stands for its training step, and has its names.
+        # The module that stands for a LightningModule's training step does not contain that module, but has its names.
         prefix = next((name for name, module in self._model.named_modules() if module is self._entry), "")
         compression = 1.0 if self._options.dtype == "float32" else 0.5
         return CutFinder(
@@ -375,6 +375,7 @@ class CachedPrefix:
         return gain > 0.0 and len(previous.store) <= gain * self._length.samples_left()
 
     def _start_at(self, cut: Cut, finder: CutFinder, batch: Batch) -> None:
+        """Start at a cut if a trial says so; until then what is kept at the previous one stays."""
         options = self._options
         kept = KeptRows(cut, batch.signature, memory=options.memory, disk=options.disk, dtype=options.dtype)
         verdict = try_out(kept, batch, finder, has_to_pay=options.profile)
