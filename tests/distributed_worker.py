@@ -232,7 +232,7 @@ def prefix_cache(rank, world):
         results[name] = run.result() | {"losses": losses}
         if cache is not None:
             use = run.freezer.report().cache
-            results["use"] = {"cut": use.cut, "hits": use.hits, "misses": use.misses, "advanced": use.advanced}
+            results["use"] = {"cut": use.cut, "hits": use.hits, "misses": use.misses}
     return results
 
 

@@ -166,7 +166,7 @@ def test_each_rank_caches_what_it_sees(two):
         assert result["cached"]["losses"] == pytest.approx(result["plain"]["losses"], abs=1e-5)
         assert result["cached"]["weights"] == pytest.approx(result["plain"]["weights"], abs=1e-5)
         # conv1 is frozen from the 7th batch on, conv2 from the 13th; the last four are of the other rank
-        assert result["use"] == {"cut": "head", "hits": 16 + 8 + 8, "misses": 8 + 8, "advanced": 8}
+        assert result["use"] == {"cut": "head", "hits": 16 + 8 + 8, "misses": 8 + 8 + 8}
 
 
 def test_four_ranks(four):

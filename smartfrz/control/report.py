@@ -33,7 +33,6 @@ class CacheUse:
         reason: Why nothing is kept.
         hits: Samples whose prefix was not run.
         misses: Samples that were computed since the cache began.
-        advanced: Samples that were computed from what was kept at an earlier cut.
         memory_bytes: Memory in use.
         disk_bytes: Disk space in use.
         seconds_saved: Time of the prefixes that were not run, minus what the cache itself cost.
@@ -43,16 +42,14 @@ class CacheUse:
     reason: str | None = None
     hits: int = 0
     misses: int = 0
-    advanced: int = 0
     memory_bytes: int = 0
     disk_bytes: int = 0
     seconds_saved: float = 0.0
 
     def __str__(self) -> str:
         state = f"keeps the inputs of {self.cut!r}" if self.cut is not None else f"is not in use: {self.reason}"
-        moved = f"{self.advanced} advanced, " if self.advanced else ""
         return (
-            f"The activation cache {state}. {self.hits} samples read, {moved}{self.misses} computed; "
+            f"The activation cache {state}. {self.hits} samples read, {self.misses} computed; "
             f"{self.memory_bytes / 1e6:.1f} MB of memory and {self.disk_bytes / 1e6:.1f} MB of disk; "
             f"{self.seconds_saved:.1f} s of forward passes saved, its own cost deducted."
         )

@@ -9,7 +9,7 @@ except ImportError as error:
         'smartfrz.adapters.torch needs PyTorch, which is not installed. Install it with: pip install "smartfrz[torch]"'
     ) from error
 
-from smartfrz.adapters.torch.cache.prefix import PrefixCache as PrefixCache
+from smartfrz.adapters.torch.cache.options import PrefixCache as PrefixCache
 from smartfrz.adapters.torch.freezer import SmartFRZ as SmartFRZ
 from smartfrz.adapters.torch.freezing import TorchAdapter as TorchAdapter
 from smartfrz.adapters.torch.layers import Layer as Layer

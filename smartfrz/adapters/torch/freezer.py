@@ -2,19 +2,19 @@
 
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from smartfrz import zoo
 from smartfrz.adapters.base import Freezer, Run, require_state
-from smartfrz.adapters.torch.cache.prefix import CachedPrefix, PrefixCache
+from smartfrz.adapters.torch.cache.options import PrefixCache
+from smartfrz.adapters.torch.cache.prefix import CachedPrefix
 from smartfrz.adapters.torch.compiling import CompileWatch, EagerHold
 from smartfrz.adapters.torch.costs import CostProfiler
 from smartfrz.adapters.torch.distributed import RANK_TIMEOUT, TrainingProcesses, processes_of, reshard
@@ -165,7 +165,7 @@ class SmartFRZ(Freezer[TorchAdapter]):
             controller.set_prefix_cached(not self._cache.off)
             self._no_cache_where_compiled(self._cache)
             if controller.total_steps:
-                self._cache.progress = (controller.num_steps + 1) / controller.total_steps
+                self._cache.note_progress((controller.num_steps + 1) / controller.total_steps)
         decisions = self._decide(run)
         if self._steps is not None:
             controller.add_decision_seconds(self._steps.take_seconds())
@@ -195,24 +195,6 @@ class SmartFRZ(Freezer[TorchAdapter]):
             return nullcontext()
         self._no_cache_where_compiled(self._cache)
         return self._cache.batch(ids)
-
-    def read_ahead(self, loader: Iterable[Any]) -> Iterator[Any]:
-        """Yield the batches of a loader, unchanged: `for ids, inputs, targets in freezer.read_ahead(loader): ...`.
-
-        While you train with one batch, the system reads what the cache has kept of the next one from the
-        disk. It helps if kept activations do not fit into memory.
-
-        Args:
-            loader: Yields batches whose first elements are the ids, as with `PrefixCache.indexed`.
-        """
-        batches = iter(loader)
-        current = next(batches, None)
-        while current is not None:
-            following = next(batches, None)
-            if self._cache is not None and following is not None:
-                self._cache.prefetch(following[0])
-            yield current
-            current = following
 
     def _no_cache_where_compiled(self, cache: CachedPrefix) -> None:
         # A compiled model would be compiled again at every batch.
@@ -357,8 +339,6 @@ class SmartFRZ(Freezer[TorchAdapter]):
         """
         if self._run is None:
             return super().state_dict()
-        if self._cache is not None:
-            self._cache.flush()
         state = super().state_dict()
         history = state["controller"]["history"]
         state["controller"]["history"] = {layer: torch.from_numpy(rows) for layer, rows in history.items()}
@@ -397,8 +377,7 @@ def _cached(cache: PrefixCache, given: nn.Module, model: nn.Module) -> CachedPre
             "SmartFRZ received `cache` and a model in nn.DataParallel, whose copies run at once; expected one copy in "
             "each process. Use DistributedDataParallel."
         )
-    in_a_group = dist.is_available() and dist.is_initialized()
-    return CachedPrefix(cache, model, dist.get_rank() if in_a_group else None)
+    return CachedPrefix(cache, model)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
