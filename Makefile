@@ -55,11 +55,11 @@ bench: $(VENV)/.installed
 	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.rates run --folder $(RUNS)/compare
 	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.compare run --folder $(RUNS)/compare
 	$(RUN) benchmarks.compare plots --pictures benchmarks/pictures
-	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.tradeoff run --folder $(RUNS)/compare
-	$(RUN) benchmarks.tradeoff plot --picture benchmarks/pictures/tradeoff.png
+	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.compare run --methods tradeoff --folder $(RUNS)/compare
+	$(RUN) benchmarks.compare plots --methods tradeoff --pictures benchmarks/pictures
 	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.rates run --tier long --folder $(RUNS)/compare
 	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.compare run --tier long --folder $(RUNS)/compare
-	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.sweeps run --folder $(RUNS)/compare
+	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.compare run --methods sweeps --tasks vgg-cifar10 --folder $(RUNS)/compare
 	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.predictor_tables figure --folder $(RUNS)/compare
 	$(RUN) benchmarks.predictor_tables costs
 	if ls $(RUNS)/*.parquet > /dev/null 2>&1; then $(RUN) benchmarks.predictor_tables run --runs $(RUNS); fi
@@ -67,10 +67,6 @@ bench: $(VENV)/.installed
 	$(RUN) benchmarks.overhead
 	$(RUN) benchmarks.baselines
 	$(RUN) benchmarks.decision
-	$(RUN) benchmarks.batch_norm
-	$(RUN) benchmarks.equal_time
-	$(RUN) benchmarks.freeze_order
-	$(RUN) benchmarks.prefix_cache
 	$(RUN) benchmarks.keras_fit --backends torch
 	$(RUN) benchmarks.keras_step
 

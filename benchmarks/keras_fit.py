@@ -3,8 +3,8 @@
 ResNet-20 with weights from CIFAR-10 (He et al. 2016; the file that SMARTFRZ_DATA's neighbour
 `weights/cifar_resnet` holds), fine-tuned on 3,068 photos of clothing at 32 px: 4 epochs of SGD with
 momentum, batch 32, cosine schedule, no augmentation; tested on the 713 photos of validation and test,
-neither of which anything was chosen on. One process and one thread for each backend and seed; in it both
-methods take turns of ten steps.
+neither of which was used to choose anything. One process and one thread for each backend and seed, in which one method
+is trained after the other.
 
 Prints one JSON line a run, and then a table: means and standard deviations over seeds, and of the
 difference to full training of the same seed. `seconds` is training with everything that freezing costs,
@@ -19,29 +19,21 @@ import os
 import statistics
 import subprocess
 import sys
-from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.lines import read_lines
+from benchmarks.options import lines_of, list_of, run_alone, seeds
+from smartfrz.comparing.engine import FULL, Method, compare
+from smartfrz.comparing.lines import add_line
 
 BACKENDS = ("tensorflow", "jax", "torch")
-SEEDS = (0, 1, 2)
 ROOT = Path(__file__).parent.parent
-ONE_THREAD = {
-    "OMP_NUM_THREADS": "1",
-    "TF_NUM_INTRAOP_THREADS": "1",
-    "TF_NUM_INTEROP_THREADS": "1",
-    "NPROC": "1",  # what XLA takes for the number of cores
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-}
 
 
 def clothing():
-    """Training photos, and those of validation and test: float32 `[n, 32, 32, 3]` as the network reads them."""
+    """Return the training photos, and the validation and test photos: float32 `[n, 32, 32, 3]` as the network reads them."""
     sys.path.insert(0, str(ROOT / "recipes"))
     from recipe_data import archive
 
@@ -56,13 +48,13 @@ def clothing():
 
 
 def resnet20(weights, seed, num_classes=10, head=False):
-    """ResNet-20 with option-A shortcuts, and a new classifier unless `head` says to load that as well.
+    """Make a ResNet-20 with option-A shortcuts, and a new classifier unless `head` is true.
 
     Args:
         weights: Names of PyTorch parameters to arrays.
-        seed: Of the new classifier.
-        num_classes: Of the classifier.
-        head: Whether to load the classifier's weights, too.
+        seed: Seed of the new classifier.
+        num_classes: Number of outputs of the classifier.
+        head: Whether to load the weights of the classifier as well.
     """
     import keras
 
@@ -99,34 +91,37 @@ def resnet20(weights, seed, num_classes=10, head=False):
 
 
 def run(backend, seed, epochs, predictor):
-    """One line a method. KERAS_BACKEND must be the backend."""
+    """Yield one line for each method. KERAS_BACKEND must be the backend."""
     from safetensors.numpy import load_file
 
-    from smartfrz.demo import FREEZING, FULL, DemoOptions, take_turns
-    from smartfrz.demo_keras import Trainer
+    from smartfrz.demo import DemoOptions
+    from smartfrz.demo_keras import KerasRun
 
     folder = Path(os.environ["SMARTFRZ_DATA"])
     splits = clothing()
     weights = load_file(folder.parent / "weights/cifar_resnet/resnet20.safetensors")
     options = DemoOptions(epochs=epochs, seed=seed, predictor=predictor, learning_rate=0.02)
-    with ExitStack() as stack:
-        trainers = [
-            stack.enter_context(Trainer(method, resnet20(weights, seed), *splits, options))
-            for method in (FULL, FREEZING)
-        ]
-        take_turns(trainers, lambda done, text: print(f"{backend} {seed} {done:.0%} {text}", file=sys.stderr))
-        for trainer in trainers:
-            result, report = trainer.run, trainer.report().to_dict()
-            line = {"backend": backend, "seed": seed, "method": result.method, "keras": version("keras")}
-            line |= {"num_steps": result.num_steps, "accuracy": result.accuracy, "curve": result.curve}
-            for key in ("seconds", "cpu_seconds", "first_step_seconds", "decision_seconds"):
-                line[key] = getattr(result, key)
-            if result.method == FREEZING:
-                line |= {"num_layers": len(result.layers), "frozen": result.frozen}
-                line |= {key: report[key] for key in ("num_recompilations", "recompile_seconds")}
-                for part in ("", "_by_prefix", "_by_interior"):
-                    line["saved" + part] = report["backward_flops_saved" + part] / report["backward_flops"]
-            yield line
+    runs = {}
+
+    def start(method):
+        runs[method.name] = KerasRun(method, resnet20(weights, seed), *splits, options)
+        return runs[method.name]
+
+    def progress(done, text):
+        print(f"{backend} {seed} {done:.0%} {text}", file=sys.stderr)
+
+    for result in compare(start, (FULL, Method("SmartFRZ", lambda run: predictor)), progress=progress):
+        line = {"backend": backend, "seed": seed, "method": result.method, "keras": version("keras")}
+        line |= {"num_steps": result.steps, "accuracy": result.accuracy, "curve": result.curve}
+        line |= {"seconds": result.train_seconds, "cpu_seconds": result.cpu_seconds}
+        line |= {"first_step_seconds": result.first_step_seconds, "decision_seconds": result.decision_seconds}
+        if result.method != FULL.name:
+            report = runs[result.method].report().to_dict()
+            line |= {"num_layers": len(result.layers), "frozen": result.frozen}
+            line |= {key: report[key] for key in ("num_recompilations", "recompile_seconds")}
+            for part in ("", "_by_prefix", "_by_interior"):
+                line["saved" + part] = report["backward_flops_saved" + part] / report["backward_flops"]
+        yield line
 
 
 def cell(values, form):
@@ -163,41 +158,33 @@ def table(lines):
 
 def main():
     """Measure, and print."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, help="Append one JSON line a run; runs that are there are not repeated.")
-    parser.add_argument("--backends", default=",".join(BACKENDS))
-    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
+    parser.add_argument("--backends", type=list_of(BACKENDS), default=BACKENDS)
+    parser.add_argument("--seeds", type=seeds, default=[0, 1, 2])
     parser.add_argument("--epochs", type=float, default=4)
     parser.add_argument("--predictor", default="smartfrz-base")
-    parser.add_argument("--here", action="store_true", help="Run in this process, and print the lines only.")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # in the process of a backend and seed
     options = parser.parse_args()
-    lines = read_lines(options.output)
-    for backend in options.backends.split(","):
-        for seed in map(int, options.seeds.split(",")):
-            if options.here:
-                for line in run(backend, seed, options.epochs, options.predictor):
-                    print(json.dumps(line))
-                continue
+    if options.here:
+        for line in run(options.backends[0], options.seeds[0], options.epochs, options.predictor):
+            print(json.dumps(line))
+        return
+    lines = lines_of(options.output)
+    for backend in options.backends:
+        for seed in options.seeds:
             if any((line["backend"], line["seed"]) == (backend, seed) for line in lines):
                 continue
-            arguments = ["--backends", backend, "--seeds", str(seed), "--epochs", str(options.epochs)]
-            arguments += ["--predictor", options.predictor, "--here"]
-            process = subprocess.run(
-                [sys.executable, "-m", "benchmarks.keras_fit", *arguments],
-                env=os.environ | ONE_THREAD | {"KERAS_BACKEND": backend},
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            if process.returncode:
+            arguments = ["--here", "--backends", backend, "--seeds", str(seed), "--epochs", str(options.epochs)]
+            try:
+                made = run_alone("benchmarks.keras_fit", [*arguments, "--predictor", options.predictor], backend)
+            except subprocess.CalledProcessError:
                 print(f"{backend}, seed {seed} is left out: see above", file=sys.stderr)
                 continue
-            lines += [json.loads(line) for line in process.stdout.splitlines()]
-            print(process.stdout, file=sys.stderr, end="", flush=True)
-            if options.output:
-                with options.output.open("a") as file:
-                    file.write(process.stdout)
-    if not options.here:
-        table(lines)
+            lines += made
+            for line in made:
+                add_line(options.output, line)
+    table(lines)
 
 
 if __name__ == "__main__":

@@ -18,16 +18,14 @@ Prints a table, and one JSON line a row, the lines to the file if there is one.
 import argparse
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.keras_fit import ONE_THREAD
-from benchmarks.lines import add_line, read_lines
+from benchmarks.options import lines_of, run_alone
+from smartfrz.comparing.lines import add_line
 
 FRACTIONS = (1 / 4, 1 / 2, 3 / 4)
 NETWORKS = ("mobilenetv2", "resnet14")
@@ -176,7 +174,7 @@ def main():
         for row in measure(options.networks, options.cases.endswith("/jit"), options.steps):
             print(json.dumps(row))
         return
-    rows = read_lines(options.output)
+    rows = lines_of(options.output)
     for network in options.networks.split(","):
         for case in options.cases.split(","):
             backend, _, mode = case.partition("/")
@@ -187,15 +185,8 @@ def main():
             if any(all(row[key] == (labels | {"network": network})[key] for key in KEYS) for row in rows):
                 continue
             arguments = ["--here", "--cases", case, "--networks", network, "--steps", str(options.steps)]
-            result = subprocess.run(
-                [sys.executable, "-m", "benchmarks.keras_step", *arguments],
-                env=os.environ | ONE_THREAD | {"KERAS_BACKEND": backend},
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
-            )
-            for line in result.stdout.splitlines():
-                row = labels | json.loads(line)
+            for made in run_alone("benchmarks.keras_step", arguments, backend):
+                row = labels | made
                 rows.append(row)
                 add_line(options.output, row)
     table(rows)

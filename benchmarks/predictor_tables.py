@@ -13,8 +13,8 @@ statistic, and Wasserstein's in standard deviations of the whole.
 `costs`: bytes of the file, parameters, FLOPs of one layer's decision, memory of the history of 54 layers (as many as
 ResNet-50 has), for `--like` and for an untrained network of the paper's form (`raw`).
 
-`run` also trains with other inputs (`representation`, not in the paper): the paper's raw weights, those of version 1 of
-`smartfrz-base` (`motion`), and `trajectory` with and without the layer's position (`unplaced`: 1, it is never told).
+`run` also trains with other inputs (`representation`, not in the paper): the paper's raw weights, and `trajectory`
+with and without the layer's position (with `unplaced` 1 the position is always hidden).
 
 One JSON line a result is added to `--results`, and none is made twice. `table` prints them, and needs nothing else.
 """
@@ -34,41 +34,37 @@ from scipy.stats import ks_2samp, wasserstein_distance
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import paper
 from benchmarks.compare import Job
-from benchmarks.compare_results import cell
 from benchmarks.decision import kept_bytes, untrained
-from benchmarks.lines import add_line, is_known, read_lines
-from benchmarks.options import list_of, positive, seeds
+from benchmarks.options import lines_of, list_of, positive, seeds
+from benchmarks.pictures import save
+from benchmarks.tables import predictor_tables
 from benchmarks.tasks import TIERS
 from smartfrz import zoo
 from smartfrz.adapters.torch import trace_layers
+from smartfrz.comparing.lines import add_line, matching
 from smartfrz.control.history import WeightHistory
 from smartfrz.control.tailoring import tailoring_positions
 from smartfrz.dataset_builder.building import labelled_runs
 from smartfrz.dataset_builder.labels import LabelRule
 from smartfrz.dataset_builder.storage import read_run, run_files
-from smartfrz.files import replacing
-from smartfrz.predictor.contract import INCREMENTAL
 from smartfrz.predictor.runtime import Predictor
+from smartfrz.predictor.training.cross_validation import leave_one_out
 from smartfrz.predictor.training.export import restore
-from smartfrz.predictor.training.fit import TrainingOptions
-from smartfrz.predictor.training.judging import METHODS, leave_one_out
+from smartfrz.predictor.training.runs import TrainingOptions
 from smartfrz.training import arguments, forward, optimizer_of, schedule_factor, training_loader
 
 RESULTS = Path(__file__).parent / "results" / "predictor_tables.jsonl"
+SIZES = paper.SETTINGS["size"]
 TABLES = {
-    "window": [{"window": window, "tailored_size": 1024, "records": 60} for window in (20, 30, 40, 50)],
-    "size": [{"window": 30, "tailored_size": size, "records": 30} for size in (512, 1024, 2048, 4096)],
+    "window": [{"window": window, "tailored_size": 1024, "records": 60} for window in paper.SETTINGS["window"]],
+    "size": [{"window": 30, "tailored_size": size, "records": 30} for size in SIZES],
     "representation": [
         {"window": 30, "tailored_size": 1024, "records": 30, "representation": name} | more
-        for name, more in (("raw", {}), ("motion", {}), ("trajectory", {"unplaced": 1.0}), ("trajectory", {}))
+        for name, more in (("raw", {}), ("trajectory", {"unplaced": 1.0}), ("trajectory", {}))
     ],
 }
-PAPER = {
-    "window": {"ResNet50": (81.17, 81.73, 81.75, 82.11), "VGG11": (74.45, 74.66, 75.11, 74.67)},
-    "size": {"ResNet50": (81.28, 81.73, 81.33, 81.69), "VGG11": (73.98, 74.66, 74.48, 75.12)},
-}
-SIZES = (512, 1024, 2048, 4096)
 MOMENTS = (0.02, 0.25, 0.5, 0.75, 1.0)  # of the training whose gradients are looked at
 NUM_LAYERS = 54  # of ResNet-50
 
@@ -85,7 +81,7 @@ def run(options):
             for seed in options.seeds:
                 facts = {"table": name, "representation": predictor.info.representation, **setting, "seed": seed}
                 facts |= {"label_rule": rule.to_dict(), "runs": [one.name for one in recorded], "settings": smaller}
-                if is_known(options.results, facts):
+                if matching(lines_of(options.results), facts):
                     continue
                 chosen = {key: facts[key] for key in ("representation", "window", "tailored_size", "seed")}
                 chosen |= {"unplaced": setting["unplaced"]} if "unplaced" in setting else {}
@@ -120,12 +116,6 @@ def plain(judged):
     }
 
 
-def mean_auc(line, method, key="auc"):
-    """Over the architectures of a line."""
-    values = [methods[method][key] for methods in line["held_out"].values()]
-    return statistics.mean(value for value in values if value is not None)
-
-
 # Fig. 3
 
 
@@ -136,7 +126,7 @@ def gradients_of(job, moments=MOMENTS):
         job: The task.
         moments: Shares of the run.
     """
-    data, model, spec = job.data(), job.model(), job.task.training
+    data, model, spec = job.data(), job.model(job.seed), job.benchmark.training
     loader = training_loader(data.train, spec)
     total = max(1, round(len(loader) * spec.epochs))
     chosen = {max(1, round(total * moment)) for moment in moments}
@@ -186,15 +176,14 @@ def figure(options):
     """Measure the distances on one training, and draw its largest layer in the middle of it."""
     job = Job(options.tier, options.task, 0, options.settings, zoo.load(options.like), options.folder, "cpu")
     facts = {"table": "gradients", "tier": options.tier, "task": options.task, "settings": options.settings}
-    if is_known(options.results, facts):
+    if matching(lines_of(options.results), facts):
         return
     lines, shown, best = [], None, (0, 0.0)
     for step, share, layer, gradient in gradients_of(job):
         lines.append({"step": step, "layer": layer, "weights": len(gradient), "distances": distances(layer, gradient)})
         if (len(gradient), -abs(share - 0.5)) > best:
             shown, best = (step, layer, gradient), (len(gradient), -abs(share - 0.5))
-    with replacing(options.pictures / "gradient_distribution.png") as temporary:
-        draw_gradients(*shown).savefig(temporary, dpi=110, format="png")
+    save(draw_gradients(*shown), options.pictures / "gradient_distribution.png", dpi=110)
     add_line(options.results, facts | {"layers": lines})
 
 
@@ -225,7 +214,7 @@ def costs(options):
         files = {like.info.name: (like, path), "raw, untrained": (made, Path(folder) / "raw.onnx")}
         for name, (predictor, file) in files.items():
             facts = {"table": "costs", "predictor": name, "sha256": predictor.sha256}
-            if not is_known(options.results, facts):
+            if not matching(lines_of(options.results), facts):
                 add_line(options.results, facts | costs_of(predictor, file))
 
 
@@ -254,111 +243,8 @@ def costs_of(predictor, file, num_layers=NUM_LAYERS):
         "flops_per_layer": counter.get_total_flops(),
         "record_bytes": num_layers * info.tailored_size * 4,
         "history_bytes": kept_bytes(WeightHistory(*shape[1:]), weights),
-        "encoded": info.representation in INCREMENTAL,
         "milliseconds": 1e3 * statistics.median(seconds[2:]),
     }
-
-
-# Tables
-
-
-def setting_table(lines, name):
-    """Markdown: Table 4 or 5, ours and the paper's; empty without lines."""
-    key = "window" if name == "window" else "tailored_size"
-    values = [setting[key] for setting in TABLES[name]]
-    groups = {}
-    for line in lines:
-        if line["table"] == name:
-            groups.setdefault((line["representation"], len(line["runs"]), str(line["settings"])), []).append(line)
-    rows = []
-    for (representation, number, settings), found in groups.items():
-        by_value = {value: [line for line in found if line[key] == value] for value in values}
-        note = "" if settings == "{}" else f", {settings}"
-        for title, measure in (
-            ("AUC", lambda line: mean_auc(line, "predictor")),
-            ("pooled AUC", lambda line: mean_auc(line, "predictor", "pooled_auc")),
-            ("AUC above logistic regression", lambda line: mean_auc(line, "predictor") - mean_auc(line, METHODS[-1])),
-        ):
-            form = "+.3f" if "above" in title else ".3f"
-            cells = [cell([measure(line) for line in by_value[value]], form) for value in values]
-            rows.append(f"| ours, {title} (`{representation}`, {number} recordings{note}) | {' | '.join(cells)} |")
-    if not rows:
-        return ""
-    title = "attention window" if name == "window" else "tailored size"
-    head = [f"| {title} | {' | '.join(map(str, values))} |", "|---" * (len(values) + 1) + "|"]
-    paper = [
-        f"| paper, accuracy of {network} on CIFAR-100 | {' | '.join(f'{v:.2f} %' for v in accuracies)} |"
-        for network, accuracies in PAPER[name].items()
-    ]
-    return "\n".join([*head, *rows, *paper])
-
-
-def representation_table(lines):
-    """Markdown: what the predictor sees, and baselines on the same recordings; empty without lines."""
-    groups = {}
-    for line in lines:
-        if line["table"] == "representation":
-            unplaced = ", position not told" if line.get("unplaced") == 1.0 else ""
-            note = f", {line['settings']}" if line["settings"] else ""
-            groups.setdefault(f"`{line['representation']}`{unplaced}{note}", []).append(line)
-    if not groups:
-        return ""
-    keys = ("auc", "pooled_auc", "freeze_precision", "frozen_share", "calibration_error")
-    rows = [
-        "| judged by | seeds | AUC | pooled AUC | right freezes | time frozen | calibration error |",
-        "|---" * 7 + "|",
-    ]
-    everything = [line for found in groups.values() for line in found]
-    shown = [(f"predictor, {name}", "predictor", found) for name, found in groups.items()]
-    shown += [(method.replace("_", " "), method, everything[:1]) for method in METHODS[1:]]
-    for name, method, found in shown:
-        cells = [cell([mean_auc(line, method, key) for line in found], ".3f") for key in keys]
-        rows.append(f"| {name} | {len(found)} | {' | '.join(cells)} |")
-    return "\n".join(rows)
-
-
-def gradient_table(lines):
-    """Markdown: distances by size, over layers and moments; empty without lines."""
-    rows = []
-    for line in lines:
-        if line["table"] != "gradients":
-            continue
-        for size in SIZES:
-            found = [one["distances"][str(size)] for one in line["layers"] if str(size) in one["distances"]]
-            if not found:
-                continue
-            ks, far = ([one[key] for one in found] for key in ("ks", "wasserstein"))
-            cells = [line["task"], str(size), str(len(found)), f"{statistics.mean(ks):.3f}", f"{max(ks):.3f}"]
-            cells += [f"{statistics.mean(far):.3f}", f"{max(far):.3f}", f"{0.8687 / math.sqrt(size):.3f}"]
-            rows.append(f"| {' | '.join(cells)} |")
-    head = "| task | subset | layers x moments | KS, mean | KS, largest | Wasserstein, mean | Wasserstein, largest "
-    head += "| KS by chance |"
-    return "\n".join([head, "|---" * 8 + "|", *rows]) if rows else ""
-
-
-def cost_table(lines):
-    """Markdown: Appendix C; empty without lines."""
-    found = [line for line in lines if line["table"] == "costs"]
-    if not found:
-        return ""
-    rows = [
-        f"| {line['predictor']} (`{line['representation']}`, window {line['window']}, {line['tailored_size']} weights) "
-        f"| {line['file_bytes'] / 2**20:.2f} MiB | {line['parameters']:,} | {line['flops_per_layer'] / 1e9:.3f} GFLOPs "
-        f"| {line['record_bytes'] / 2**10:.0f} KiB | {line['history_bytes'] / 2**20:.1f} MiB "
-        f"| {line['milliseconds']:.1f} ms |"
-        for line in found
-    ]
-    head = f"| predictor | file | parameters | one layer's decision | a record of {NUM_LAYERS} layers | their history "
-    head += "| asked |"
-    paper = "| paper (window 30, 1,024 weights) | about 4 MB |  | 0.12 GFLOPs | about 200 KB | about 6 MB |  |"
-    return "\n".join([head, "|---" * 7 + "|", *rows, paper])
-
-
-def tables(lines):
-    """All of them, as Markdown."""
-    made = [setting_table(lines, "window"), setting_table(lines, "size"), representation_table(lines)]
-    made += [gradient_table(lines), cost_table(lines)]
-    return "\n\n".join(filter(None, made)) or "There are no results yet."
 
 
 def main(given=None):
@@ -381,7 +267,9 @@ def main(given=None):
     options.settings = {} if options.samples is None else {"samples": options.samples}
     torch.set_num_threads(1)
     {"run": run, "figure": figure, "costs": costs, "table": lambda _: None}[options.what](options)
-    print(tables(read_lines(options.results)))
+    settings = {"window": [one["window"] for one in TABLES["window"]]}
+    settings |= {"size": [one["tailored_size"] for one in TABLES["size"]]}
+    print(predictor_tables(lines_of(options.results), settings))
 
 
 if __name__ == "__main__":

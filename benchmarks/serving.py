@@ -24,8 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.lines import add_line
 from smartfrz import zoo
+from smartfrz.comparing.lines import add_line
 
 HEADER = "Inference-Header-Content-Length"
 CHUNK = 2**18

@@ -45,7 +45,11 @@ NOTES = (
 def markdown(rows):
     """A table of rows, dicts from title to text; empty without rows."""
     table = pd.DataFrame(rows).fillna("")
-    return "" if table.empty else table.to_markdown(index=False, disable_numparse=True)
+    if table.empty:
+        return ""
+    lines = [list(table.columns), *table.to_numpy().tolist()]
+    first, *others = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([first, "|---" * len(table.columns) + "|", *others])
 
 
 def cell(values, form, unit=""):
@@ -337,16 +341,17 @@ def mean_auc(line, method, key="auc"):
     return statistics.mean(value for value in values if value is not None)
 
 
-def predictor_settings(lines, name):
+def predictor_settings(lines, name, values=None):
     """Table 4 or 5, ours and the paper's; empty without lines.
 
     Args:
         lines: Lines of `benchmarks.predictor_tables`.
         name: `window` or `size`.
+        values: Windows or sizes, in order; the paper's by default.
     """
+    values = values or paper.SETTINGS[name]
     key, title = ("window", "attention window") if name == "window" else ("tailored_size", "tailored size")
     found = [line for line in lines if line["table"] == name]
-    values = sorted({line[key] for line in found})
     rows = []
     for (representation, number, settings), part in _grouped(found, "representation", "runs", "settings"):
         note = "" if settings == "{}" else f", {settings}"
@@ -439,10 +444,15 @@ def predictor_costs(lines):
     return markdown(rows)
 
 
-def predictor_tables(lines):
-    """What `benchmarks.predictor_tables` prints."""
-    made = [predictor_settings(lines, "window"), predictor_settings(lines, "size"), representations(lines)]
-    made += [gradients(lines), predictor_costs(lines)]
+def predictor_tables(lines, settings=paper.SETTINGS):
+    """What `benchmarks.predictor_tables` prints.
+
+    Args:
+        lines: Its lines.
+        settings: Windows and sizes to show, by the name of the table.
+    """
+    made = [predictor_settings(lines, name, values) for name, values in settings.items()]
+    made += [representations(lines), gradients(lines), predictor_costs(lines)]
     return "\n\n".join(filter(None, made)) or "There are no results yet."
 
 

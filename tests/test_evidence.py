@@ -10,19 +10,20 @@ from builder_fixtures import recorded_run, write_runs
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
-from benchmarks import explain, sweeps, tables
-from benchmarks.lines import read_lines
+from benchmarks import compare, costs, explain, paper, tables
+from benchmarks.methods import SWEPT
 from smartfrz import zoo
 from smartfrz.adapters.torch import trace_layers
+from smartfrz.comparing.lines import read_lines
 
 
 def test_sweeps_are_run_once_and_their_lengths_make_them_cost_the_same(tmp_path, capsys):
     results = tmp_path / "r.jsonl"
     command = ["run", "--tier", "digits", "--tasks", "vgg-digits", "--samples", "96", "--epochs", "6", "--seeds", "0"]
-    command += ["--folder", str(tmp_path), "--results", str(results)]
-    sweeps.main(command)
+    command += ["--methods", "sweeps", "--folder", str(tmp_path), "--results", str(results)]
+    compare.main(command)
     lines = {line["method"]: line for line in read_lines(results)}
-    assert list(lines) == ["full", *sweeps.SWEPT]
+    assert list(lines) == ["full", *SWEPT]
     steps = [lines[f"linear:{t_0}"]["steps"] for t_0 in (0.3, 0.4, 0.5, 0.6)]
     assert steps == sorted(steps, reverse=True)
     assert steps[2] == lines["full"]["steps"] == lines["autofreeze:3"]["steps"]
@@ -31,7 +32,7 @@ def test_sweeps_are_run_once_and_their_lengths_make_them_cost_the_same(tmp_path,
     assert flops[2] < lines["full"]["total_flops"]
     before = results.read_text("utf-8")
     capsys.readouterr()
-    sweeps.main(command)
+    compare.main(command)
     assert results.read_text("utf-8") == before
     shown = capsys.readouterr().out
     assert re.search(r"\| 0\.3 \| 1 \| [0-9.]+ \| [0-9.]+ \| 1[0-9]{2} \| 95\.62 % \| 76\.7 % \|", shown)
@@ -44,14 +45,14 @@ def test_the_cost_of_a_step_falls_with_each_layer_that_is_frozen():
     )
     inputs, targets = torch.randn(10, 8), torch.zeros(10, dtype=torch.long)
     layers = trace_layers(model, inputs)
-    costs = sweeps.costs_by_frozen(model, lambda twin: cross_entropy(twin(inputs), targets), layers)
+    found = costs.costs_by_frozen(model, lambda twin: cross_entropy(twin(inputs), targets), layers)
     weights = [8 * 16, 16 * 16, 16 * 4]
     forward = 2 * 10 * sum(weights)
     both = 2 * forward + 2 * 10 * sum(weights[1:])  # the first layer passes nothing on
-    assert costs == [both, both - 2 * 10 * (weights[0] + weights[1]), forward + 2 * 10 * weights[2]]
+    assert found == [both, both - 2 * 10 * (weights[0] + weights[1]), forward + 2 * 10 * weights[2]]
     assert all(parameter.requires_grad for parameter in model.parameters())
     # frozen at a half, at three quarters, never
-    assert sweeps.mean_cost(costs, 0.5) == pytest.approx(0.5 * costs[0] + 0.25 * costs[1] + 0.25 * costs[2])
+    assert costs.mean_cost(found, 0.5) == pytest.approx(0.5 * found[0] + 0.25 * found[1] + 0.25 * found[2])
 
 
 @pytest.fixture(scope="module")
@@ -152,10 +153,10 @@ def test_other_predictors_stand_beside_the_base_and_the_full_runs_of_their_seeds
 
 
 def test_the_papers_rows_are_relative_to_full_training():
-    made = tables.of_paper(tables.TABLE_2).splitlines()
+    made = tables.of_paper(paper.TABLE_2).splitlines()
     assert "| ResNet50, CIFAR-10 | Full Training | 96.10 |  | 100.0 % | 100.0 % |" in made
     assert "| VGG11, CIFAR-10 | SmartFRZ | 93.58 | +0.22 | 57.6 % | 43.8 % |" in made
-    assert "| BERT-base, MRPC | Linear Freezing | 85.80 | -0.71 | 69.9 % |  |" in tables.of_paper(tables.TABLE_6)
+    assert "| BERT-base, MRPC | Linear Freezing | 85.80 | -0.71 | 69.9 % |  |" in tables.of_paper(paper.TABLE_6)
 
 
 def test_marks_that_do_not_fit_are_refused():

@@ -8,10 +8,11 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import predictor_tables
-from benchmarks.lines import read_lines
-from benchmarks.predictor_tables import SIZES, distances, main, mean_auc
+from benchmarks.predictor_tables import SIZES, distances, main
+from benchmarks.tables import mean_auc
 from smartfrz import zoo
-from smartfrz.predictor.training.judging import METHODS
+from smartfrz.comparing.lines import read_lines
+from smartfrz.predictor.training.cross_validation import METHODS
 
 
 @pytest.fixture

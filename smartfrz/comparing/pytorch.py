@@ -210,7 +210,7 @@ class TorchRun:
         kept += [x for x in tree_leaves(dict(self.optimizer.state)) if isinstance(x, torch.Tensor)]
         size = self._work.activation_bytes
         if self._freezer is not None:
-            kept += gradient_sums(self._freezer) if self.method.cache is None else []
+            kept += gradient_sums(self._freezer)
             use = self._freezer.report().cache
             size += 0 if use is None else use.memory_bytes
         size += sum(tensor.numel() * tensor.element_size() for tensor in kept)
@@ -248,7 +248,7 @@ class TorchRun:
 
 def gradient_sums(freezer: SmartFRZ) -> list[torch.Tensor]:
     """Sums of gradients that a freezer keeps for policies such as AutoFreeze."""
-    return list(freezer.state_dict().get("gradients", {}).values())
+    return [] if freezer.adapter is None else list(freezer.adapter.gradient_state().values())
 
 
 def start_run(task: Task, seed: int) -> Callable[[Method], TorchRun]:
