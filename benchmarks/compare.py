@@ -440,7 +440,8 @@ def main(given=None):
         if options.what in ("run", "table"):
             print(tables(lines, options.methods))
         if options.what == "plots":
-            print(*plots(lines, options.methods, options.pictures), sep="\n")
+            written = plots(lines, options.methods, options.pictures)
+            print(*(written or [tables(lines, options.methods)]), sep="\n")
 
 
 if __name__ == "__main__":

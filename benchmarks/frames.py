@@ -10,6 +10,8 @@ import pandas as pd
 from benchmarks.methods import METHODS, stops_early
 
 ORDERED = ["task", "method"]
+COLUMNS = [*ORDERED, "seed", "line", "accuracy", "share", "cpu", "wall", "deciding", "frozen", "difference", "to_early"]
+COLUMNS += ["backward", "total", "peak", "end", "end_of_peak"]
 
 
 def clock_of(line):
@@ -92,7 +94,7 @@ def frame(groups, methods=METHODS):
             full = next((line for line in of_seed if line["method"] == "full"), None)
             curve = early_curve(of_seed)
             rows += [{"task": name} | _row(line, full, curve) for line in of_seed if line["method"] in methods]
-    made = pd.DataFrame(rows, columns=None if rows else [*ORDERED, "seed", "line"])
+    made = pd.DataFrame(rows, columns=COLUMNS)
     made["task"] = pd.Categorical(made["task"], list(groups), ordered=True)
     made["method"] = pd.Categorical(made["method"], list(methods), ordered=True)
     return made.sort_values(ORDERED, kind="stable")
