@@ -11,7 +11,9 @@ from smartfrz.baselines.similarity_guided import SimilarityGuided
 from smartfrz.comparing.engine import Method
 from smartfrz.dataset_builder.labels import LabelRule
 
-EARLY = tuple(f"early-stop-{percent}" for percent in (30, 50, 70, 85))  # full training in that share of the steps
+EARLY = {
+    f"early-stop-{percent}": percent / 100 for percent in (30, 50, 70, 85)
+}  # full training in a share of the steps
 METHODS = (
     "full",
     "smartfrz",
@@ -69,7 +71,7 @@ def methods_of(job):
         baseline("weight-change", lambda run: calibrated_weight_change(job.predictor)),
         baseline("similarity-guided", lambda run: oracle(job, run)),
         Method("early-stop"),  # its share is known once SmartFRZ has run
-        *(Method(name, share=int(name.rpartition("-")[2]) / 100) for name in EARLY),
+        *(Method(name, share=share) for name, share in EARLY.items()),
         *(smartfrz(name, **options) for name, options in TRADEOFF.items()),
         *(linear(f"linear:{t_0}", t_0) for t_0 in SWEEPS["linear"]),
         *(autofreeze(f"autofreeze:{intervals}", intervals) for intervals in SWEEPS["autofreeze"]),

@@ -116,7 +116,7 @@ def task_means(groups, method):
 def early_point(groups, method):
     """Share of the steps saved and mean difference over tasks of stopping early; None if it was not measured."""
     found = task_means(groups, method)
-    return (100 - int(method.rpartition("-")[2]), np.mean([y for _, y in found])) if found else None
+    return (100 - 100 * EARLY[method], np.mean([y for _, y in found])) if found else None
 
 
 def memory_over_time(groups):
