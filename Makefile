@@ -26,7 +26,7 @@ help:
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) pip install -q --disable-pip-version-check "$(TORCH)" -e ".[build,demo,hf,lightning,hub,ray,serve,cpu]" peft $(KERAS) \
-		"$(TRITON)" pytest pytest-xdist hypothesis ruff mypy
+		"$(TRITON)" pytest pytest-xdist hypothesis "pandas>=2.3" ruff mypy
 	touch $@
 
 # The JavaScript example is a test as well. Nothing but the package itself is fetched.

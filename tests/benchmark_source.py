@@ -10,6 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("sklearn")
+pytest.importorskip("pandas")
 ROOT = Path(__file__).parent.parent
 if not (ROOT / "benchmarks").exists():
     pytest.skip("the source distribution has no benchmarks", allow_module_level=True)
