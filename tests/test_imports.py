@@ -42,8 +42,8 @@ MAY_IMPORT = {
     "control": ["control", "predictor.contract", "errors"],
     "predictor": ["errors", "files", "predictor", "control"],
     "baselines": ["baselines", "control", "errors", "adapters.torch", "dataset_builder", "training"],
-    "zoo": ["zoo", "predictor", "errors", "files", "__version__"],
-    "serving": ["serving", "predictor", "zoo", "errors", "__version__"],
+    "zoo": ["zoo", "predictor", "serving.triton", "errors", "files", "__version__"],
+    "serving": ["serving", "predictor", "zoo", "errors", "files", "__version__"],
     "adapters/torch": ["adapters.torch", "control", "predictor", "zoo", "errors", "files"],
     "adapters/keras": ["adapters.keras", "control", "predictor", "zoo", "errors", "files", "plots"],
     "dataset_builder": [
