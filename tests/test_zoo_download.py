@@ -253,6 +253,18 @@ def test_a_server_that_says_nothing_is_given_up(monkeypatch):
         fetched(f"http://127.0.0.1:{silent.getsockname()[1]}/x.onnx")
 
 
+def test_a_server_that_sends_byte_by_byte_is_given_up_at_the_deadline(server):
+    start = time.monotonic()
+    with pytest.raises(UnreachableError, match=r"/drip/tiny-zoo-1\.onnx did not arrive in time\. Tried once"):
+        fetched(f"{server.url}/drip/tiny-zoo-1.onnx", deadline=0.5)
+    assert time.monotonic() - start < 10
+
+
+def test_a_server_that_refuses_every_range_is_asked_without_one(server):
+    with pytest.raises(DownloadError, match="cannot be fetched: 416"):
+        transport.download(f"{server.url}/status-416", io.BytesIO(b"abc"), limit=1000)
+
+
 def test_a_file_with_another_hash_is_not_kept(registry_of, folder):
     path = registry_of("plain", sha256="a" * 64)
     with pytest.raises(
