@@ -13,30 +13,26 @@ from smartfrz.dataset_builder.storage import RecordedRun
 from smartfrz.files import replacing
 from smartfrz.predictor.contract import PredictorInfo
 from smartfrz.predictor.runtime import Predictor
-from smartfrz.predictor.training.export import export
-from smartfrz.predictor.training.fit import (
-    LabelledRun,
-    Quality,
-    Scores,
-    TrainingOptions,
-    calibrate,
-    fit,
-    quality,
-    score,
-    split,
-    weight_change,
-)
-from smartfrz.predictor.training.judging import (
+from smartfrz.predictor.training.baselines import (
     Baselines,
     Judged,
     Regression,
-    Reliability,
-    can_hold_out,
-    leave_one_out,
-    reliability_table,
+    score_weight_change,
     weight_change_confidence,
 )
+from smartfrz.predictor.training.cross_validation import can_hold_out, leave_one_out
+from smartfrz.predictor.training.export import export
+from smartfrz.predictor.training.fit import fit
+from smartfrz.predictor.training.judging import (
+    Quality,
+    Reliability,
+    calibrate,
+    measure_quality,
+    reliability_table,
+    score,
+)
 from smartfrz.predictor.training.model import FreezePredictor
+from smartfrz.predictor.training.runs import LabelledRun, Scores, TrainingOptions, split
 
 Progress = Callable[[float, str], None]
 HeldOut = dict[str, dict[str, dict[str, list[Judged]]]]  # what is held out, which one, method, a judgement a seed
@@ -164,12 +160,12 @@ def build_predictor(
     scores = score(model, validation, options)
     threshold = calibrate(scores, validation, options, options.precision)
     baselines = Baselines.fit(train, train, options)
-    on_validation = {"predictor": quality(scores, validation, threshold, options)} | {
+    on_validation = {"predictor": measure_quality(scores, validation, threshold, options)} | {
         method: judged.quality for method, judged in baselines.judge(validation, validation, options).items()
     }
     if base:
         before = score(base.network, validation, options)
-        on_validation[base.info.name] = quality(before, validation, base.info.threshold, options)
+        on_validation[base.info.name] = measure_quality(before, validation, base.info.threshold, options)
     said = baselines.scores("logistic_regression", validation, options)
     regression_threshold = calibrate(said, validation, options, options.precision)
     metrics = {
@@ -393,7 +389,9 @@ def evaluate_predictor(predictor: Predictor, runs: Sequence[LabelledRun]) -> str
     known: dict[str, list[Reliability]] = {}
     for run in runs:
         judged = {
-            method: Judged(quality(scores, [run], threshold, options), Reliability.of(confidence, [run], options))
+            method: Judged(
+                measure_quality(scores, [run], threshold, options), Reliability.of(confidence, [run], options)
+            )
             for method, (scores, confidence, threshold) in _said(predictor, [run], options).items()
         }
         results[run.name + seen.get(run.name, " (held out)")] = {m: one.quality for m, one in judged.items()}
@@ -414,7 +412,7 @@ def _said(
     """Scores, confidences and threshold of a predictor, and of the baselines that its file holds."""
     metrics, threshold = predictor.info.metrics, predictor.info.metrics.get("weight_change_threshold", 2.0)
     own = score(predictor, runs, options)
-    change = weight_change(runs, options), weight_change_confidence(runs, options, threshold)
+    change = score_weight_change(runs, options), weight_change_confidence(runs, options, threshold)
     said = {"predictor": (own, own, predictor.info.threshold), "weight_change": (*change, threshold)}
     if "logistic_regression" in metrics:  # older files have none
         fitted = metrics["logistic_regression"]

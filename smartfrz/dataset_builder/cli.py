@@ -370,7 +370,7 @@ def _plan(
     pull: float | None,
     **options: Any,
 ) -> _Plan:
-    from smartfrz.predictor.training.fit import TrainingOptions
+    from smartfrz.predictor.training.runs import TrainingOptions
 
     chosen = _rule(rule, tolerance, rule_records)
     if base is None:
@@ -446,7 +446,7 @@ def _old_files(base: Any, folder: Path, new_names: set[str]) -> list[Path]:
 def _train(plan: _Plan, files: Sequence[Path]) -> None:
     """Train, export, write the card and print it."""
     from smartfrz.dataset_builder.building import build_predictor, labelled_runs
-    from smartfrz.predictor.training.judging import can_hold_out
+    from smartfrz.predictor.training.cross_validation import can_hold_out
 
     _quiet_exporter()
     new = [read_run(path) for path in files]
