@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one."""
+"""Write files so that a reader never sees half of one."""
 
 import contextlib
 import os
@@ -9,20 +9,20 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` when the block succeeds.
+    """Yield a temporary path in the folder of `path`; rename it to `path` when the block succeeds.
 
-    If the block fails (a full disk, a kill that Python sees) the temporary file is removed and
-    whatever was at `path` before is untouched.
+    If the block fails, for example on a full disk or a KeyboardInterrupt, the temporary file is removed and the file
+    at `path` stays as it was.
 
     Args:
-        path: Where the finished file shall be. Its folder is created.
+        path: Path of the finished file. Its folder is created.
 
     Raises:
         OSError: If the folder cannot be written, or the disk is full.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix is kept: several writers choose their format by it.
+    # Some writers choose their format by the suffix.
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}-", suffix=target.suffix)
     os.close(handle)
     temporary = Path(name)
@@ -30,7 +30,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes private files
+        temporary.chmod(0o666 & ~umask)  # mkstemp creates private files
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)

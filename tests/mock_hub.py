@@ -1,7 +1,7 @@
-"""Plays the part of Hugging Face's API that publishing and reading a repository need; run as a process.
+"""A mock of the part of Hugging Face's API that publishing and reading a repository need; run it as a process.
 
-It prints its port, then a line for each request. A repository is a list of commits, each a dict of files. What it does
-not have: LFS and Xet storage (it asks for every file in the commit itself), branches, users, the model hub's checks.
+It prints its port, then a line for each request. A repository is a list of commits, each a dict of files. It lacks LFS
+and Xet storage (every file has to be in the commit itself), branches, users and the hub's own checks.
 """
 
 import base64
@@ -50,7 +50,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)", path):
             self.repository(found[1], "revision", body)
         else:
-            self.answer({"error": f"not played here: {path}"}, 404)
+            self.answer({"error": f"not mocked: {path}"}, 404)
 
     def create(self, wanted):
         name = f"{wanted.get('organization') or 'me'}/{wanted['name']}"

@@ -14,7 +14,7 @@ from builder_fixtures import invoke, write_digit_recipes, write_recipe
 from safetensors import safe_open
 
 from smartfrz.dataset_builder.cli import main as build
-from smartfrz.dataset_builder.places import RemotePlace, absolute, on_this_machine, place_of
+from smartfrz.dataset_builder.places import Place, make_absolute, on_this_machine
 from smartfrz.dataset_builder.ray_engine import _folder
 from smartfrz.dataset_builder.recipes import load_recipe, reference_file
 from smartfrz.dataset_builder.recording import record
@@ -233,7 +233,7 @@ PLACES = {
 @pytest.mark.parametrize("kind", PLACES)
 def test_places_keep_whole_files(kind, tmp_path):
     output = PLACES[kind].format(folder=tmp_path, name=tmp_path.name)
-    place = place_of(output)
+    place = Place(output)
     (tmp_path / "here").mkdir()
     file = tmp_path / "here" / "one.parquet"
     assert not place.fetch(file.name, tmp_path / "back")
@@ -243,14 +243,14 @@ def test_places_keep_whole_files(kind, tmp_path):
         place.send(file)
         assert place.fetch(file.name, tmp_path / "back")
         assert (tmp_path / "back" / file.name).read_bytes() == content
-    with on_this_machine([place.where(file.name)]) as (path,):
+    with on_this_machine([place.address_of(file.name)]) as (path,):
         assert path.read_bytes() == content
     if kind != "memory":
         assert [path.name for path in (tmp_path / "far" / "runs").iterdir()] == [file.name]
 
 
 def test_mock_a_place_that_breaks_off_keeps_what_was_there(tmp_path, monkeypatch):
-    place = RemotePlace(f"memory://{tmp_path.name}/runs")
+    place = Place(f"memory://{tmp_path.name}/runs")
     file = tmp_path / "one.parquet"
     file.write_bytes(b"first")
     place.send(file)
@@ -259,16 +259,19 @@ def test_mock_a_place_that_breaks_off_keeps_what_was_there(tmp_path, monkeypatch
     def broken(*arguments):
         raise RuntimeError("connection lost")
 
-    monkeypatch.setattr(type(place._fs), "mv", broken)
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    monkeypatch.setattr(MemoryFileSystem, "mv", broken)
     with pytest.raises(OSError, match=r"one\.parquet cannot be read or written \(RuntimeError: connection lost\)"):
         place.send(file)
-    assert [path.rpartition("/")[2] for path in place._fs.ls(place._folder, detail=False)] == [file.name]
-    assert place._fs.cat_file(f"{place._folder}/{file.name}") == b"first"
+    runs = f"/{tmp_path.name}/runs"
+    assert MemoryFileSystem().ls(runs, detail=False) == [f"{runs}/{file.name}"]
+    assert MemoryFileSystem().cat_file(f"{runs}/{file.name}") == b"first"
 
 
 def test_places_of_unknown_file_systems():
     with pytest.raises(DownloadError, match="Protocol not known: nowhere"):
-        place_of("nowhere://bucket/runs")
+        Place("nowhere://bucket/runs")
     with (
         pytest.raises(FileNotFoundError, match="is gone; record it again"),
         on_this_machine(["memory://gone/x.parquet"]),
@@ -278,8 +281,8 @@ def test_places_of_unknown_file_systems():
 
 def test_a_relative_path_is_one_of_the_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert absolute("runs") == str(tmp_path / "runs")
-    assert absolute("s3://bucket/runs") == "s3://bucket/runs"
+    assert make_absolute("runs") == str(tmp_path / "runs")
+    assert make_absolute("s3://bucket/runs") == "s3://bucket/runs"
 
 
 def test_modules_that_were_sent_along_are_used_where_the_folder_is_another(tmp_path):

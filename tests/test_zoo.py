@@ -1,4 +1,6 @@
 import shutil
+import subprocess
+import sys
 from importlib.resources import files
 from pathlib import Path
 
@@ -55,6 +57,12 @@ def test_a_path_or_a_loaded_predictor_is_taken_as_well(base, tmp_path):
     copy = shutil.copy(FOLDER / "smartfrz-base.onnx", tmp_path / "copy.onnx")
     assert zoo.load(copy).sha256 == zoo.load(str(copy)).sha256 == base.sha256
     assert zoo.load(base) is base
+
+
+def test_what_ships_with_the_package_needs_no_package_for_downloads():
+    absent = ["fsspec", "huggingface_hub", "filelock", "platformdirs", "rich"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); from smartfrz import zoo; zoo.load(device='cpu')"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_wrong_name_gets_a_hint():

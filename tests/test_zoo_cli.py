@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from zoo_fixtures import ServerProcess, write_registry
 
 from smartfrz.cli import main
-from smartfrz.zoo import cache, embedded_folder, registry
+from smartfrz.zoo import embedded_folder, fetch, registry
 
 BASE = embedded_folder() / "smartfrz-base.onnx"
 SHA256 = registry.sha256(BASE.read_bytes())
@@ -27,7 +27,7 @@ WRONG_USAGE = {
     ),
     "a name to verify": (
         ["verify", "smartfrz-base"],
-        "smartfrz-base is a name: smartfrz zoo path smartfrz-base says where",
+        "smartfrz-base is a name: smartfrz zoo path smartfrz-base prints where",
     ),
     "a folder without registry": (["verify", "{empty}"], "has no registry.json; expected a folder with one"),
     "no file to add": (["add", "{empty}/gone.onnx", "{empty}"], "does not exist"),
@@ -129,7 +129,7 @@ def test_show_of_what_lies_elsewhere_leaves_the_terminal_alone(server, tmp_path)
 
 def test_download_path_and_verify(server, tmp_path, monkeypatch):
     monkeypatch.setenv("SMARTFRZ_ZOO", str(write_registry(tmp_path, BASE, server)))
-    path = cache.path_of(SHA256)
+    path = fetch.path_of(SHA256)
     assert smartfrz("path").stdout == f"{tmp_path / 'cache'}\n"
     assert smartfrz("path", "tiny-zoo").stdout == f"{path}\n"
     assert not path.exists()
@@ -145,7 +145,7 @@ def test_download_path_and_verify(server, tmp_path, monkeypatch):
     result = smartfrz("verify")
     assert result.exit_code == 1
     assert f"bad  {path}  SHA-256 " in result.stdout
-    assert "1 damaged. What is in the cache is fetched again" in result.stderr
+    assert "1 damaged. A file in the cache is fetched again" in result.stderr
     assert smartfrz("download", "tiny-zoo").exit_code == 0
     assert smartfrz("verify").exit_code == 0
 
@@ -181,7 +181,7 @@ def test_verify_a_file_and_a_registry(places, server, tmp_path):
         assert smartfrz("verify", path).stdout == f"ok   mine@1  {SHA256}\n"
     elsewhere = write_registry(tmp_path, BASE, server)
     assert smartfrz("verify", elsewhere).stdout == (
-        f"-    tiny-zoo@1  lies at {server.url}/plain/tiny-zoo-1.onnx; fetching it checks it\n"
+        f"-    tiny-zoo@1  is at {server.url}/plain/tiny-zoo-1.onnx; it is checked when it is fetched\n"
     )
     (tmp_path / "zoo" / "mine-1.onnx").unlink()
     result = smartfrz("verify", tmp_path / "zoo")
@@ -238,6 +238,6 @@ def test_a_bar_is_drawn_on_a_terminal_only(server, tmp_path):
     os.close(terminal)
     output = process.communicate()[0].decode()
     assert process.returncode == 0
-    assert output == f"{cache.path_of(SHA256)}\n"
+    assert output == f"{fetch.path_of(SHA256)}\n"
     assert b"tiny-zoo" in drawn
     assert f"/{BASE.stat().st_size / 1e6:.1f} MB".encode() in drawn

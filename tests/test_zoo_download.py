@@ -15,7 +15,7 @@ from zoo_fixtures import ServerProcess, write_registry
 
 from smartfrz import zoo
 from smartfrz.errors import ChecksumError, DownloadError, PredictorFileError, UnreachableError
-from smartfrz.zoo import cache, download, embedded_folder, registry
+from smartfrz.zoo import embedded_folder, fetch, registry, transport
 
 BASE = embedded_folder() / "smartfrz-base.onnx"
 CONTENT = BASE.read_bytes()
@@ -71,7 +71,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("SMARTFRZ_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("SMARTFRZ_ZOO", raising=False)
     monkeypatch.delenv("SMARTFRZ_OFFLINE", raising=False)
-    monkeypatch.setattr(download, "_PAUSE", 0.01)
+    monkeypatch.setattr(transport, "PAUSE", 0.01)
     return tmp_path / "cache"
 
 
@@ -87,7 +87,7 @@ def registry_of(server, tmp_path):
 
 def fetched(url, **options):
     buffer = io.BytesIO()
-    download.fetch(url, buffer, **{"limit": 10**7, **options})
+    transport.download(url, buffer, **{"limit": 10**7, **options})
     return buffer.getvalue()
 
 
@@ -141,7 +141,7 @@ def test_files_of_another_length_are_refused(case, server):
     mode, limit, size, message = REFUSED[case]
     buffer = io.BytesIO()
     with pytest.raises(DownloadError, match=message) as caught:
-        download.fetch(f"{server.url}/{mode}/tiny-zoo-1.onnx", buffer, limit=limit, size=size)
+        transport.download(f"{server.url}/{mode}/tiny-zoo-1.onnx", buffer, limit=limit, size=size)
     assert not isinstance(caught.value, UnreachableError)
     assert buffer.getvalue() == b""
 
@@ -199,7 +199,7 @@ def test_several_cuts_without_a_known_size(server):
 
 def test_a_server_without_ranges_begins_anew(server):
     buffer = io.BytesIO(b"something else that came before")
-    download.fetch(f"{server.url}/no-range/tiny-zoo-1.onnx", buffer, limit=10**7, size=len(CONTENT))
+    transport.download(f"{server.url}/no-range/tiny-zoo-1.onnx", buffer, limit=10**7, size=len(CONTENT))
     assert buffer.getvalue() == CONTENT
     assert server.requests("no-range") == ["bytes=31-"]
 
@@ -208,13 +208,13 @@ def test_a_beginning_that_is_longer_than_the_file(server):
     url = f"{server.url}/plain/text.onnx"
     for size in (13, None):
         buffer = io.BytesIO(bytes(100))
-        download.fetch(url, buffer, limit=1000, size=size)
+        transport.download(url, buffer, limit=1000, size=size)
         assert buffer.getvalue() == b"no predictor\n"
 
 
 def test_the_wrong_part_of_a_file_is_refused(server):
     with pytest.raises(DownloadError, match=r"was asked for the bytes from 3 on and answers '0-\d+/\d+'"):
-        download.fetch(f"{server.url}/wrong-range/tiny-zoo-1.onnx", io.BytesIO(b"abc"), limit=10**7)
+        transport.download(f"{server.url}/wrong-range/tiny-zoo-1.onnx", io.BytesIO(b"abc"), limit=10**7)
 
 
 def test_a_server_that_always_cuts_is_given_up_and_what_came_is_kept(server, registry_of, folder):
@@ -248,9 +248,21 @@ def test_no_server_at_all():
 def test_a_server_that_says_nothing_is_given_up(monkeypatch):
     import socket
 
-    monkeypatch.setattr(download, "TIMEOUT", 0.05)
+    monkeypatch.setattr(transport, "TIMEOUT", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(UnreachableError, match="timed out"):
         fetched(f"http://127.0.0.1:{silent.getsockname()[1]}/x.onnx")
+
+
+def test_a_server_that_sends_byte_by_byte_is_given_up_at_the_deadline(server):
+    start = time.monotonic()
+    with pytest.raises(UnreachableError, match=r"/drip/tiny-zoo-1\.onnx did not arrive in time\. Tried once"):
+        fetched(f"{server.url}/drip/tiny-zoo-1.onnx", deadline=0.5)
+    assert time.monotonic() - start < 10
+
+
+def test_a_server_that_refuses_every_range_is_asked_without_one(server):
+    with pytest.raises(DownloadError, match="cannot be fetched: 416"):
+        transport.download(f"{server.url}/status-416", io.BytesIO(b"abc"), limit=1000)
 
 
 def test_a_file_with_another_hash_is_not_kept(registry_of, folder):
@@ -407,7 +419,7 @@ def test_mock_an_error_of_writing_is_none_of_the_network(server):
 
     before = len(server.requests("plain"))
     with pytest.raises(OSError, match="No space left"):
-        download.fetch(f"{server.url}/plain/text.onnx", Full(), limit=1000)
+        transport.download(f"{server.url}/plain/text.onnx", Full(), limit=1000)
     assert len(server.requests("plain")) == before + 1
 
 
@@ -477,7 +489,7 @@ def test_an_address_that_names_no_predictor_file_is_not_downloaded():
 def test_the_cache_is_where_it_is_usual_on_this_system(monkeypatch):
     monkeypatch.delenv("SMARTFRZ_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert cache.folder().name == "smartfrz"
+    assert fetch.folder().name == "smartfrz"
 
 
 def test_trainings_take_addresses_as_well(server):

@@ -192,7 +192,7 @@ def test_mock_hub_publishes_and_fetches(hub, tmp_path):
 
     direct = smartfrz("download", "hf://org/repo/mine-1.onnx", "-o", tmp_path)
     assert direct.stderr.startswith(
-        "Warning: Nothing says what hf://org/repo/mine-1.onnx should hold: it is used unver"
+        "Warning: There is no SHA-256 to compare hf://org/repo/mine-1.onnx with: it is used unver"
     )
     assert (tmp_path / "mine-1.onnx").read_bytes() == BASE.read_bytes()
 

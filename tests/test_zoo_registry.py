@@ -2,6 +2,7 @@ import contextlib
 import json
 import re
 import shutil
+import sys
 
 import pytest
 from hypothesis import given
@@ -16,7 +17,7 @@ from smartfrz.errors import (
     UnknownPredictorError,
     UnreachableError,
 )
-from smartfrz.zoo import download, embedded_folder, publish, registry, urls
+from smartfrz.zoo import embedded_folder, publish, registry, transport, urls
 
 BASE = embedded_folder() / "smartfrz-base.onnx"
 HTTPS = "https://example.org/zoo/registry.json"
@@ -131,7 +132,7 @@ def test_wrong_entries_are_refused(case):
 @pytest.mark.parametrize("case", WRONG_FILES)
 def test_wrong_files_are_refused(case):
     text, message = WRONG_FILES[case]
-    with pytest.raises(RegistryError, match=rf"cannot be used: .*{message}.*Tell whoever keeps it, or leave it out"):
+    with pytest.raises(RegistryError, match=rf"cannot be used: .*{message}.*Tell its owner, or leave it out"):
         registry.parse(text, HTTPS)
 
 
@@ -195,13 +196,13 @@ def test_wrong_addresses_of_registries(location):
 
 def test_passwords_are_not_repeated():
     with pytest.raises(DownloadError) as caught:
-        urls.checked("https://me:secret@example.org/registry.json")
+        urls.check("https://me:secret@example.org/registry.json")
     assert "secret" not in str(caught.value)
 
 
 def test_http_elsewhere_when_it_is_allowed(monkeypatch):
     monkeypatch.setenv("SMARTFRZ_ALLOW_HTTP", "1")
-    assert urls.checked("http://example.org/x.onnx") == "http://example.org/x.onnx"
+    assert urls.check("http://example.org/x.onnx") == "http://example.org/x.onnx"
 
 
 def test_a_registry_on_this_machine_is_used_in_place(tmp_path, monkeypatch):
@@ -257,7 +258,7 @@ def test_a_registry_that_is_too_long(tmp_path):
 
 
 def test_a_registry_that_cannot_be_reached_is_read_from_its_copy(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(download, "_PAUSE", 0.01)
+    monkeypatch.setattr(transport, "PAUSE", 0.01)
     write(tmp_path / "served", row())
     shutil.copy(BASE, tmp_path / "served")
     server = ServerProcess(tmp_path / "log", "zoo_server.py", tmp_path / "served")
@@ -279,7 +280,7 @@ def test_a_registry_that_cannot_be_reached_is_read_from_its_copy(tmp_path, monke
 
 
 def test_missing_packages_are_named(monkeypatch):
-    monkeypatch.setattr(download.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "fsspec", None)
     with pytest.raises(MissingDependencyError, match=r'pip install "smartfrz\[zoo\]"'):
         registry.entries(["s3://bucket"])
     with pytest.raises(MissingDependencyError, match=r'pip install "smartfrz\[hub\]"'):
@@ -287,8 +288,6 @@ def test_missing_packages_are_named(monkeypatch):
 
 
 def test_file_systems_that_are_not_installed_are_named(monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(MissingDependencyError, match=r"s3:// addresses need .*Type: pip install s3fs"):
         registry.entries(["s3://bucket"])

@@ -8,10 +8,10 @@ from smartfrz.zoo import publish, registry
 
 
 class ServerProcess:
-    """A server of ours with its arguments, as `zoo_server.py` and a folder.
+    """One of our server scripts, run with its arguments; for example `zoo_server.py` and a folder.
 
     Attributes:
-        url: Without a slash at its end.
+        url: Address, without a slash at its end.
     """
 
     def __init__(self, log, script, *arguments):
@@ -25,12 +25,12 @@ class ServerProcess:
         self.url = f"http://127.0.0.1:{lines[0]}"
 
     def requests(self, mode):
-        """The Range headers of all requests for a mode, "-" for none."""
+        """Return the Range headers of all requests for a mode, "-" where there is none."""
         lines = [line.split() for line in self.lines()]
         return [line[2] for line in lines if line[1].startswith(f"/{mode}/") and line[1].endswith(".onnx")]
 
     def lines(self):
-        """Every request, as the server printed it."""
+        """Return every request as the server printed it."""
         return self._log.read_text().splitlines()[1:]
 
     def stop(self):
@@ -39,7 +39,7 @@ class ServerProcess:
 
 
 def write_registry(folder, predictor, server, mode="plain", name="tiny-zoo", **changes):
-    """A registry on this machine whose one entry lies on a server; returns its path."""
+    """Write a local registry whose only entry is on a server, and return its path."""
     entry = publish.describe(predictor, name=name)
     address = f"{server.url}/{mode}/{entry.file}"
     values = {**vars(entry), "url": address, **changes}

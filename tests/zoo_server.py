@@ -1,6 +1,6 @@
-"""A web server that misbehaves as its paths say; run as a process: `python zoo_server.py FOLDER [CERTIFICATE KEY]`.
+"""A web server that misbehaves in the way that the path names. Run it with `python zoo_server.py FOLDER [CERTIFICATE KEY]`.
 
-It prints its port, then a line for each request: method, path, and the Range header.
+It prints its port, then a line for each request: method, path and Range header.
 
     /plain/FILE       ranges are served
     /no-range/FILE    ranges are ignored
@@ -9,8 +9,9 @@ It prints its port, then a line for each request: method, path, and the Range he
     /slow/FILE        16 KiB at a time, with pauses
     /short/FILE       Content-Length is half of what comes
     /long/FILE        Content-Length is twice of what comes
-    /wrong-range/FILE a range is answered from another byte on
-    /bomb/FILE        zeros without end, chunked, without a length
+    /drip/FILE        one byte at a time, with pauses
+    /wrong-range/FILE a range is answered from another offset
+    /bomb/FILE        endless zeros, chunked, without a length
     /gzip/FILE        a gzip of 64 MiB of zeros, as Content-Encoding
     /busy/FILE        503 for the first request only
     /redirect?to=X    to X
@@ -27,7 +28,7 @@ import time
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-FOLDER = Path(sys.argv[1]) if __name__ == "__main__" else Path()  # pytest imports it, to look for doctests
+FOLDER = Path(sys.argv[1]) if __name__ == "__main__" else Path()  # pytest imports this file to look for doctests
 asked = {}
 
 
@@ -97,9 +98,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(200, Content_Length=str(length))
         if mode == "cut" or (mode == "once" and first):
             rest = rest[:number]
-        if mode == "slow":
-            for at in range(0, len(rest), 2**14):
-                self.wfile.write(rest[at : at + 2**14])
+        if mode in ("slow", "drip"):
+            step = 2**14 if mode == "slow" else 1
+            for at in range(0, len(rest), step):
+                self.wfile.write(rest[at : at + step])
                 time.sleep(0.02)
         else:
             self.wfile.write(rest)

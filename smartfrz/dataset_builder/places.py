@@ -1,68 +1,33 @@
-"""Folders of recordings, on this machine or in any file system that fsspec knows."""
+"""Folders of recordings, in any file system that fsspec knows; a path is one on this machine."""
 
 import contextlib
-import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Protocol
 
 from smartfrz.files import replacing
-from smartfrz.zoo import download, publish, urls
+from smartfrz.zoo import transport, urls
 
 
-class Place(Protocol):
-    """A folder from which files are fetched, and to which finished ones are sent."""
+class Place:
+    """A folder from which files are fetched, and to which finished ones are sent.
 
-    def fetch(self, name: str, folder: Path) -> bool:
-        """Copy a file to a folder on this machine; False if there is none of that name."""
-
-    def send(self, file: Path) -> None:
-        """Copy a finished file here, under a temporary name and renamed."""
-
-    def where(self, name: str) -> str:
-        """The address or path of a file here."""
-
-
-class LocalPlace:
-    """A folder on this machine, or on a disk that all machines share."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-
-    def fetch(self, name: str, folder: Path) -> bool:
-        """As `Place.fetch`."""
-        with contextlib.suppress(FileNotFoundError), replacing(folder / name) as temporary:
-            shutil.copyfile(self._folder / name, temporary)
-            return True
-        return False
-
-    def send(self, file: Path) -> None:
-        """As `Place.send`."""
-        with replacing(self._folder / file.name) as temporary:
-            shutil.copyfile(file, temporary)
-
-    def where(self, name: str) -> str:
-        """As `Place.where`."""
-        return str(self._folder / name)
-
-
-class RemotePlace:
-    """A folder in a file system of fsspec.
+    Args:
+        output: `s3://bucket/runs` or another address that fsspec knows, or a path.
 
     Raises:
         MissingDependencyError: If fsspec, or the package for that file system, is not installed.
         DownloadError: If the scheme is unknown.
     """
 
-    def __init__(self, url: str):
-        self._url = url.rstrip("/")
-        self._fs, self._folder = download.file_system(self._url)
+    def __init__(self, output: str):
+        self._address = output.rstrip("/")
+        self._fs, self._folder = transport.file_system(self._address)
 
     def fetch(self, name: str, folder: Path) -> bool:
-        """As `Place.fetch`."""
-        with publish.writing(f"{self._url}/{name}"):
+        """Copy a file to a folder on this machine; return False if there is no file of that name."""
+        with transport.naming_the_target(self.address_of(name)):
             if not self._fs.exists(f"{self._folder}/{name}"):
                 return False
             with replacing(folder / name) as temporary:
@@ -70,9 +35,9 @@ class RemotePlace:
         return True
 
     def send(self, file: Path) -> None:
-        """As `Place.send`. What a kill leaves under a temporary name begins with a dot, and no reader looks at it."""
+        """Copy a finished file here: first under a temporary name, which starts with a dot, then renamed."""
         temporary = f"{self._folder}/.{file.stem}-{uuid.uuid4().hex}{file.suffix}"
-        with publish.writing(f"{self._url}/{file.name}"):
+        with transport.naming_the_target(self.address_of(file.name)):
             self._fs.makedirs(self._folder, exist_ok=True)
             try:
                 self._fs.put_file(str(file), temporary)
@@ -82,35 +47,19 @@ class RemotePlace:
                     self._fs.rm_file(temporary)
                 raise
 
-    def where(self, name: str) -> str:
-        """As `Place.where`."""
-        return f"{self._url}/{name}"
+    def address_of(self, name: str) -> str:
+        """Return the address or path of a file here."""
+        return f"{self._address}/{name}"
 
 
-def place_of(output: str) -> Place:
-    """The folder of an address or a path.
-
-    Args:
-        output: `s3://bucket/runs` and the like, `file:///folder`, or a path.
-
-    Raises:
-        MissingDependencyError: As `RemotePlace`.
-        DownloadError: As `RemotePlace`.
-    """
-    if not urls.is_url(output):
-        return LocalPlace(Path(output))
-    local = urls.local_path(output)
-    return RemotePlace(output) if local is None else LocalPlace(local)
-
-
-def absolute(output: str) -> str:
-    """The same place for a process in another folder."""
+def make_absolute(output: str) -> str:
+    """Return an address, or a path that means the same in another working directory."""
     return output if urls.is_url(output) else str(Path(output).absolute())
 
 
 @contextlib.contextmanager
 def on_this_machine(places: Sequence[str]) -> Iterator[list[Path]]:
-    """The files of some places, each an address or a path, for the length of the block."""
+    """Yield local paths for addresses and paths of files; copies of remote files are deleted after the block."""
     with TemporaryDirectory(prefix="smartfrz-") as name:
         files = []
         for place in places:
@@ -118,7 +67,7 @@ def on_this_machine(places: Sequence[str]) -> Iterator[list[Path]]:
                 files.append(Path(place))
                 continue
             folder, _, file = place.rpartition("/")
-            if not place_of(folder).fetch(file, Path(name)):
+            if not Place(folder).fetch(file, Path(name)):
                 raise FileNotFoundError(f"{place} is gone; record it again.")
             files.append(Path(name) / file)
         yield files

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from smartfrz.dataset_builder.engines import Message, Result
-from smartfrz.dataset_builder.places import absolute, place_of
+from smartfrz.dataset_builder.places import Place, make_absolute
 from smartfrz.dataset_builder.recipes import Recipe, reference_file
 from smartfrz.errors import MissingDependencyError
 
@@ -58,8 +58,8 @@ class RayEngine:
 
     def __init__(self, output: str, options: RayOptions):
         self._ray = _ray()
-        self._output, self._options = absolute(output), options
-        place_of(self._output)  # else every task would have to find out
+        self._output, self._options = make_absolute(output), options
+        Place(self._output)  # else every task would have to find out
         started_here = options.address is None and not os.environ.get("RAY_ADDRESS")
         self._ray.init(
             options.address,
@@ -160,7 +160,7 @@ def _record_there(recipe: Recipe, modules: dict[str, bytes], output: str, thread
     from smartfrz.dataset_builder.recording import is_recorded, record
 
     torch.set_num_threads(threads)
-    place = place_of(output)
+    place = Place(output)
     with TemporaryDirectory(prefix="smartfrz-") as name:
         runs = Path(name) / "runs"
         runs.mkdir()
@@ -172,7 +172,7 @@ def _record_there(recipe: Recipe, modules: dict[str, bytes], output: str, thread
         for file in wanted:
             place.fetch(file, runs)
         if is_recorded(recipe, runs):
-            return place.where(f"{recipe.name}.parquet")
+            return place.address_of(f"{recipe.name}.parquet")
         sent = [_written(reference)]
         told = [0.0]
 
@@ -186,7 +186,7 @@ def _record_there(recipe: Recipe, modules: dict[str, bytes], output: str, thread
 
         path = record(recipe, runs, progress, device)
         place.send(path)
-        return place.where(path.name)
+        return place.address_of(path.name)
 
 
 def _written(file: Path) -> int:

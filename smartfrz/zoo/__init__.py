@@ -1,4 +1,4 @@
-"""Named predictors: the default one lies in this package, registries name others, a cache keeps what was fetched."""
+"""Named predictors: some ship with this package, registries name others, and a cache keeps what was downloaded."""
 
 import contextlib
 import os
@@ -11,32 +11,32 @@ from typing import Any
 
 from smartfrz.errors import ChecksumError, DownloadError
 from smartfrz.predictor.runtime import Device, Predictor
-from smartfrz.zoo import cache, urls
-from smartfrz.zoo.download import Progress
+from smartfrz.zoo import fetch, urls
 from smartfrz.zoo.registry import Entry, entries, find
+from smartfrz.zoo.transport import Progress
 
-__all__ = ["DEFAULT", "Entry", "entries", "find", "load", "located"]
+__all__ = ["DEFAULT", "Entry", "entries", "find", "load", "locate"]
 DEFAULT = "smartfrz-base"
 _REINSTALL = "The installation is damaged. Type: pip install --force-reinstall smartfrz"
 
 
 def load(predictor: Any = DEFAULT, *, device: Device = "auto", registries: Sequence[str] = ()) -> Any:
-    """A predictor by name, path or address, or one that is loaded already.
+    """Load a predictor by name, path or address; return one that is loaded already.
 
     Args:
-        predictor: A name in a registry, with a version or without (`smartfrz-base@1`); the path of an
-            ONNX file (it ends in `.onnx` or has a folder in it); the address of one (it ends in
-            `.onnx`), best with `#sha256=` and its SHA-256 behind it; the address of a predictor on a
-            server (`http://host:port/NAME`, or https); or a `Predictor`, returned as it is.
-        device: Where ONNX Runtime shall run; of no account for a server.
-        registries: Addresses or paths of more registries, asked before those that SMARTFRZ_ZOO names.
+        predictor: One of: a name in a registry, with or without a version (`smartfrz-base@1`); the path of
+            an ONNX file, which ends in `.onnx` or contains a folder; the address of such a file, best with
+            `#sha256=` and its SHA-256 appended; the address of a predictor on a server
+            (`http://host:port/NAME`, or https); or a `Predictor`, which is returned as it is.
+        device: Where ONNX Runtime runs. Ignored for a predictor on a server.
+        registries: Addresses or paths of further registries, asked before the ones that SMARTFRZ_ZOO names.
 
     Returns:
-        The `Predictor`, or `RemotePredictor`.
+        The `Predictor` or `RemotePredictor`.
 
     Raises:
         ServerError: If a server cannot be reached, or has no predictor of that name.
-        UnknownPredictorError: If there is none of that name.
+        UnknownPredictorError: If no registry has that name.
         ChecksumError: If a file differs from its registry.
         RegistryError: If a registry breaks its format.
         DownloadError: If a file or registry cannot be fetched.
@@ -47,7 +47,7 @@ def load(predictor: Any = DEFAULT, *, device: Device = "auto", registries: Seque
     if isinstance(predictor, str) and urls.is_server(predictor):
         from smartfrz.predictor.remote import RemotePredictor
 
-        return RemotePredictor(urls.checked_server(predictor))
+        return RemotePredictor(urls.check_server(predictor))
     with file_of(predictor, registries) as path:
         return Predictor(path, device=device)
 
@@ -55,76 +55,75 @@ def load(predictor: Any = DEFAULT, *, device: Device = "auto", registries: Seque
 def file_of(
     predictor: str | os.PathLike[str], registries: Sequence[str] = ()
 ) -> contextlib.AbstractContextManager[str | Path]:
-    """The file that `load` reads; names and addresses are `located`, with its errors, paths are not looked at."""
+    """Return a context with the file that `load` reads: a name or an address is located, a path is taken as it is."""
     text = os.fspath(predictor)
     named = isinstance(predictor, str) and (urls.is_url(text) or not (text.endswith(".onnx") or os.sep in text))
-    return located(text, registries) if named else contextlib.nullcontext(text)
+    return locate(text, registries) if named else contextlib.nullcontext(text)
 
 
 @contextlib.contextmanager
-def located(text: str, registries: Sequence[str] = (), progress: Progress | None = None) -> Iterator[Path]:
-    """The file of a name or address, checked, fetched if need be. It may be gone after the block.
+def locate(text: str, registries: Sequence[str] = (), progress: Progress | None = None) -> Iterator[Path]:
+    """Yield the checked file of a name or address, fetched if necessary. It may be deleted after the block.
 
     Args:
         text: A name or an address, as for `load`.
         registries: As for `load`.
-        progress: Told how much of a download is there, in bytes, and how much there will be.
+        progress: Called during a download with the bytes received so far and their total, or None if unknown.
 
     Raises:
-        SmartFRZError: As `load`.
+        SmartFRZError: For the same reasons as `load`.
     """
     if urls.is_url(text):
-        source = _address(text)
+        source = _source_of_url(text)
     else:
         entry = find(text, registries)
         if not entry.address:
-            with as_file(files(__package__) / entry.file) as path:  # also where the package is a zip file
+            with as_file(files(__package__) / entry.file) as path:  # works in a zip file, too
                 _check(path, str(entry), entry.sha256, _REINSTALL)
                 yield path
             return
-        source = source_of(entry)
+        source = _source_of_entry(entry)
     local = urls.local_path(source.url)
     if local is None:
-        with cache.provided(source, progress) as path:
+        with fetch.provide(source, progress) as path:
             yield path
         return
     if source.sha256 is not None:
-        _check(local, source.label, source.sha256, "Copy the file again, or correct what names it.")
+        _check(local, source.label, source.sha256, "Copy the file again, or correct the expected SHA-256.")
     yield local
 
 
 def embedded_folder() -> Path:
-    """Where the predictors of this package lie."""
+    """Return the folder of the predictors that ship with this package."""
     return Path(str(files(__package__)))
 
 
-def source_of(entry: Entry) -> cache.Source:
-    """What the cache needs to know of an entry that lies elsewhere."""
+def _source_of_entry(entry: Entry) -> fetch.Source:
     facts = tuple((name, getattr(entry, name)) for name in ("window", "tailored_size", "representation"))
-    return cache.Source(str(entry), entry.address, entry.sha256, entry.size, facts)
+    return fetch.Source(str(entry), entry.address, entry.sha256, entry.size, facts)
 
 
-def _address(text: str) -> cache.Source:
+def _source_of_url(text: str) -> fetch.Source:
     url, _, fragment = text.partition("#")
-    urls.checked(url)
+    urls.check(url)
     if not url.partition("?")[0].endswith(".onnx"):
         raise DownloadError(f"{url!r} is no address of a predictor; expected one that ends in .onnx.")
     if not fragment:
         if urls.local_path(url) is None:
             warnings.warn(
-                f"Nothing says what {url} should hold: it is used unverified, and fetched each time. Add #sha256= and the "
-                "SHA-256 of its file.",
+                f"There is no SHA-256 to compare {url} with: it is used unverified, and fetched each time. Add #sha256= and "
+                "the SHA-256 of its file.",
                 UserWarning,
                 stacklevel=5,
             )
-        return cache.Source(url, url)
+        return fetch.Source(url, url)
     if not re.fullmatch("sha256=[0-9a-fA-F]{64}", fragment):
         raise DownloadError(f"{text!r} ends in #{fragment}; expected #sha256= and 64 hexadecimal digits, or nothing.")
-    return cache.Source(url, url, fragment.removeprefix("sha256=").lower())
+    return fetch.Source(url, url, fragment.removeprefix("sha256=").lower())
 
 
 def _check(path: Path, name: str, expected: str, remedy: str) -> None:
-    actual = cache.sha256_of(path) or "missing"
+    actual = fetch.sha256_of(path) or "missing"
     if actual != expected:
         raise ChecksumError(
             f"the file of predictor {name!r} has SHA-256 {actual[:12]}...; expected {expected[:12]}.... {remedy}"

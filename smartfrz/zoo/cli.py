@@ -15,27 +15,33 @@ import click
 from smartfrz.errors import DownloadError, PredictorFileError, SmartFRZError
 from smartfrz.files import replacing
 from smartfrz.predictor.runtime import Predictor
-from smartfrz.zoo import cache, download, embedded_folder, file_of, located, publish, registry, triton, urls
+from smartfrz.serving import triton
+from smartfrz.zoo import embedded_folder, fetch, file_of, locate, publish, registry, transport, urls
 from smartfrz.zoo.registry import Entry
 
-_CARD_SIZE = 2**20
+_CARD_SIZE = 2**20  # bytes
 _registries = click.option(
     "--registry",
     "registries",
     multiple=True,
     metavar="ADDRESS",
-    help="A further registry: https://, file://, hf://, s3://, gs:// or a path. SMARTFRZ_ZOO names more.",
+    help="A further registry: https://, file://, hf://, s3://, gs:// or a path. SMARTFRZ_ZOO names others.",
 )
 
 
 def _facts(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that tell what a predictor file does not."""
+    """Add the options for facts that a predictor file does not contain."""
     for option in (
         click.option(
             "--card", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Default: FILE's .md."
         ),
-        click.option("--domain", "domains", multiple=True, help="What it was trained on, as in vision. Once for each."),
-        click.option("--version", default="1", show_default=True, help="Up to three numbers with dots between them."),
+        click.option(
+            "--domain",
+            "domains",
+            multiple=True,
+            help="A kind of data that it was trained on, such as vision. May be repeated.",
+        ),
+        click.option("--version", default="1", show_default=True, help="Up to three numbers separated by dots."),
         click.option("--name", default="", help="Default: the name in the file."),
     ):
         command = option(command)
@@ -52,9 +58,9 @@ def zoo() -> None:
 
 @zoo.command("list")
 @_registries
-@click.option("--json", "as_json", is_flag=True, help="All that the registries say.")
+@click.option("--json", "as_json", is_flag=True, help="Print all fields as JSON.")
 def list_(registries: tuple[str, ...], as_json: bool) -> None:
-    """All predictors of all registries."""
+    """List the predictors of all registries."""
     known = registry.entries(registries)
     if as_json:
         rows = [{**asdict(entry), "address": entry.address} for entry in known]
@@ -83,7 +89,7 @@ def list_(registries: tuple[str, ...], as_json: bool) -> None:
 @click.argument("name")
 @_registries
 def show(name: str, registries: tuple[str, ...]) -> None:
-    """What is known of a predictor, and its card."""
+    """Show the facts about a predictor, and its card."""
     entry = registry.find(name, registries)
     for key, value in asdict(entry).items():
         if value:
@@ -106,7 +112,7 @@ def download_(name: str, registries: tuple[str, ...], output: Path | None) -> No
     """
     if output is None and urls.is_url(name) and "#" not in name:
         raise click.UsageError("An address without #sha256= is not kept in the cache. Add it, or pass --output.")
-    with _plain_warnings(), _bar(name) as progress, located(name, registries, progress) as path:
+    with _plain_warnings(), _bar(name) as progress, locate(name, registries, progress) as path:
         if output is not None:
             target = output / _file_name(name, registries) if output.is_dir() else output
             with replacing(target) as temporary:
@@ -114,7 +120,7 @@ def download_(name: str, registries: tuple[str, ...], output: Path | None) -> No
     place = path if output is None else target
     if not place.exists():
         raise DownloadError(
-            f"{name} cannot be kept in the cache {cache.folder()}. Pass --output, or set SMARTFRZ_CACHE."
+            f"{name} cannot be kept in the cache {fetch.folder()}. Pass --output, or set SMARTFRZ_CACHE."
         )
     click.echo(place)
 
@@ -122,11 +128,11 @@ def download_(name: str, registries: tuple[str, ...], output: Path | None) -> No
 @zoo.command()
 @click.argument("path", required=False, type=click.Path(path_type=Path))
 def verify(path: Path | None) -> None:
-    """Check a predictor, or a folder with a registry; without PATH, this package and the cache."""
+    """Check a predictor, or a folder with a registry. Without PATH: check this package and the cache."""
     faults = 0
     for label, file, sha256 in _to_verify(path):
         try:
-            actual = cache.sha256_of(file)
+            actual = fetch.sha256_of(file)
             if sha256 is not None and actual != sha256:
                 raise PredictorFileError(f"SHA-256 {str(actual)[:12]}...; expected {sha256[:12]}...")
             Predictor(file, device="cpu")
@@ -136,7 +142,7 @@ def verify(path: Path | None) -> None:
         else:
             click.echo(f"ok   {label}  {actual}")
     if faults:
-        raise click.ClickException(f"{faults} damaged. What is in the cache is fetched again when it is used next.")
+        raise click.ClickException(f"{faults} damaged. A file in the cache is fetched again when it is next used.")
 
 
 @zoo.command()
@@ -144,12 +150,12 @@ def verify(path: Path | None) -> None:
 @click.argument("registry_path", metavar="REGISTRY", type=click.Path(path_type=Path))
 @_facts
 def add(file: Path, registry_path: Path, card: Path | None, **facts: Any) -> None:
-    """Copy FILE and its card beside a REGISTRY on this machine, and list it there.
+    """Copy FILE and its card into the folder of a local REGISTRY, and list it there.
 
-    REGISTRY is a .json file, or a folder; it is made if there is none.
+    REGISTRY is a .json file or a folder, which is created if it does not exist.
     """
     folder = registry_path.parent if registry_path.suffix == ".json" else registry_path
-    # What lies there already keeps its name.
+    # A file that is already in that folder keeps its name.
     stays = file.name if file.resolve().parent == folder.resolve() else ""
     entry = publish.describe(file, **facts, file=stays)
     place = publish.add(file, registry_path, entry, publish.card_of(card or file))
@@ -160,7 +166,7 @@ def add(file: Path, registry_path: Path, card: Path | None, **facts: Any) -> Non
 @_file
 @click.argument("target")
 @_facts
-@click.option("--private", is_flag=True, help="Make a new repository of Hugging Face private.")
+@click.option("--private", is_flag=True, help="Make a new repository on Hugging Face private.")
 def publish_(file: Path, target: str, card: Path | None, private: bool, **facts: Any) -> None:
     """Write FILE, its card and its registry entry to TARGET.
 
@@ -179,18 +185,18 @@ def publish_(file: Path, target: str, card: Path | None, private: bool, **facts:
     "folder",
     required=True,
     type=click.Path(file_okay=False, path_type=Path),
-    help="A model repository of Triton Inference Server; made if there is none.",
+    help="A model repository of Triton Inference Server, which is created if it does not exist.",
 )
-@click.option("--name", "model", default="", help="Of the model there. Default: the name in the file.")
+@click.option("--name", "model", default="", help="Name of the model there. Default: the name in the file.")
 @click.option(
     "--max-layers",
     default=triton.MAX_LAYERS,
     type=click.IntRange(0),
     show_default=True,
-    help="Layers of one run, in which Triton puts requests together. 0: no batching, tensors as in the file.",
+    help="Maximum number of layers in a batch. 0: no batching, tensors as in the file.",
 )
 def export(name: str, registries: tuple[str, ...], folder: Path, model: str, max_layers: int) -> None:
-    """Write a predictor as other servers want it.
+    """Write a predictor in the form that another server reads.
 
     NAME is a name, name@version, path or address.
     """
@@ -203,23 +209,23 @@ def export(name: str, registries: tuple[str, ...], folder: Path, model: str, max
 @click.argument("name", required=False)
 @_registries
 def path_(name: str | None, registries: tuple[str, ...]) -> None:
-    """Where a predictor lies, or would; without NAME, the cache."""
+    """Print where the file of a predictor is, or would be. Without NAME: print the cache folder."""
     if name is None:
-        click.echo(cache.folder())
+        click.echo(fetch.folder())
         return
     entry = registry.find(name, registries)
     click.echo(_path(entry))
 
 
 def _number(value: object) -> str:
-    """Metrics are free in form: nothing but a number is shown."""
+    """Show a number; metrics may contain anything else."""
     return f"{value:.3f}" if isinstance(value, (int, float)) else "-"
 
 
 def _path(entry: Entry) -> Path:
     if not entry.address:
         return embedded_folder() / entry.file
-    return urls.local_path(entry.address) or cache.path_of(entry.sha256)
+    return urls.local_path(entry.address) or fetch.path_of(entry.sha256)
 
 
 def _where(entry: Entry) -> str:
@@ -237,8 +243,8 @@ def _file_name(name: str, registries: tuple[str, ...]) -> str:
 def _card(entry: Entry) -> str:
     if not entry.address:
         return (embedded_folder() / entry.card).read_text("utf-8")
-    text = download.read(urls.beside(entry.address, entry.card), _CARD_SIZE).decode("utf-8", "replace")
-    # Somebody else's text: nothing in it shall steer the terminal.
+    text = transport.read(urls.sibling(entry.address, entry.card), _CARD_SIZE).decode("utf-8", "replace")
+    # Text from elsewhere must not control the terminal.
     return "".join(c for c in text if c in "\n\t" or c.isprintable())
 
 
@@ -246,13 +252,13 @@ def _to_verify(path: Path | None) -> Iterator[tuple[str, Path, str | None]]:
     if path is None:
         for entry in registry.embedded():
             yield str(entry), _path(entry), entry.sha256
-        for file in cache.kept():
+        for file in fetch.cached_files():
             yield str(file), file, file.stem
     elif not path.exists():
         known = re.fullmatch(registry.NAME, str(path).partition("@")[0]) and not path.suffix
         raise click.BadParameter(
             f"'{path}' does not exist; expected a predictor (.onnx), a registry (.json), or a folder with {registry.FILE}. "
-            + (f"If {path} is a name: smartfrz zoo path {path} says where its file lies. " if known else "")
+            + (f"If {path} is a name: smartfrz zoo path {path} prints where its file is. " if known else "")
             + "Without PATH, this package and the cache are checked.",
             param_hint="PATH",
         )
@@ -267,22 +273,22 @@ def _to_verify(path: Path | None) -> Iterator[tuple[str, Path, str | None]]:
             if local := urls.local_path(entry.address):
                 yield str(entry), local, entry.sha256
             else:
-                click.echo(f"-    {entry}  lies at {entry.address}; fetching it checks it")
+                click.echo(f"-    {entry}  is at {entry.address}; it is checked when it is fetched")
     else:
         yield str(path), path, None
 
 
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Warnings as one line, without the place in our code that gives them."""
+    """Print warnings as one line, without the line of our code that issues them."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: click.echo(f"Warning: {message}", err=True)
         yield
 
 
 @contextlib.contextmanager
-def _bar(label: str) -> Iterator[download.Progress | None]:
-    """A progress bar on a terminal; nothing elsewhere, or without rich."""
+def _bar(label: str) -> Iterator[transport.Progress | None]:
+    """Show a progress bar on a terminal; yield None elsewhere, or without rich."""
     if not sys.stderr.isatty():
         yield None
         return

@@ -1,34 +1,34 @@
-"""Adding a predictor to a registry, on this machine or elsewhere."""
+"""Add a predictor to a registry: in a local folder, on Hugging Face, or anywhere else that fsspec can write."""
 
-import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from smartfrz.errors import RegistryError
+from smartfrz import __version__
+from smartfrz.errors import MissingDependencyError, RegistryError
 from smartfrz.files import replacing
 from smartfrz.predictor.runtime import Predictor
-from smartfrz.zoo import download, registry, urls
+from smartfrz.zoo import registry, transport, urls
 from smartfrz.zoo.registry import Entry
 
 
 def describe(
     path: str | os.PathLike[str], *, name: str = "", version: str = "1", domains: Sequence[str] = (), file: str = ""
 ) -> Entry:
-    """What a registry says of a predictor file, from the file itself.
+    """Make the registry entry of a predictor from its file.
 
     Args:
-        path: The ONNX file; its contract is checked.
-        name: As which it is listed; empty for the one in the file.
-        version: Up to three numbers with dots between them.
-        domains: What kinds of data it was trained on, as in `vision`.
-        file: Its name beside the registry; empty for `<name>-<version>.onnx`.
+        path: The ONNX file, which is checked.
+        name: Name in the registry; '' for the one in the file.
+        version: Up to three numbers separated by dots.
+        domains: Kinds of data that it was trained on, for example `vision`.
+        file: File name in the registry's folder; '' for `<name>-<version>.onnx`.
 
     Raises:
         PredictorFileError: If the file cannot be used.
-        RegistryError: If a registry may not hold such an entry.
+        RegistryError: If a registry may not contain such an entry.
     """
     predictor = Predictor(path, device="cpu")
     info, content = predictor.info, Path(path).read_bytes()
@@ -50,10 +50,10 @@ def describe(
 
 
 def held_out(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The means over architectures that were left out of training, from the metrics in a predictor file.
+    """Average the metrics in a predictor file over the architectures that were left out of training.
 
-    Empty if it was trained without cross-validation. `right_freezes` is the share of right ones, `time_frozen` that of
-    all layers' training time; the card has each architecture.
+    The result is empty if the predictor was trained without cross-validation. `right_freezes` is the share of freezes
+    that are right, `time_frozen` the share of all layers' training time that is frozen; the card lists each architecture.
     """
     left_out = metrics.get("leave_one_architecture_out")
     if not left_out:
@@ -70,15 +70,15 @@ def held_out(metrics: dict[str, Any]) -> dict[str, Any]:
             for name, (judge, metric) in judged.items()
         }
     except (AttributeError, KeyError, TypeError):
-        return {}  # a file of somebody else's making: its metrics are free in form
+        return {}  # a file that other software wrote: the form of its metrics is free
     return {"architectures": sorted(left_out), **means}
 
 
-def merged(entries: Sequence[Entry], entry: Entry) -> list[Entry]:
-    """The entries with one more, or with its facts renewed.
+def merge(entries: Sequence[Entry], entry: Entry) -> list[Entry]:
+    """Return the entries with one more, or with one updated.
 
     Raises:
-        RegistryError: If that name and version, or that file name, stands for another file already.
+        RegistryError: If its name and version, or its file name, already stand for another file.
     """
     key = (entry.name, registry.version_key(entry.version))
     same = [e for e in entries if (e.name, registry.version_key(e.version)) == key]
@@ -99,7 +99,7 @@ def merged(entries: Sequence[Entry], entry: Entry) -> list[Entry]:
 
 
 def card_of(path: Path) -> str:
-    """The card beside a predictor file.
+    """Read the card of a predictor file: the file of the same name with `.md`.
 
     Raises:
         RegistryError: If there is none.
@@ -115,13 +115,13 @@ def card_of(path: Path) -> str:
 
 
 def add(path: Path, target: Path, entry: Entry, card: str) -> Path:
-    """Copy a predictor and its card beside a registry on this machine, and list it there.
+    """Copy a predictor and its card into the folder of a local registry, and list it there.
 
     Args:
         path: The predictor file.
-        target: The registry file, or its folder; made if there is none.
-        entry: What `describe` said of the file.
-        card: Its card.
+        target: The registry file or its folder, which is created if it does not exist.
+        entry: The result of `describe`.
+        card: Text of its card.
 
     Returns:
         The registry file.
@@ -136,8 +136,8 @@ def add(path: Path, target: Path, entry: Entry, card: str) -> Path:
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(place.with_name(f".{place.name}.lock")):
         existing = registry.parse(place.read_bytes(), place.absolute().as_uri()) if place.exists() else []
-        entries = merged(existing, entry)
-        # The registry comes last: who reads it meanwhile finds every file that it names.
+        entries = merge(existing, entry)
+        # The registry comes last, so that a reader finds every file that it names.
         for name, content in {
             entry.file: path.read_bytes(),
             entry.card: card.encode(),
@@ -155,9 +155,9 @@ def publish(path: Path, target: str, entry: Entry, card: str, *, private: bool =
     Args:
         path: The predictor file.
         target: A local folder, `hf://organisation/repository`, or a folder in any file system that fsspec knows.
-        entry: What `describe` said of the file.
-        card: Its card.
-        private: Whether a new repository of Hugging Face is private.
+        entry: The result of `describe`.
+        card: Text of its card.
+        private: Make a new repository on Hugging Face private.
 
     Returns:
         The address of the registry.
@@ -165,7 +165,7 @@ def publish(path: Path, target: str, entry: Entry, card: str, *, private: bool =
     Raises:
         RegistryError: If the registry there cannot be read, or has that version with another file.
         MissingDependencyError: If the package for that file system is not installed.
-        OSError: If something cannot be written.
+        OSError: If something cannot be written, for example because another commit came in between.
     """
     if not urls.is_url(target) or urls.scheme(target) == "file":
         return add(path, urls.local_path(target) or Path(target), entry, card).absolute().as_uri()
@@ -174,25 +174,23 @@ def publish(path: Path, target: str, entry: Entry, card: str, *, private: bool =
     if urls.scheme(target) in ("http", "https"):
         raise RegistryError(f"{target} cannot be written to; expected a folder, or hf://, s3:// or gs://.")
     if urls.scheme(target) == "hf":
-        from smartfrz.zoo.hub import to_hub
-
-        to_hub(path, target, entry, card, private=private)
+        _commit_to_hub(path, target, entry, card, private)
         return address
-    fs, place = download.file_system(address)
-    entries = merged(existing_entries(fs, place, address), entry)
+    fs, place = transport.file_system(address)
+    entries = merge(_read_entries(fs, place, address), entry)
     folder = place.rpartition("/")[0]
-    with writing(target):
+    with transport.naming_the_target(target):
         fs.makedirs(folder, exist_ok=True)
-        # The registry comes last: who reads it meanwhile finds every file that it names.
+        # The registry comes last, so that a reader finds every file that it names.
         fs.pipe_file(f"{folder}/{entry.file}", path.read_bytes())
         fs.pipe_file(f"{folder}/{entry.card}", card.encode())
         fs.pipe_file(place, registry.serialise(entries))
     return address
 
 
-def existing_entries(fs: Any, place: str, address: str) -> list[Entry]:
-    """What a registry in an fsspec file system lists; nothing if there is none."""
-    with writing(address):
+def _read_entries(fs: Any, place: str, address: str) -> list[Entry]:
+    """Read a registry in an fsspec file system; it is empty if it does not exist."""
+    with transport.naming_the_target(address):
         try:
             content = fs.cat_file(place)
         except FileNotFoundError:
@@ -200,10 +198,69 @@ def existing_entries(fs: Any, place: str, address: str) -> list[Entry]:
     return registry.parse(content, address)
 
 
-@contextlib.contextmanager
-def writing(target: str) -> Iterator[None]:
-    """Turn the errors of a file system, which are of its own kind, into an `OSError` that names the target."""
+def _commit_to_hub(path: Path, target: str, entry: Entry, card: str, private: bool) -> None:
+    """Commit a predictor, its card, the registry and the model card to `hf://organisation/repository[@revision]`."""
     try:
-        yield
-    except Exception as error:
-        raise OSError(f"{target} cannot be read or written ({type(error).__name__}: {error})") from error
+        from huggingface_hub import CommitOperationAdd, HfApi
+    except ImportError as error:
+        raise MissingDependencyError(
+            'Publishing to hf:// needs huggingface_hub, which is not installed. Type: pip install "smartfrz[hub]"'
+        ) from error
+    repository, _, revision = target.removeprefix("hf://").partition("@")
+    if repository.count("/") != 1 or "/" in revision:
+        raise RegistryError(f"{target!r} is no model repository; expected hf://organisation/repository.")
+    api = HfApi(library_name="smartfrz", library_version=__version__)
+    with transport.naming_the_target(target):
+        api.create_repo(repository, private=private, exist_ok=True)
+        # The hub refuses our commit if there is another one after this parent, whose registry we read below.
+        parent = api.repo_info(repository, revision=revision or None).sha
+    address = f"{target}/{registry.FILE}"
+    entries = merge(_read_entries(*transport.file_system(address), address), entry)
+    files = {
+        entry.file: path.read_bytes(),
+        entry.card: card.encode(),
+        "README.md": _model_card(target, entries, entry, card).encode(),
+        registry.FILE: registry.serialise(entries),
+    }
+    with transport.naming_the_target(target):
+        api.create_commit(
+            repository,
+            [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()],
+            commit_message=f"Add {entry}",
+            revision=revision or None,
+            parent_commit=parent,
+        )
+
+
+def _model_card(target: str, entries: list[Entry], entry: Entry, card: str) -> str:
+    """Write the README of a repository: metadata, a table of all predictors, and the newest one's card."""
+    from huggingface_hub import ModelCardData
+
+    metadata = ModelCardData(
+        license=entry.license.lower(), library_name="smartfrz", tags=["layer-freezing", "onnx", *entry.domains]
+    )
+    rows = [
+        f"| [{e}]({e.card}) | {e.window} | {e.tailored_size} | {e.representation} | {', '.join(e.domains)} | "
+        f"{e.metrics.get('auc', '')} | {e.metrics.get('weight_change_auc', '')} |"
+        for e in entries
+    ]
+    lines = [
+        "---",
+        metadata.to_yaml(),
+        "---",
+        f"# {target.removeprefix('hf://')}",
+        "",
+        "Freeze predictors for SmartFRZ. The AUC is measured on architectures that were left out of training, and compared",
+        "with the plain weight-change heuristic.",
+        "",
+        "| predictor | window | tailored size | representation | domains | AUC | weight change AUC |",
+        "|---|---|---|---|---|---|---|",
+        *rows,
+        "",
+        "```",
+        f"SMARTFRZ_ZOO={target} smartfrz zoo download {entry}",
+        "```",
+        "",
+        card,
+    ]
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Registries: lists of predictors, and what is known of each."""
+"""Registries: lists of predictors with their checksums, facts and results."""
 
 import difflib
 import hashlib
@@ -14,13 +14,13 @@ from typing import Any, NoReturn
 from smartfrz.errors import DownloadError, RegistryError, UnknownPredictorError
 from smartfrz.predictor.contract import REPRESENTATIONS
 from smartfrz.predictor.inspection import MAX_FILE_SIZE
-from smartfrz.zoo import cache, urls
+from smartfrz.zoo import fetch, urls
 
 FORMAT_VERSION = 1
 FILE = "registry.json"
 EMBEDDED = "embedded"
-MAX_SIZE = 4 * 2**20  # bytes of a registry: some thousand predictors
-# Lower case only: some file systems do not tell cases apart.
+MAX_SIZE = 4 * 2**20  # bytes of a registry; enough for thousands of predictors
+# Lower case only: some file systems ignore case.
 NAME, NAME_EXPECTED = r"[a-z0-9][a-z0-9._-]{0,63}", "up to 64 of a-z, 0-9, '.', '_' and '-'"
 _PATTERNS = {
     "name": (NAME, NAME_EXPECTED),
@@ -28,29 +28,29 @@ _PATTERNS = {
     "file": (r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\.onnx", "a plain file name that ends in .onnx, without a folder"),
     "sha256": (r"[0-9a-f]{64}", "64 hexadecimal digits"),
     "license": (r"[A-Za-z0-9.+() -]{1,100}", "an SPDX identifier, as in 'Apache-2.0'"),
-    "url": (r"[!-~]{0,2000}", "an address, or '' for a file beside the registry"),
+    "url": (r"[!-~]{0,2000}", "an address, or '' for a file in the registry's folder"),
 }
 _DOMAIN = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a registry says of one predictor.
+    """One predictor in a registry.
 
     Attributes:
         name: For example `smartfrz-base`.
-        version: Up to three numbers with dots between them; the highest is taken where none is asked for.
-        file: Its file's name. The card has the same one, with `.md`.
-        size: Bytes.
-        sha256: Of the whole file.
-        window: Records that it reads.
-        tailored_size: Samples of a record.
-        representation: What it makes of the weights first.
-        domains: What kinds of data it was trained on, as in `vision` and `language`.
-        metrics: Its results on what it was not trained on.
+        version: Up to three numbers separated by dots. The highest is used unless another is asked for.
+        file: File name of the predictor. Its card has the same name with `.md`.
+        size: Size of the file in bytes.
+        sha256: SHA-256 of the whole file.
+        window: Number of records that the predictor reads.
+        tailored_size: Number of samples in a record.
+        representation: Name of the transformation that it first applies to the weights.
+        domains: Kinds of data that it was trained on, for example `vision` and `language`.
+        metrics: Results on architectures that it was not trained on.
         license: SPDX identifier.
-        url: Where the file lies, if not beside the registry.
-        registry: Where the entry was read; not written to the file.
+        url: Address of the file; '' if it is in the registry's folder.
+        registry: Address of the registry that the entry was read from; not written to the file.
     """
 
     name: str
@@ -69,12 +69,12 @@ class Entry:
 
     @property
     def address(self) -> str:
-        """Of the file; empty for what lies in this package."""
-        return self.url or ("" if self.registry == EMBEDDED else urls.beside(self.registry, self.file))
+        """Address of the file, or '' if it ships with the package."""
+        return self.url or ("" if self.registry == EMBEDDED else urls.sibling(self.registry, self.file))
 
     @property
     def card(self) -> str:
-        """The name of the card's file, beside the predictor's."""
+        """File name of the card, which is in the same folder."""
         return self.file.removesuffix(".onnx") + ".md"
 
     def __str__(self) -> str:
@@ -89,10 +89,10 @@ def parse(content: bytes, registry: str) -> list[Entry]:
         registry: Its address, or `EMBEDDED`.
 
     Raises:
-        RegistryError: If anything in it is not as it should be.
+        RegistryError: If it breaks the format anywhere.
     """
     try:
-        # Inputs nested a thousand levels deep end in a RecursionError.
+        # Input that is nested a thousand levels deep ends in a RecursionError.
         document = json.loads(content, object_pairs_hook=_object, parse_constant=_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         _refuse(registry, f"it is no valid JSON ({error})")
@@ -121,7 +121,7 @@ def parse(content: bytes, registry: str) -> list[Entry]:
 
 
 def serialise(entries: Iterable[Entry]) -> bytes:
-    """The registry file of some entries, sorted by name and version."""
+    """Return the content of a registry file with these entries, sorted by name and version."""
     rows = [asdict(entry) for entry in sorted(entries, key=lambda e: (e.name, version_key(e.version)))]
     for row in rows:
         del row["registry"]
@@ -130,45 +130,45 @@ def serialise(entries: Iterable[Entry]) -> bytes:
 
 
 def embedded() -> list[Entry]:
-    """The predictors that come with this package."""
+    """Return the predictors that ship with this package."""
     return parse((files(__package__) / FILE).read_bytes(), EMBEDDED)
 
 
 def registries(more: Sequence[str] = ()) -> Iterator[list[Entry]]:
-    """The entries of each registry: the embedded one, those given, those that SMARTFRZ_ZOO names.
+    """Yield the entries of each registry: the embedded one, `more`, and the registries that SMARTFRZ_ZOO names.
 
-    One after the other, such that what is found in the first needs no network.
+    Each registry is read only when it is asked for: a name in the first one needs no network.
 
     Args:
         more: Addresses or local paths of registries.
 
     Raises:
-        DownloadError: If one cannot be fetched, nor was ever before.
+        DownloadError: If one cannot be fetched and there is no copy of it.
         RegistryError: If one breaks the format.
     """
     yield embedded()
     more = (more,) if isinstance(more, str) else more
     for location in dict.fromkeys((*more, *os.environ.get("SMARTFRZ_ZOO", "").split())):
         url = urls.registry_url(location)
-        yield parse(cache.registry(url, MAX_SIZE), url)
+        yield parse(fetch.read_registry(url, MAX_SIZE), url)
 
 
 def entries(more: Sequence[str] = ()) -> list[Entry]:
-    """Every predictor of every registry; arguments and errors as for `registries`."""
+    """Return every predictor of every registry. Arguments and errors are those of `registries`."""
     return [entry for known in registries(more) for entry in known]
 
 
 def find(name: str, more: Sequence[str] = ()) -> Entry:
-    """The entry of a name, from the first registry that has it.
+    """Return the entry of a name, from the first registry that has it.
 
     Args:
-        name: As in `smartfrz-base`, for its highest version there, or `smartfrz-base@1`.
-        more: As for `registries`.
+        name: For example `smartfrz-base` for its highest version there, or `smartfrz-base@1`.
+        more: Addresses or local paths of registries.
 
     Raises:
         UnknownPredictorError: If no registry has it.
-        DownloadError: As `registries`.
-        RegistryError: As `registries`.
+        DownloadError: If a registry cannot be fetched and there is no copy of it.
+        RegistryError: If a registry breaks the format.
     """
     wanted, _, version = name.partition("@")
     if version and not re.fullmatch(_PATTERNS["version"][0], version):
@@ -186,13 +186,13 @@ def find(name: str, more: Sequence[str] = ()) -> Entry:
     close = difflib.get_close_matches(wanted, names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise UnknownPredictorError(
-        f"unknown predictor {wanted!r}.{hint} Known predictors: {', '.join(names)}. A file's path has to end in .onnx; "
-        "more registries are named by SMARTFRZ_ZOO."
+        f"unknown predictor {wanted!r}.{hint} Known predictors: {', '.join(names)}. The path of a file has to end in "
+        ".onnx. Name further registries with SMARTFRZ_ZOO."
     )
 
 
 def version_key(version: str) -> tuple[int, ...]:
-    """What versions are sorted by; 1 and 1.0 are equal."""
+    """Return a sort key in which 1 and 1.0 are equal."""
     numbers = [int(number) for number in version.split(".")]
     while numbers[1:] and not numbers[-1]:
         numbers.pop()
@@ -200,15 +200,15 @@ def version_key(version: str) -> tuple[int, ...]:
 
 
 def sha256(content: bytes) -> str:
-    """The SHA-256 of a file's content, as registries write it."""
+    """Return the SHA-256 of a file's content in the form that registries use."""
     return hashlib.sha256(content).hexdigest()
 
 
 def check(entry: Entry) -> None:
-    """Whether an entry has values that a registry may hold.
+    """Refuse an entry with values that a registry may not contain.
 
     Raises:
-        RegistryError: If not.
+        RegistryError: If there is such a value.
     """
     try:
         _entry({f.name: getattr(entry, f.name) for f in fields(Entry) if f.name != "registry"}, entry.registry)
@@ -225,7 +225,7 @@ def _entry(value: Any, registry: str) -> Entry:
         if not isinstance(value[key], str) or not re.fullmatch(pattern, value[key]):
             raise ValueError(f"{key} is {value[key]!r:.200}; expected {expected}")
     for key, highest in {"size": MAX_FILE_SIZE, "window": 2**16, "tailored_size": 2**20}.items():
-        # bool is a kind of int
+        # not isinstance: bool is a subclass of int
         if type(value[key]) is not int or not 0 < value[key] <= highest:
             raise ValueError(f"{key} is {value[key]!r:.200}; expected an integer in 1 to {highest}")
     if value["representation"] not in REPRESENTATIONS:
@@ -244,10 +244,10 @@ def _entry(value: Any, registry: str) -> Entry:
 
 def _check_url(url: str, registry: str) -> None:
     try:
-        urls.checked(url)
+        urls.check(url)
     except DownloadError as error:
         raise ValueError(f"the url is refused: {error}") from error
-    # A registry from elsewhere must not have files of this machine read, nor give up encryption.
+    # A remote registry must not make us read files of this machine or give up encryption.
     source = "file" if registry == EMBEDDED else urls.scheme(registry)
     allowed = {"file": ("file",), "http": ("http", "file")}.get(urls.scheme(url))
     if allowed and source not in allowed:
@@ -271,4 +271,4 @@ def _constant(text: str) -> NoReturn:
 
 
 def _refuse(registry: str, fault: str) -> NoReturn:
-    raise RegistryError(f"The registry {registry} cannot be used: {fault}. Tell whoever keeps it, or leave it out.")
+    raise RegistryError(f"The registry {registry} cannot be used: {fault}. Tell its owner, or leave it out.")

@@ -12,7 +12,8 @@ from smartfrz import zoo
 from smartfrz.cli import main
 from smartfrz.errors import PredictorFileError, RegistryError
 from smartfrz.predictor.runtime import Predictor
-from smartfrz.zoo import embedded_folder, triton
+from smartfrz.serving import triton
+from smartfrz.zoo import embedded_folder
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("tritonclient") is None, reason="needs tritonclient[grpc]")
 BASE = embedded_folder() / "smartfrz-base.onnx"

@@ -1,4 +1,4 @@
-"""A model repository for Triton Inference Server: `NAME/config.pbtxt` and `NAME/1/model.onnx`."""
+"""Export to a model repository of Triton Inference Server: `NAME/config.pbtxt` and `NAME/1/model.onnx`."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from smartfrz.predictor.contract import ATTENTION, CONFIDENCE, HISTORY, LENGTHS,
 from smartfrz.predictor.runtime import Predictor
 from smartfrz.zoo import registry
 
-MAX_LAYERS = 1024  # of one run; a network of more layers asks in parts
+MAX_LAYERS = 1024  # in a batch; a client splits a larger request
 _QUEUE_DELAY = 2000  # microseconds
 _FACTS = ("window", "tailored_size", "representation", "threshold", "record_fraction", "min_records")
 
@@ -21,26 +21,26 @@ def export(path: str | os.PathLike[str], folder: Path, *, name: str = "", max_la
 
     Args:
         path: The predictor file; its contract is checked.
-        folder: The repository; made if there is none. Other models in it stay as they are.
-        name: Of the model there; empty for the one in the file.
-        max_layers: As for `config`.
+        folder: The repository, which is created if it does not exist. Other models in it stay as they are.
+        name: Name of the model there; '' for the one in the file.
+        max_layers: Maximum number of layers in a batch, 0 for no batching.
 
     Returns:
         The model's folder.
 
     Raises:
         PredictorFileError: If the file cannot be used.
-        RegistryError: If the name is none.
+        RegistryError: If the name is not allowed.
         OSError: If something cannot be written.
     """
     predictor = Predictor(path, device="cpu")
     name = name or predictor.info.name
-    if not re.fullmatch(registry.NAME, name):  # it becomes a folder, and comes from somebody else's file
+    if not re.fullmatch(registry.NAME, name):  # it becomes a folder, and may come from an untrusted file
         raise RegistryError(
             f"{name!r} is no name of a model; expected {registry.NAME_EXPECTED}. Pass another one with --name."
         )
     place = folder / name
-    # The configuration comes last: Triton may be looking.
+    # The configuration comes last, since Triton may be polling the folder.
     with replacing(place / "1" / "model.onnx") as temporary:
         temporary.write_bytes(Path(path).read_bytes())
     with replacing(place / "config.pbtxt") as temporary:
@@ -49,20 +49,20 @@ def export(path: str | os.PathLike[str], folder: Path, *, name: str = "", max_la
 
 
 def config(info: PredictorInfo, sha256: str, name: str, max_layers: int = MAX_LAYERS) -> str:
-    """The model configuration, as protobuf text.
+    """Return the model configuration as protobuf text.
 
-    Layers are Triton's batch: a row's answer does not depend on other rows, so requests of several trainings may be put
-    together into one run if their windows are equally long.
+    Triton's batch dimension is the layers: the answer about one layer does not depend on the others, so Triton may
+    combine requests from several trainings if their windows are equally long.
 
     Args:
-        info: What the file says of itself.
-        sha256: The file's checksum, as `Predictor.sha256`.
-        name: Of the model, and of its folder.
-        max_layers: Of one run, and so of one request. 0 for no batching.
+        info: The predictor's metadata.
+        sha256: The predictor's checksum, `Predictor.sha256`.
+        name: Name of the model and of its folder.
+        max_layers: Maximum number of layers in a batch, and so in a request. 0 for no batching.
 
     Returns:
-        With batching, `lengths` is int64 `[layers, 1]` in a request, since Triton knows no input without a dimension besides
-        the batch; without, it is `[layers]`, as in the file.
+        With batching, a request's `lengths` is int64 `[layers, 1]`, since Triton's inputs need a dimension besides the
+        batch. Without, it is `[layers]`, as in the file.
     """
     batched = max_layers > 0
     rows = [] if batched else [-1]
