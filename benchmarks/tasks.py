@@ -35,7 +35,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from benchmarks.freeze_order import RECIPES
 from smartfrz.demo import DemoOptions, load_data, pretrained_network
-from smartfrz.training import TrainingSpec
+from smartfrz.hyperparameters import TrainingSpec
 
 VALIDATION = 0.1  # of the training data
 LEAST_VALIDATION, MOST_VALIDATION = 8, 200  # CKA needs a few; it is looked at eight times a run

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,25 +11,8 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
 
 from smartfrz.errors import RecipeError
+from smartfrz.hyperparameters import TrainingSpec
 from smartfrz.predictor.runtime import Device
-
-OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad")
-SCHEDULES = ("cosine", "linear", "constant", "step")
-
-
-@dataclass(frozen=True)
-class TrainingSpec:
-    """`[training]`."""
-
-    epochs: float
-    batch_size: int = 32
-    optimizer: str = "SGD"
-    learning_rate: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    schedule: str = "cosine"
-    warmup: float = 0.0  # fraction of the run
-    label_smoothing: float = 0.0
 
 
 def torch_device(name: Device) -> torch.device:

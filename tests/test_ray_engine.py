@@ -16,8 +16,9 @@ from safetensors import safe_open
 from smartfrz.dataset_builder.cli import main as build
 from smartfrz.dataset_builder.places import RemotePlace, absolute, on_this_machine, place_of
 from smartfrz.dataset_builder.ray_engine import _folder
-from smartfrz.dataset_builder.recipes import load_recipe, reference_file
+from smartfrz.dataset_builder.recipes import load_recipe
 from smartfrz.dataset_builder.recording import record
+from smartfrz.dataset_builder.storage import reference_file
 from smartfrz.errors import DownloadError
 from smartfrz.predictor.runtime import Predictor
 

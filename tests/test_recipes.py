@@ -10,7 +10,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from smartfrz.dataset_builder.recipes import build_data, build_model, image_folder, load_recipe, reference_file
+from smartfrz.dataset_builder.models import build_data, build_model
+from smartfrz.dataset_builder.pictures import image_folder
+from smartfrz.dataset_builder.recipes import load_recipe
+from smartfrz.dataset_builder.storage import reference_file
 from smartfrz.errors import MissingDependencyError, RecipeError
 
 COMMITTED = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
@@ -41,7 +44,7 @@ MISTAKES = {
         "5",
         r"section \[model\]: source is 5; expected a value of type <class 's",
     ),
-    "bad TOML": ("epochs = 2", "epochs == 2", r"is not valid TOML: .*line \d+.*Mend that line"),
+    "bad TOML": ("epochs = 2", "epochs == 2", r"is not valid TOML: .*line \d+.*Correct that line"),
     "optimizer": ('"SGD"', '"Sgd"', r"training\.optimizer is 'Sgd'; expected one of \('SGD', 'Adam'"),
     "no epochs": ("epochs = 2", "epochs = 0", r"training\.epochs is 0; expected a positive number"),
     "batch size": ("batch_size = 12", "batch_size = 0", r"training\.batch_size is 0; expected a positive integer"),

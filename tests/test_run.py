@@ -13,7 +13,7 @@ from builder_fixtures import DIGIT_RUNS, invoke, write_digit_recipes, write_reci
 
 from smartfrz import zoo
 from smartfrz.dataset_builder.cli import main as build
-from smartfrz.dataset_builder.recipes import reference_file
+from smartfrz.dataset_builder.storage import reference_file
 from smartfrz.predictor.runtime import Predictor
 from smartfrz.predictor.training.judging import can_hold_out
 

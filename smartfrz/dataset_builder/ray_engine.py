@@ -16,7 +16,8 @@ from typing import Any
 
 from smartfrz.dataset_builder.engines import Message, Result
 from smartfrz.dataset_builder.places import absolute, place_of
-from smartfrz.dataset_builder.recipes import Recipe, reference_file
+from smartfrz.dataset_builder.recipes import Recipe
+from smartfrz.dataset_builder.storage import reference_file
 from smartfrz.errors import MissingDependencyError
 
 logger = logging.getLogger("smartfrz")
