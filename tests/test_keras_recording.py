@@ -172,7 +172,7 @@ def test_check_says_that_it_measures_pytorch_only(tmp_path):
     recipe_of(tmp_path)
     result = invoke(build, "check", tmp_path / "digits.toml")
     assert result.exit_code == 1
-    assert "has a model of Keras, of which nothing is measured here" in " ".join(result.stderr.split())
+    assert "has a Keras model, but this command measures PyTorch models only" in " ".join(result.stderr.split())
 
 
 def test_mock_presets_of_keras_hub_are_asked_for_without_a_preprocessor(tmp_path, monkeypatch):

@@ -234,7 +234,13 @@ def test_a_reference_that_is_finished_is_not_trained_again(tmp_path):
 def test_a_recording_killed_in_the_middle_is_finished_by_the_next_call(tmp_path):
     recipe_file = write_recipe(tmp_path)
     recipe, runs = load_recipe(recipe_file), tmp_path / "runs"
-    command = [sys.executable, "-c", "from smartfrz.dataset_builder import main; main()", "record", str(recipe_file)]
+    command = [
+        sys.executable,
+        "-c",
+        "from smartfrz.dataset_builder.cli import main; main()",
+        "record",
+        str(recipe_file),
+    ]
     process = subprocess.Popen(
         [*command, "--output", str(runs), "--threads", "1"],
         stdout=subprocess.PIPE,

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,3 +139,28 @@ def _check(path: Path, recipe: Recipe) -> None:
     for fine, name, received, expected in checks:
         if not fine:
             raise RecipeError(f"Recipe {str(path)!r}: {name} is {received!r}; expected {expected}. Change that entry.")
+
+
+def check_together(recipes: Sequence[Recipe]) -> None:
+    """Check that recipes can be recorded into one folder.
+
+    Raises:
+        RecipeError: If two have the same name, or recipes wait for each other's reference model.
+    """
+    names = [recipe.name for recipe in recipes]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise RecipeError(
+            f"Several recipes are named {twice[0]!r}, and would overwrite each other's recording. Give each one another "
+            "`name`."
+        )
+    init_of = {recipe.name: recipe.model.init for recipe in recipes}
+    for name in names:
+        chain = [name]
+        while (init := init_of.get(chain[-1])) in init_of and init not in chain:
+            chain.append(str(init))
+        if init in chain:
+            raise RecipeError(
+                f"Recipe {chain[-1]!r} starts from the reference model of {init!r}, which itself waits for "
+                f"{chain[-1]!r}. Change model.init of one of them."
+            )
