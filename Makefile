@@ -70,7 +70,6 @@ bench: $(VENV)/.installed
 	$(RUN) benchmarks.batch_norm
 	$(RUN) benchmarks.equal_time
 	$(RUN) benchmarks.freeze_order
-	$(RUN) benchmarks.prefix_cache
 	$(RUN) benchmarks.keras_fit --backends torch
 	$(RUN) benchmarks.keras_step
 

@@ -57,8 +57,8 @@ class Turn:
         self.optimizer.step()
         times.append(clock())
         self.optimizer.zero_grad()
-        if self.freezer._adapter is not None:
-            sums = self.freezer._adapter.gradient_state().values()
+        if self.freezer.adapter is not None:
+            sums = self.freezer.adapter.gradient_state().values()
             self.sums = sum(gradient.numel() * gradient.element_size() for gradient in sums)
         start = clock()
         self.freezer.step()

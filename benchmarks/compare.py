@@ -324,8 +324,8 @@ class Run:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         kept = [*self.model.parameters(), *self.model.buffers(), *trained]  # gradients are as large as weights
         kept += [x for x in tree_leaves(dict(self.optimizer.state)) if isinstance(x, torch.Tensor)]
-        if self.method.startswith("autofreeze") and self.freezer._adapter is not None:
-            kept += self.freezer._adapter.gradient_state().values()
+        if self.method.startswith("autofreeze") and self.freezer.adapter is not None:
+            kept += self.freezer.adapter.gradient_state().values()
         size = sum(tensor.numel() * tensor.element_size() for tensor in kept) + self.work.activation_bytes
         if self.freezer is not None and (use := self.freezer.report().cache) is not None:
             size += use.memory_bytes

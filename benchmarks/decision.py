@@ -1,11 +1,8 @@
 """What asking costs: `python -m benchmarks.decision [--layers 54] [--rounds 50] [--cuda] [FILE ...]`.
 
-54 layers, the window of 30 full, one thread of the CPU, the ways taking turns. `smartfrz-base` as
-shipped, and other predictor files that are named, are asked about the whole window. Networks of the
-representations `raw` and `steps`, untrained, which for times does not matter, are asked in both
-forms: the whole window, and only what is new (a record is encoded; at a freezing stage it is encoded
-and scored in one). With `--cuda` also `smartfrz-base` on the GPU, and all times are wall time.
-Prints medians, minima, and the memory of the history.
+54 layers, the window of 30 full, one thread of the CPU, the predictors taking turns: `smartfrz-base`, an untrained
+network of the representation `raw`, and other predictor files that are named. With `--cuda` also `smartfrz-base` on
+the GPU, and all times are wall time. Prints medians, minima, and the memory of the history.
 """
 
 import argparse
@@ -18,9 +15,9 @@ import numpy as np
 import torch
 
 from smartfrz import zoo
-from smartfrz.control.history import EncodedHistory, WeightHistory
+from smartfrz.control.history import WeightHistory
 from smartfrz.errors import SmartFRZError
-from smartfrz.predictor.contract import ENCODING_SIZE, INCREMENTAL, PredictorInfo
+from smartfrz.predictor.contract import PredictorInfo
 from smartfrz.predictor.runtime import Predictor
 from smartfrz.predictor.training.export import export
 from smartfrz.predictor.training.model import FreezePredictor
@@ -34,28 +31,10 @@ def untrained(representation, info, folder):
     return Predictor(Path(folder) / f"{representation}.onnx", device="cpu")
 
 
-def ways_of(predictor, weights):
-    """What is timed: name and call."""
-    num_layers, window = weights.shape[:2]
-    lengths = np.full(num_layers, window)
-    yield "decision, whole window", lambda: predictor.predict(weights, lengths)
-    if predictor.incremental:
-        rows = 2 if predictor.info.representation == "steps" else 1
-        newest = np.ascontiguousarray(weights[:, -rows:])
-        keys, values = (a[:, : window - rows] for a in predictor.encode(weights))
-        keys, values = np.ascontiguousarray(keys), np.ascontiguousarray(values)
-        yield "record, encoded", lambda: predictor.encode(newest)
-        yield "decision, only what is new", lambda: predictor.advance(newest, keys, values, lengths)
-
-
 def kept_bytes(history, weights):
     for row in range(weights.shape[1]):
-        vectors = {str(layer): weights[layer, row] for layer in range(len(weights))}
-        if isinstance(history, EncodedHistory):
-            history.record(vectors, ask=False)
-        else:
-            for layer, vector in vectors.items():
-                history.append(layer, vector)
+        for layer in range(len(weights)):
+            history.append(str(layer), weights[layer, row])
     return sum(array.nbytes for array in history.state_dict().values())
 
 
@@ -77,29 +56,24 @@ def main():
             predictors |= {file: Predictor(file, device="cpu") for file in arguments.files}
         except SmartFRZError as error:
             parser.error(str(error))
-        predictors |= {f"`{name}`, untrained": untrained(name, base.info, folder) for name in INCREMENTAL}
+        predictors["`raw`, untrained"] = untrained("raw", base.info, folder)
     rng = np.random.default_rng(0)
     shape = arguments.layers, base.info.window, base.info.tailored_size
     start = rng.normal(size=(shape[0], 1, shape[2])) * 0.05
     weights = (start + rng.normal(size=shape).cumsum(axis=1) * 1e-3).astype(np.float32)
-    ways = [(name, *way) for name, predictor in predictors.items() for way in ways_of(predictor, weights)]
-    seconds = [[] for _ in ways]
+    lengths = np.full(len(weights), shape[1])
+    seconds = {name: [] for name in predictors}
     for _ in range(arguments.rounds):
-        for (_, _, call), times in zip(ways, seconds, strict=True):
+        for name, predictor in predictors.items():
             start = clock()
-            call()
-            times.append(clock() - start)
+            predictor.predict(weights, lengths)
+            seconds[name].append(clock() - start)
     about = f"{shape[0]} layers, window {shape[1]}, {shape[2]} weights, {arguments.rounds} rounds"
     print(f"{about}, {'wall time' if arguments.cuda else 'processor time of one thread'}\n")
-    print("| predictor | what | median | minimum |\n|---|---|---|---|")
-    for (name, what, _), times in zip(ways, seconds, strict=True):
-        print(f"| {name} | {what} | {1e3 * statistics.median(times):.2f} ms | {1e3 * min(times):.2f} ms |")
-    print("\n| history | memory |\n|---|---|")
-    print(f"| records | {kept_bytes(WeightHistory(*shape[1:]), weights) / 2**20:.2f} MiB |")
-    for name in INCREMENTAL:
-        size = kept_bytes(EncodedHistory(predictors[f"`{name}`, untrained"]), weights) / 2**20
-        last = ", and the last record" if name == "steps" else ""
-        print(f"| `{name}`: {2 * ENCODING_SIZE} numbers a record{last} | {size:.2f} MiB |")
+    print("| predictor | median | minimum |\n|---|---|---|")
+    for name, times in seconds.items():
+        print(f"| {name} | {1e3 * statistics.median(times):.2f} ms | {1e3 * min(times):.2f} ms |")
+    print(f"\nHistory: {kept_bytes(WeightHistory(*shape[1:]), weights) / 2**20:.2f} MiB")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from smartfrz.dataset_builder.building import labelled_runs
 from smartfrz.dataset_builder.labels import LabelRule
 from smartfrz.dataset_builder.storage import read_run
 from smartfrz.files import replacing
-from smartfrz.predictor.training.fit import TrainingOptions, first_freezes, score
+from smartfrz.predictor.training.judging import first_freezes, score
+from smartfrz.predictor.training.runs import TrainingOptions
 
 PICTURE = Path(__file__).parent.parent / "docs" / "attention.png"
 

@@ -72,7 +72,7 @@ def measure(model, batch, device, steps):
         if step > 1:
             training.append(middle - start)
             (deciding if decided else recording).append(end - middle)
-    adapter, half = freezer._adapter, freezer.layers[: len(freezer.layers) // 2]
+    adapter, half = freezer.adapter, freezer.layers[: len(freezer.layers) // 2]
     adapter.snapshot_statistics()
     start = clock()
     adapter.freeze(half)

@@ -13,8 +13,8 @@ statistic, and Wasserstein's in standard deviations of the whole.
 `costs`: bytes of the file, parameters, FLOPs of one layer's decision, memory of the history of 54 layers (as many as
 ResNet-50 has), for `--like` and for an untrained network of the paper's form (`raw`).
 
-`run` also trains with other inputs (`representation`, not in the paper): the paper's raw weights, those of version 1 of
-`smartfrz-base` (`motion`), and `trajectory` with and without the layer's position (`unplaced`: 1, it is never told).
+`run` also trains with other inputs (`representation`, not in the paper): the paper's raw weights, and `trajectory`
+with and without the layer's position (with `unplaced` 1 the position is always hidden).
 
 One JSON line a result is added to `--results`, and none is made twice. `table` prints them, and needs nothing else.
 """
@@ -48,11 +48,10 @@ from smartfrz.dataset_builder.building import labelled_runs
 from smartfrz.dataset_builder.labels import LabelRule
 from smartfrz.dataset_builder.storage import read_run, run_files
 from smartfrz.files import replacing
-from smartfrz.predictor.contract import INCREMENTAL
 from smartfrz.predictor.runtime import Predictor
+from smartfrz.predictor.training.cross_validation import METHODS, leave_one_out
 from smartfrz.predictor.training.export import restore
-from smartfrz.predictor.training.fit import TrainingOptions
-from smartfrz.predictor.training.judging import METHODS, leave_one_out
+from smartfrz.predictor.training.runs import TrainingOptions
 from smartfrz.training import arguments, forward, optimizer_of, schedule_factor, training_loader
 
 RESULTS = Path(__file__).parent / "results" / "predictor_tables.jsonl"
@@ -61,7 +60,7 @@ TABLES = {
     "size": [{"window": 30, "tailored_size": size, "records": 30} for size in (512, 1024, 2048, 4096)],
     "representation": [
         {"window": 30, "tailored_size": 1024, "records": 30, "representation": name} | more
-        for name, more in (("raw", {}), ("motion", {}), ("trajectory", {"unplaced": 1.0}), ("trajectory", {}))
+        for name, more in (("raw", {}), ("trajectory", {"unplaced": 1.0}), ("trajectory", {}))
     ],
 }
 PAPER = {
@@ -254,7 +253,6 @@ def costs_of(predictor, file, num_layers=NUM_LAYERS):
         "flops_per_layer": counter.get_total_flops(),
         "record_bytes": num_layers * info.tailored_size * 4,
         "history_bytes": kept_bytes(WeightHistory(*shape[1:]), weights),
-        "encoded": info.representation in INCREMENTAL,
         "milliseconds": 1e3 * statistics.median(seconds[2:]),
     }
 

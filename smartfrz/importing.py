@@ -39,8 +39,8 @@ def import_callable(source: str, folder: Path, what: str) -> Callable[..., Any]:
             f"{what} names module {module_name!r}, which cannot be imported ({error}). Put "
             f"{module_name.partition('.')[0]}.py into {str(folder)!r}, or install the package that has it."
         ) from error
-    found = getattr(module, attribute, None)
-    if not callable(found):
+    found: Callable[..., Any] | None = getattr(module, attribute, None)
+    if found is None or not callable(found):
         names = [name for name, value in vars(module).items() if callable(value)]
         close = difflib.get_close_matches(attribute, names, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""

@@ -7,7 +7,7 @@ from smartfrz.dataset_builder.building import dataset_of
 from smartfrz.dataset_builder.labels import LabelRule, label_layers
 from smartfrz.dataset_builder.recipes import load_recipe
 from smartfrz.dataset_builder.storage import RecordedRun, write_run
-from smartfrz.predictor.training.fit import LabelledRun, TrainingOptions
+from smartfrz.predictor.training.runs import LabelledRun, TrainingOptions
 
 RULE = LabelRule(tolerance=0.02)
 SMALL = TrainingOptions(window=8, tailored_size=32, epochs=2, steps_per_epoch=30, batch_size=64, learning_rate=2e-3)

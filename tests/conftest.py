@@ -21,7 +21,7 @@ def pytest_configure(config):
         raise pytest.UsageError(f"SMARTFRZ_REQUIRED names modules that are not installed: {', '.join(missing())}")
 
 
-TINY = {"name": "tiny", "tailored_size": 64, "window": 10, "representation": "motion"}
+TINY = {"name": "tiny", "tailored_size": 64, "window": 10, "representation": "raw"}
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +62,7 @@ def eager_predictor(tmp_path_factory):
     from smartfrz.predictor.training.export import export
     from smartfrz.predictor.training.model import FreezePredictor
 
-    info = PredictorInfo("eager", 1024, 30, "motion", threshold=0.01, record_fraction=1 / 9)
+    info = PredictorInfo("eager", 1024, 30, "raw", threshold=0.01, record_fraction=1 / 9)
     path = tmp_path_factory.mktemp("predictor") / "eager.onnx"
     with torch.random.fork_rng():
         torch.manual_seed(0)

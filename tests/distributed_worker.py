@@ -232,7 +232,7 @@ def prefix_cache(rank, world):
         results[name] = run.result() | {"losses": losses}
         if cache is not None:
             use = run.freezer.report().cache
-            results["use"] = {"cut": use.cut, "hits": use.hits, "misses": use.misses, "advanced": use.advanced}
+            results["use"] = {"cut": use.cut, "hits": use.hits, "misses": use.misses}
     return results
 
 
@@ -525,7 +525,7 @@ def fsdp(rank, world):
     results["optimizer_state"] = sorted(n for n, p in names.items() if p in optimizer.state)
     results["trained"] = sorted(n for n, p in names.items() if p.requires_grad)
     results["types"] = sorted({type(v).__name__ for v in leaves(freezer.state_dict())})
-    results["num_weights"] = {layer: freezer._adapter.num_weights(layer) for layer in freezer.layers}
+    results["num_weights"] = {layer: freezer.adapter.num_weights(layer) for layer in freezer.layers}
 
     thawed = freezer.thaw()
     before = {n: whole(p).clone() for n, p in model.named_parameters()}

@@ -64,7 +64,7 @@ SCALARS = [
 
 
 def some_json(rng, depth=4):
-    """Any value."""
+    """Return any value."""
     if depth == 0 or rng.random() < 0.4:
         return rng.choice(SCALARS)
     if rng.random() < 0.5:
@@ -74,7 +74,7 @@ def some_json(rng, depth=4):
 
 
 def places(value, found=()):
-    """Every place in a JSON value, as its container and key."""
+    """Return every place in a JSON value as its container and key."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     found = list(found)
     for key, inner in list(pairs)[:20]:
@@ -84,7 +84,7 @@ def places(value, found=()):
 
 
 def altered_json(rng):
-    """A good request in which one to three values are others."""
+    """Return a good request in which one to three values are replaced."""
     request = json.loads(
         json.dumps(question(*histories(rng.randint(1, 3), rng.randint(1, 4), 64, seed=rng.randrange(100))))
     )
@@ -95,7 +95,7 @@ def altered_json(rng):
 
 
 def altered_binary(rng):
-    """A good request of binary data in which bytes, or the header, or the end, are others."""
+    """Return a good request with binary data in which bytes, the header, or the end are changed."""
     history, lengths = histories(rng.randint(1, 3), rng.randint(1, 4), 64, seed=rng.randrange(100))
     if rng.random() < 0.3:
         history[0, 0, rng.randrange(64)] = rng.choice([np.nan, np.inf, 1e38])
@@ -123,7 +123,7 @@ def altered_binary(rng):
 
 
 def some_request(rng, name):
-    """Method, path, body and headers."""
+    """Return method, path, body and headers."""
     model = rng.choice([*[name] * 12, "none", "%00", "..%2f", "x" * 500, "%ff%fe"])
     if rng.random() < 0.75:
         method, path = "POST", f"/v2/models/{model}/infer"
@@ -147,7 +147,7 @@ def some_request(rng, name):
 
 
 def over_rest(rng, port, name, number):
-    """How many of each status."""
+    """Send requests over REST and return how many of each status came back."""
     counts = collections.Counter()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     for _ in range(number):
@@ -163,7 +163,7 @@ def over_rest(rng, port, name, number):
 
 
 def over_grpc(rng, port, name, number):
-    """How many of each code. Messages are bytes, so that they can be any."""
+    """Send raw bytes as messages over gRPC and return how many of each code came back."""
     import grpc
 
     counts = collections.Counter()

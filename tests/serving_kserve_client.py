@@ -30,7 +30,7 @@ def told(answer):
 
 
 async def codes(target, name):
-    """Status codes of what is refused over gRPC."""
+    """Return the status codes of requests that are refused over gRPC."""
     results = {}
     async with grpc.aio.insecure_channel(target) as channel:
         stub = GRPCInferenceServiceStub(channel)

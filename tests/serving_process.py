@@ -19,12 +19,12 @@ def command(*arguments):
 
 
 class ServingProcess:
-    """A server with one CPU thread at ports of its own, ready to be asked.
+    """A server on the CPU that listens on free ports and is ready for requests.
 
     Attributes:
-        port: Of REST.
-        grpc_port: Of gRPC.
-        pid: Of the process.
+        port: Port of REST.
+        grpc_port: Port of gRPC.
+        pid: Id of the process.
     """
 
     def __init__(self, log, *arguments, port=0):
@@ -49,7 +49,7 @@ class ServingProcess:
         return f"http://127.0.0.1:{self.port}/{name}"
 
     def request(self, method, path, body=None, headers=None, timeout=60):
-        """Status, headers and body of the answer."""
+        """Return status, headers and body of the answer."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
             connection.request(method, path, body, headers or {})
@@ -59,29 +59,29 @@ class ServingProcess:
             connection.close()
 
     def get(self, path):
-        """Status, and the answer's JSON."""
+        """Return the status and the answer's JSON."""
         status, _, body = self.request("GET", path)
         return status, json.loads(body)
 
     def ask(self, name, body, headers=None):
-        """Status and the answer's JSON to a request for decisions; objects are sent as JSON."""
+        """Send a request for decisions, objects as JSON, and return the status and the answer's JSON."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         status, _, answer = self.request("POST", f"/v2/models/{name}/infer", content, headers)
         return status, json.loads(answer)
 
     def metrics(self):
-        """Every sample without labels' order in doubt: its text to its value."""
+        """Return the value of each sample by its text."""
         _, _, body = self.request("GET", "/metrics")
         lines = [line.rpartition(" ") for line in body.decode().splitlines() if not line.startswith("#")]
         return {name: float(value) for name, _, value in lines}
 
     def rss(self):
-        """Memory in use, in MiB."""
+        """Return the memory in use in MiB."""
         with open(f"/proc/{self.pid}/status") as file:
             return int(re.search(r"VmRSS:\s+(\d+)", file.read())[1]) / 1024
 
     def terminate(self, timeout=60):
-        """Send SIGTERM, and wait; the exit status."""
+        """Send SIGTERM, wait, and return the exit status."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout)
 
@@ -91,7 +91,7 @@ class ServingProcess:
 
 
 def question(history, lengths, **more):
-    """A request of JSON."""
+    """Return a request in JSON."""
     return {
         "inputs": [
             {"name": "history", "datatype": "FP32", "shape": list(history.shape), "data": history.ravel().tolist()},
@@ -102,7 +102,7 @@ def question(history, lengths, **more):
 
 
 def binary(history, lengths, **more):
-    """A request of binary data, and its headers."""
+    """Return a request with binary data, and its headers."""
     arrays = {"history": ("FP32", history), "lengths": ("INT64", lengths)}
     header = {
         "inputs": [
@@ -117,12 +117,12 @@ def binary(history, lengths, **more):
 
 
 def outputs(answer):
-    """Arrays by name, of an answer of JSON."""
+    """Return the arrays of an answer in JSON by name."""
     return {o["name"]: np.array(o["data"], np.float32).reshape(o["shape"]) for o in answer["outputs"]}
 
 
 def histories(num_layers, window, size, seed=0):
-    """A history of random walks, and lengths of which the first is the window's."""
+    """Return a history of random walks, and lengths of which the first is the whole window."""
     rng = np.random.default_rng(seed)
     history = rng.normal(size=(num_layers, window, size)).cumsum(axis=1).astype(np.float32)
     lengths = rng.integers(1, window + 1, num_layers)

@@ -10,9 +10,12 @@ from numpy_adapter import ChangePredictor, NumpyAdapter, ScriptedPredictor
 from smartfrz import baselines
 from smartfrz.baselines import AutoFreeze, EarlyStop, FullTraining, LinearFreezing, WeightChange
 from smartfrz.baselines.linear_freezing import annealed, moments
-from smartfrz.control.controller import FreezeController, OneProcess, schedule, stages_apart
+from smartfrz.control.controller import FreezeController
 from smartfrz.control.learned import LearnedPolicy, policy_of
+from smartfrz.control.options import FreezeOptions, stages_apart
 from smartfrz.control.policy import Policy
+from smartfrz.control.protocols import OneProcess
+from smartfrz.control.tailoring import tailoring_positions
 from smartfrz.errors import StateError, UnsupportedModelError
 
 SIZES = {"a": 40, "b": (5, 4), "c": 3, "d": 17}
@@ -62,10 +65,10 @@ BAD_ARGUMENTS = [
 ]
 
 
-def controller_of(policy, adapter=None, **options):
+def controller_of(policy, adapter=None, ranks=None, **options):
     """A controller on a model whose front layers converge first."""
     adapter = adapter or NumpyAdapter.random(SIZES)
-    controller = FreezeController(adapter, policy, **{"total_steps": STEPS} | options)
+    controller = FreezeController(adapter, policy, FreezeOptions(**{"total_steps": STEPS} | options), ranks=ranks)
     controller.set_lr_scales()
     return controller, adapter
 
@@ -244,7 +247,7 @@ def test_gradients_that_all_vanish_freeze_nothing():
     ],
 )
 def test_when_layers_are_judged(policy, total_steps, expected):
-    assert schedule(policy, total_steps) == (expected, 1, 0.5, 1, policy.freeze_order)
+    assert FreezeOptions(total_steps=total_steps).schedule(policy) == (expected, 1, 0.5, 1, policy.freeze_order)
 
 
 def test_with_a_compiler_stages_are_grouped_if_anything_tells_how_many_there_are():
@@ -278,7 +281,7 @@ def test_layers_freeze_whose_weights_changed_less_than_the_limit_at_two_stages_i
         adapter.train_step()
         if step % 4 == 0:
             for layer in SIZES:
-                positions = controller._policy._positions[layer]
+                positions = tailoring_positions(layer, adapter.num_weights(layer), 400, seed=1)
                 kept[layer].append(adapter.weights(layer, positions).astype(np.float64))
         if step % 8 == 0 and step >= 16:
             for layer, rows in kept.items():
@@ -387,7 +390,7 @@ def test_a_run_whose_length_is_not_known():
         (FullTraining(), {}, "received neither `total_steps` nor `record_every`"),
     ]:
         with pytest.raises(ValueError, match=message):
-            FreezeController(adapter, policy, **options)
+            FreezeController(adapter, policy, FreezeOptions(**options))
 
 
 @pytest.mark.parametrize(
@@ -400,14 +403,15 @@ def test_an_adapter_that_does_not_reach_into_the_optimizer(policy, method):
 
 
 def test_what_the_user_gives_comes_before_what_the_policy_says():
-    given = schedule(AutoFreeze(epochs=10), 4000, 7, 3, 0.9, 4, "free")
+    options = FreezeOptions(4000, 7, 3, 0.9, 4, freeze_order="free")
+    given = options.schedule(AutoFreeze(epochs=10))
     assert given == (7, 3, 0.9, 4, "free")
 
 
 def test_a_predictor_is_a_policy_with_the_schedule_it_had():
     policy = policy_of(ScriptedPredictor())
     assert isinstance(policy, LearnedPolicy)
-    assert schedule(policy, 1000) == (20, 2, 0.5, 2, "free")
+    assert FreezeOptions(total_steps=1000).schedule(policy) == (20, 2, 0.5, 2, "free")
     assert policy_of(FullTraining()).sha256 != policy_of(ChangePredictor()).sha256 == "c4" * 32
 
 

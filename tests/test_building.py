@@ -8,11 +8,11 @@ import pytest
 import torch
 from builder_fixtures import PLAN, RULE, SMALL, labelled, recorded_runs
 
-from smartfrz.dataset_builder.building import Material, Plan, build_predictor, evaluate_predictor
+from smartfrz.dataset_builder.building import Material, Plan, build_predictor, dataset_of, evaluate_predictor
 from smartfrz.dataset_builder.cards import mean_quality
 from smartfrz.predictor.runtime import Predictor
-from smartfrz.predictor.training.fit import Quality, score, weight_change
-from smartfrz.predictor.training.judging import Regression
+from smartfrz.predictor.training.baselines import Regression, score_weight_change
+from smartfrz.predictor.training.judging import Quality, score
 
 METHODS = ["predictor", "weight change", "weight change calibrated", "schedule", "logistic regression"]
 DIGEST = hashlib.sha256(b"the recordings").hexdigest()
@@ -157,7 +157,7 @@ def test_runs_of_one_architecture_cannot_be_cross_validated(tmp_path):
 
 
 def test_a_failed_export_keeps_the_file_that_was_there(tmp_path, recorded, monkeypatch):
-    from smartfrz.predictor import export
+    from smartfrz.predictor.training import export
 
     path = tmp_path / "p.onnx"
     path.write_bytes(b"the older predictor")
@@ -195,7 +195,7 @@ def test_evaluation_uses_the_stored_thresholds(built):
     known, fitted = runs[0].labels >= 0, predictor.info.metrics["logistic_regression"]
     for row, values, threshold in (
         (model, score(predictor, runs, SMALL)[0], predictor.info.threshold),
-        (baseline, weight_change(runs, SMALL)[0], predictor.info.metrics["weight_change_threshold"]),
+        (baseline, score_weight_change(runs, SMALL)[0], predictor.info.metrics["weight_change_threshold"]),
         (regression, Regression.from_dict(fitted).score(runs, SMALL)[0], fitted["threshold"]),
     ):
         decided = known & np.isfinite(values)
@@ -209,3 +209,16 @@ def test_means_leave_out_what_is_undefined():
     other = Quality(0.7, 0.9, 0.8, 0.9, 0.6, 0.5, nan, 0.3)
     mean = mean_quality([one, other])
     assert dataclasses.astuple(mean) == pytest.approx((0.6, 0.7, 0.7, 0.9, 0.5, 0.4, nan, 0.2), nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ({"source": "recipe_data:cifar10", "arguments": {"num_train": 5}}, "cifar10"),
+        ({"source": "mine:photos", "arguments": {"name": "clothing"}}, "photos clothing"),
+        ({"folder": "pictures/birds", "source": "", "arguments": {}}, "pictures/birds"),
+        ({}, "unknown"),
+    ],
+)
+def test_the_data_set_of_a_recording(data, name):
+    assert dataset_of({"recipe": {"data": data}}) == name

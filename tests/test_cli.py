@@ -14,7 +14,7 @@ from smartfrz.dataset_builder.labels import LabelRule
 from smartfrz.dataset_builder.storage import read_run, run_files
 from smartfrz.predictor.contract import REPRESENTATIONS
 from smartfrz.predictor.runtime import Predictor
-from smartfrz.predictor.training.fit import TrainingOptions
+from smartfrz.predictor.training.runs import TrainingOptions
 
 PNG = b"\x89PNG\r\n\x1a\n"
 HELP = {

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 from smartfrz.adapters.torch import SmartFRZ  # noqa: E402
 from smartfrz.adapters.torch.compiling import EagerHold  # noqa: E402
 from smartfrz.baselines import AutoFreeze, LinearFreezing  # noqa: E402
-from smartfrz.control.controller import COMPILED_STAGES  # noqa: E402
+from smartfrz.control.options import COMPILED_STAGES  # noqa: E402
 
 DEPTH = 16
 NAMES = [f"blocks.{i}.conv" for i in range(DEPTH)] + ["head"]
@@ -216,16 +216,16 @@ def test_the_compiler_is_given_back_as_it_was_found():
 def test_a_freezer_that_is_dropped_lets_the_compiler_go():
     model = Net()
     freezer = SmartFRZ(model, torch.optim.SGD(model.parameters(), lr=0.01), ScriptedPredictor(), record_every=1)
-    assert EagerHold._holders == 1
+    assert EagerHold.holders == 1
     del freezer, model
     gc.collect()
-    assert EagerHold._holders == 0
+    assert EagerHold.holders == 0
 
 
 def test_compiled_costs_are_profiled_eagerly_and_compiling_goes_on():
     model, run, freezer, optimizer, backend = setup(stages(3, 1), freeze_order="cost_aware")
     train(model, run, freezer, optimizer, 6)
-    assert set(freezer._controller.costs) == set(NAMES)
+    assert set(freezer.state_dict()["controller"]["costs"]) == set(NAMES)
     assert backend.frame_count >= 1
 
 

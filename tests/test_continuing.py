@@ -28,7 +28,8 @@ from smartfrz.errors import PredictorFileError
 from smartfrz.predictor.contract import REPRESENTATIONS, PredictorInfo, seal
 from smartfrz.predictor.runtime import Predictor
 from smartfrz.predictor.training.export import export, parity, restore
-from smartfrz.predictor.training.fit import fit, mean_auc, score
+from smartfrz.predictor.training.fit import fit
+from smartfrz.predictor.training.judging import mean_auc, score
 from smartfrz.predictor.training.model import FreezePredictor
 from smartfrz.zoo import embedded_folder
 

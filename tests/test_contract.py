@@ -1,5 +1,7 @@
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,7 +10,9 @@ from numpy_adapter import make_info
 from smartfrz.errors import PredictorFileError
 from smartfrz.predictor.contract import FORMAT_VERSION, REPRESENTATIONS, PredictorInfo, check_seal, seal
 
+REGISTRY = Path(__file__).parents[1] / "registry"
 PROPERTY = b"smartfrz.sha256\x12\x40"
+RAW_ANSWERS = [0.5606612, 0.5610872, 0.5609463, 0.5612079, 0.5610342, 0.5614534, 0.5610076]
 OUT_OF_RANGE = [
     {"tailored_size": "0"},
     {"window": "1"},
@@ -121,3 +125,19 @@ def test_no_seal_or_two(content):
         seal(content)
     with pytest.raises(PredictorFileError, match=rf"\({len(content)} bytes\) is not a SmartFRZ predictor, or is cut"):
         check_seal(content, "f.onnx")
+
+
+def test_the_registry_of_the_repository_holds_the_papers_predictor():
+    pytest.importorskip("onnxruntime")
+    from smartfrz import zoo
+
+    predictor = zoo.load("smartfrz-raw", registries=[str(REGISTRY)], device="cpu")
+    assert (predictor.info.representation, predictor.positional) == ("raw", False)
+    rng = np.random.default_rng(0)
+    history = (rng.normal(size=(7, 1, 1024)) * 0.05 + rng.normal(size=(7, 17, 1024)).cumsum(1) * 0.002).astype(
+        np.float32
+    )
+    confidence, attention = predictor.predict(history, np.array([17, 4, 17, 14, 17, 4, 17]))
+    # answers of the file before its optional inputs were removed
+    np.testing.assert_allclose(confidence[:, 1], RAW_ANSWERS, atol=1e-6)
+    assert (attention[1, :13] == 0).all()

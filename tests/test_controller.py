@@ -9,8 +9,9 @@ import pytest
 from adapter_contract import AdapterContract, Case
 from numpy_adapter import ChangePredictor, NumpyAdapter, ScriptedPredictor, make_info
 
-from smartfrz.control.controller import FreezeController, schedule
+from smartfrz.control.controller import FreezeController
 from smartfrz.control.learned import RECORDS_PER_STAGE, LearnedPolicy
+from smartfrz.control.options import FreezeOptions
 from smartfrz.control.ordering import LayerCost
 from smartfrz.control.tailoring import tailoring_positions
 from smartfrz.errors import StateError, UnsupportedModelError
@@ -42,7 +43,9 @@ def controller_of(script=(), adapter=None, **options):
     adapter = adapter or NumpyAdapter.random(SIZES)
     predictor = options.pop("predictor", None) or ScriptedPredictor(list(script))
     return (
-        FreezeController(adapter, predictor, **{"record_every": 1, "decide_every": 2, "patience": 1} | options),
+        FreezeController(
+            adapter, predictor, FreezeOptions(**{"record_every": 1, "decide_every": 2, "patience": 1} | options)
+        ),
         adapter,
         predictor,
     )
@@ -84,8 +87,9 @@ class TestNumpyAdapter(AdapterContract):
 @pytest.mark.parametrize(("total_steps", "fraction", "expected"), SCHEDULES)
 def test_the_schedule_follows_from_total_steps(total_steps, fraction, expected):
     predictor = ScriptedPredictor(info=make_info(record_fraction=fraction))
-    controller = FreezeController(NumpyAdapter.random(SIZES), predictor, total_steps=total_steps)
-    assert controller.record_every == schedule(LearnedPolicy(predictor), total_steps).record_every == expected
+    options = FreezeOptions(total_steps=total_steps)
+    controller = FreezeController(NumpyAdapter.random(SIZES), predictor, options)
+    assert controller.record_every == options.schedule(LearnedPolicy(predictor)).record_every == expected
     assert controller.decide_every == RECORDS_PER_STAGE
 
 
@@ -127,8 +131,8 @@ def test_steps_return_the_decisions_of_a_stage_and_nothing_between():
 def test_nothing_freezes_that_saves_less_than_changing_the_frozen_set_costs(steps_per_change, frozen):
     script = [{"a": 0.9, "b": 0.2, "c": 0.1}]
     controller, adapter, _ = controller_of(script, total_steps=10)
-    controller.costs = {"a": LayerCost(1, 1, 1), "b": LayerCost(1, 1, 1), "c": LayerCost(1, 1, 1)}
-    controller.steps_per_change = steps_per_change
+    controller.set_costs({"a": LayerCost(1, 1, 1), "b": LayerCost(1, 1, 1), "c": LayerCost(1, 1, 1)})
+    controller.set_change_cost(steps_per_change)
     run(controller, adapter, 2)
     # Of 3 forward and 5 backward, two are saved (the gradients of a and of b's input) in each of 8 steps: 2 steps.
     assert controller.frozen == frozen
@@ -138,7 +142,8 @@ def test_nothing_freezes_that_saves_less_than_changing_the_frozen_set_costs(step
 def test_without_costs_or_a_length_of_the_run_everything_pays():
     for options, costs in (({}, dict.fromkeys("abc", LayerCost(1, 1, 1))), ({"total_steps": 10}, {})):
         controller, adapter, _ = controller_of([{"a": 0.9, "b": 0.2, "c": 0.1}], **options)
-        controller.costs, controller.steps_per_change = costs, 1000.0
+        controller.set_costs(costs)
+        controller.set_change_cost(1000.0)
         run(controller, adapter, 2)
         assert controller.frozen == {"a": 2}
 
@@ -263,14 +268,14 @@ def test_a_layer_that_recovered_can_be_frozen(caplog):
 @pytest.mark.parametrize(("options", "message"), BAD_ARGUMENTS)
 def test_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message):
-        FreezeController(NumpyAdapter.random(SIZES), ScriptedPredictor(), **options)
+        FreezeController(NumpyAdapter.random(SIZES), ScriptedPredictor(), FreezeOptions(**options))
 
 
 @pytest.mark.parametrize("names", [[], ["head"]])
 def test_a_model_in_which_nothing_can_be_frozen(names):
     adapter = NumpyAdapter.random(dict.fromkeys(names, 4))
     with pytest.raises(UnsupportedModelError, match=rf"has {len(names)} layers .*at least two.*Train without it"):
-        FreezeController(adapter, ScriptedPredictor(), record_every=1)
+        FreezeController(adapter, ScriptedPredictor(), FreezeOptions(record_every=1))
 
 
 def change_controller(**options):

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from smartfrz.adapters.torch import Layer, trace_layers  # noqa: E402
 from smartfrz.adapters.torch import costs as costs_module  # noqa: E402
-from smartfrz.adapters.torch.costs import CostProfiler, measure_step, profile_layers  # noqa: E402
+from smartfrz.adapters.torch.costs import CostProfiler, measure_step  # noqa: E402
 from smartfrz.control.ordering import LayerCost  # noqa: E402
 from smartfrz.errors import UsageError  # noqa: E402
 
@@ -128,6 +128,13 @@ def train(profiled, steps=3, frozen=(), autocast=False):
     return model, profiler, [*left, model.noisy.number, model.noisy.seen, model.noisy.training]
 
 
+def costs_of(model, layers, *example):
+    """What a profiler measures in one forward pass in training mode."""
+    profiler = CostProfiler(model.train(), layers)
+    model(*example)
+    return profiler.costs()
+
+
 def equal(one, other):
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
@@ -137,7 +144,7 @@ def equal(one, other):
 @pytest.fixture
 def fake_time(monkeypatch):
     """Every timed run takes one second."""
-    monkeypatch.setattr(costs_module, "_fastest", lambda run, repeats, cuda: (1.0, run()))
+    monkeypatch.setattr(costs_module, "time_fastest", lambda run, repeats, cuda: (1.0, run()))
 
 
 # The training that goes on
@@ -255,11 +262,11 @@ def test_close_removes_the_hooks():
 
 def test_an_embedding_has_no_input_gradient():
     tied = Tokens()
-    costs = profile_layers(tied, layers_of(tied, torch.zeros(2, 3, dtype=torch.int64)), torch.zeros(2, 3).long())
+    costs = costs_of(tied, layers_of(tied, torch.zeros(2, 3, dtype=torch.int64)), torch.zeros(2, 3).long())
     assert list(costs) == ["embedding", "middle"]
     assert costs["embedding"].input_gradient > 0  # its weight is also the decoder's
     tied.decoder.weight = nn.Parameter(torch.zeros(11, 6))
-    costs = profile_layers(tied, layers_of(tied, torch.zeros(2, 3, dtype=torch.int64)), torch.zeros(2, 3).long())
+    costs = costs_of(tied, layers_of(tied, torch.zeros(2, 3, dtype=torch.int64)), torch.zeros(2, 3).long())
     assert list(costs) == ["embedding", "middle", "decoder"]
     assert costs["embedding"].input_gradient == 0
     assert costs["embedding"].weight_gradient > 0
@@ -269,7 +276,7 @@ def test_an_embedding_has_no_input_gradient():
 def test_all_modules_and_all_calls_of_a_layer_are_summed():
     model = seeded(Net)
     layers = layers_of(model, torch.zeros(IMAGES))
-    costs = profile_layers(model, layers, torch.randn(IMAGES))
+    costs = costs_of(model, layers, torch.randn(IMAGES))
     assert costs["conv"] == LayerCost(2, 2, 2)  # and its batch norm
     assert costs["noisy"] == LayerCost(2, 2, 2)  # called twice
     assert costs["attention"] == LayerCost(1, 1, 1)  # its projection is part of it
@@ -278,7 +285,7 @@ def test_all_modules_and_all_calls_of_a_layer_are_summed():
 
 def test_the_fastest_of_several_passes_counts(monkeypatch):
     times = iter([3.0, 2.0, 5.0, 1.0, 4.0, 5.0])
-    monkeypatch.setattr(costs_module, "_fastest", lambda run, repeats, cuda: (next(times), run()))
+    monkeypatch.setattr(costs_module, "time_fastest", lambda run, repeats, cuda: (next(times), run()))
     model = nn.Linear(4, 2)
     profiler = CostProfiler(model, layers_of(model, torch.ones(3, 4)), passes=2)
     model(torch.ones(3, 4))
@@ -291,13 +298,13 @@ def test_the_fastest_of_several_passes_counts(monkeypatch):
 @pytest.mark.usefixtures("fake_time")
 def test_a_norm_without_weights_counts():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False))
-    assert profile_layers(model, layers_of(model, torch.zeros(IMAGES)), torch.ones(IMAGES)) == {"0": LayerCost(2, 2, 1)}
+    assert costs_of(model, layers_of(model, torch.zeros(IMAGES)), torch.ones(IMAGES)) == {"0": LayerCost(2, 2, 1)}
 
 
 @pytest.mark.usefixtures("fake_time")
 def test_the_root_may_be_the_only_layer():
     model = nn.Linear(4, 2)
-    assert profile_layers(model, layers_of(model, torch.ones(3, 4)), torch.ones(3, 4)) == {"": LayerCost(1, 1, 1)}
+    assert costs_of(model, layers_of(model, torch.ones(3, 4)), torch.ones(3, 4)) == {"": LayerCost(1, 1, 1)}
 
 
 @pytest.mark.usefixtures("fake_time")
@@ -323,7 +330,7 @@ def test_a_container_with_a_weight_of_its_own_is_not_run_again():
     model = nn.Sequential(Container(), nn.Linear(2, 2))
     layers = layers_of(model, torch.ones(3, 4))
     assert layers[0].parameters == ("0.position", "0.0.weight", "0.0.bias")
-    assert set(profile_layers(model, layers, torch.ones(3, 4)).values()) == {LayerCost(1, 1, 1)}
+    assert set(costs_of(model, layers, torch.ones(3, 4)).values()) == {LayerCost(1, 1, 1)}
 
 
 def test_one_tensor_passed_twice_is_one_copy():
@@ -343,13 +350,13 @@ def test_one_tensor_passed_twice_is_one_copy():
     seen, model, inputs = [], Model(), torch.ones(3, 4)
     layers = layers_of(model, inputs)
     seen.clear()
-    profile_layers(model, layers, inputs)
+    costs_of(model, layers, inputs)
     assert seen[0] == (True, True)
     assert set(seen[1:]) == {(True, False)}
 
 
 def test_one_gradient_at_a_time(monkeypatch):
-    """Each of the three runs computes what it shall, and no more."""
+    """Each of the three runs computes what it has to, and no more."""
     counted = []
 
     def count(run, repeats, cuda):
@@ -358,22 +365,12 @@ def test_one_gradient_at_a_time(monkeypatch):
         counted.append(counter.get_total_flops())
         return 1.0, result
 
-    monkeypatch.setattr(costs_module, "_fastest", count)
+    monkeypatch.setattr(costs_module, "time_fastest", count)
     model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.Flatten(), nn.Linear(144, 2))
     layers = layers_of(model, torch.zeros(IMAGES))
-    profile_layers(model, layers, torch.ones(IMAGES))
+    costs_of(model, layers, torch.ones(IMAGES))
     conv, linear = 2 * 4 * 36 * 4 * 27, 2 * 4 * 144 * 2
     assert counted == [conv] * 3 + [linear] * 3
-
-
-def test_profile_layers_leaves_modes_alone():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.Linear(4, 2)).eval()
-    model[2].train()
-    layers = trace_layers(model, torch.ones(3, 4))
-    with torch.no_grad():
-        costs = profile_layers(model, layers, torch.ones(3, 4))
-    assert [module.training for module in model.modules()] == [False, False, False, True]
-    assert all(cost.input_gradient > 0 for cost in costs.values())
 
 
 def test_repeats_below_one():
@@ -433,7 +430,7 @@ def test_if_nothing_can_be_measured_costs_are_flops():
     layers = layers_of(model, torch.ones(3, 4))
     for module in model:
         module.calls = 0
-    costs = profile_layers(model, layers, torch.ones(3, 4))
+    costs = costs_of(model, layers, torch.ones(3, 4))
     assert costs == {"0": LayerCost(96, 96, 96), "1": LayerCost(48, 48, 48)}
 
 

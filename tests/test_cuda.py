@@ -1,5 +1,7 @@
 """On a real GPU: adapter, prefix cache, baselines, recording, and ONNX Runtime where its build can use one."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -24,6 +26,7 @@ from smartfrz.dataset_builder.storage import read_run  # noqa: E402
 from smartfrz.errors import MissingDependencyError  # noqa: E402
 
 STEPS = 12
+REGISTRY = Path(__file__).parents[1] / "registry"
 
 
 @pytest.fixture(autouse=True)
@@ -220,7 +223,7 @@ def test_recording(tmp_path):
 def both(request):
     """A predictor on the CPU and on the GPU."""
     try:
-        return zoo.load(request.param, device="cpu"), zoo.load(request.param, device="cuda")
+        return tuple(zoo.load(request.param, device=device, registries=[str(REGISTRY)]) for device in ("cpu", "cuda"))
     except MissingDependencyError as error:
         pytest.skip(f"ONNX Runtime cannot use the GPU: {error}")
 

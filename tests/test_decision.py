@@ -129,6 +129,87 @@ def test_the_layer_that_blocks_a_frozen_prefix_is_taken_at_a_lower_bar():
     assert reasons_of({"b": 0.6, "g": 0.72, "h": 0.1}, ordering, active)["g"] == "confident"
 
 
+def expected_reasons(active, confidence, excused, streaks, ordering, patience, keep_one_of):
+    """The rule of `decide`, written down a second time: literally, one layer after the other, and slowly."""
+    before = {layer for layer in ordering.layers if layer not in active}
+    frozen = set()
+    for _ in range(len(active)):
+        bars = ordering.bars(before | frozen)
+        reasons = {}
+        for layer in active:
+            if layer in excused:
+                reasons[layer] = excused[layer]
+            elif layer not in confidence:
+                reasons[layer] = "no_answer"
+            elif not confidence[layer] >= bars[layer]:
+                reasons[layer] = "below_threshold"
+            elif streaks.get(layer, 0) + 1 < patience:
+                reasons[layer] = "patience"
+            else:
+                reasons[layer] = "confident"
+        for group in [active, *keep_one_of]:
+            members = [layer for layer in active if layer in group]
+            if members and {reasons[layer] for layer in members} == {"confident"}:
+                reasons[members[-1]] = "last_active_layer"
+        if ordering.order == "prefix":
+            closed = True
+            for layer in ordering.layers:
+                if layer in reasons and reasons[layer] == "confident" and not closed:
+                    reasons[layer] = "behind_live_layer"
+                closed = closed and (layer in before or reasons[layer] == "confident")
+        again = {layer for layer in active if reasons[layer] == "confident"}
+        if again == frozen:
+            break
+        frozen = again
+    streaks = {
+        layer: streaks.get(layer, 0) + 1 if layer in confidence and confidence[layer] >= bars[layer] else 0
+        for layer in active
+    }
+    return reasons, streaks, bars
+
+
+cost = st.floats(0, 10)
+
+
+@st.composite
+def stages(draw):
+    """Arguments of `decide`: some layers are frozen already, some are excused, some have no answer."""
+    layers = [f"layer{i}" for i in range(draw(st.integers(1, 10)))]
+    active = [layer for layer in layers if draw(st.booleans())] or layers
+    some = st.sets(st.sampled_from(layers))
+    excused = {layer: "not_finite" for layer in active if layer in draw(some)}
+    near = st.one_of(st.just(math.nan), st.sampled_from([0.5, 0.6, 0.7]), st.floats(0, 1))
+    unanswered = draw(some)
+    confidence = {layer: draw(near) for layer in active if layer not in unanswered and layer not in excused}
+    streaks = {layer: draw(st.integers(0, 3)) for layer in active if draw(st.booleans())}
+    costs = {layer: LayerCost(draw(cost), draw(cost), draw(cost)) for layer in layers}
+    threshold = draw(st.sampled_from([0.3, 0.5, 0.7, 1.0]))
+    ordering = Ordering(layers, threshold, draw(st.sampled_from(ORDERS)), costs, draw(st.booleans()))
+    groups = draw(st.lists(st.lists(st.sampled_from(layers), unique=True), max_size=3))
+    return active, confidence, excused, streaks, ordering, draw(st.integers(1, 3)), groups
+
+
+@given(stages(), st.booleans(), st.booleans())
+def test_the_rule_written_down_a_second_time(stage, dry_run, hold):
+    active, confidence, excused, streaks, ordering, patience, groups = stage
+    reasons, expected_streaks, bars = expected_reasons(*stage)
+    options = {"ordering": ordering, "patience": patience, "keep_one_of": groups, "dry_run": dry_run, "hold": hold}
+    decisions, new = decide(active, confidence, excused, streaks, **options, **AT)
+    if hold:
+        reasons = {layer: "grouped" if reason == "confident" else reason for layer, reason in reasons.items()}
+    assert {d.layer: d.reason for d in decisions} == reasons
+    assert [d.layer for d in decisions] == active
+    assert new == expected_streaks
+    freeze = "would_freeze" if dry_run else "freeze"
+    for d in decisions:
+        assert d.action == (freeze if d.reason == "confident" else "keep")
+        if d.layer in confidence:
+            assert (d.confidence, d.threshold) == pytest.approx((confidence[d.layer], bars[d.layer]), nan_ok=True)
+        else:
+            assert math.isnan(d.confidence)
+            assert math.isnan(d.threshold)
+
+
 def test_thresholds_are_reported():
     ordering = Ordering("abc", 0.7, "cost_aware", dict.fromkeys("abc", LayerCost(1.0, 1.0, 1.0)))
     decisions, _ = decide(list("abc"), {"a": 0.1, "b": 0.1}, {"c": "not_finite"}, {}, ordering=ordering, **AT)

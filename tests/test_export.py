@@ -17,9 +17,9 @@ from numpy_adapter import make_info  # noqa: E402
 
 from smartfrz.errors import PredictorFileError  # noqa: E402
 from smartfrz.files import replacing  # noqa: E402
-from smartfrz.predictor import export as export_module  # noqa: E402
 from smartfrz.predictor.runtime import Prediction, Predictor  # noqa: E402
-from smartfrz.predictor.training.export import compact, export, restore  # noqa: E402
+from smartfrz.predictor.training import export as export_module  # noqa: E402
+from smartfrz.predictor.training.export import compact, compare, export, restore  # noqa: E402
 from smartfrz.predictor.training.model import FreezePredictor  # noqa: E402
 
 EXPORT_AGAIN = """
@@ -32,7 +32,7 @@ from smartfrz.predictor.training.export import export
 from smartfrz.predictor.training.model import FreezePredictor
 torch.manual_seed(0)
 info = make_info(**TINY, dataset_sha256="d" * 64, metrics={"rule": {"tolerance": 0.01}, "auc": 0.9})
-export(FreezePredictor(64, "motion"), info, "again.onnx")
+export(FreezePredictor(64, "raw"), info, "again.onnx")
 print(hashlib.sha256(open("again.onnx", "rb").read()).hexdigest())
 """
 
@@ -192,7 +192,7 @@ def test_replacing_gives_ordinary_permissions(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["p.onnx"]
 
 
-@pytest.mark.parametrize("representation", ["motion", "trajectory"])
+@pytest.mark.parametrize("representation", ["raw", "trajectory"])
 def test_compact_is_small_answers_alike_and_cannot_be_trained_further(representation, tiny_info, tmp_path):
     info = dataclasses.replace(tiny_info, representation=representation)
     with torch.random.fork_rng():
@@ -230,5 +230,5 @@ class MockPlaced:
 
 
 def test_mock_files_that_differ_in_what_they_make_of_positions_differ():
-    assert export_module._difference(MockPlaced(1), MockPlaced(1)) == 0
-    assert export_module._difference(MockPlaced(1), MockPlaced(2)) > 0.5
+    assert compare(MockPlaced(1), MockPlaced(1)) == 0
+    assert compare(MockPlaced(1), MockPlaced(2)) > 0.5

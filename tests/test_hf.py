@@ -235,7 +235,6 @@ def test_accumulated_batches_and_evaluation_do_not_count(tmp_path):
 
 def test_the_length_of_the_run_comes_from_the_trainer(tmp_path):
     callback = smartfrz(record_every=None)
-    del callback._options["record_every"]
     train(tmp_path, callback, max_steps=-1, num_train_epochs=20)
     assert callback.report().num_steps == 20 * 7
     assert callback.freezer.state_dict()["controller"]["schedule"]["record_every"] == round(0.02 * 20 * 7)

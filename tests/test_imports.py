@@ -18,6 +18,7 @@ FRAMEWORK_FREE = [
     "smartfrz.zoo.cli",
     "smartfrz.zoo.publish",
     "smartfrz.adapters",
+    "smartfrz.adapters.base",
     "smartfrz.baselines",
     "smartfrz.dataset_builder",
     "smartfrz.predictor",
@@ -26,6 +27,7 @@ FRAMEWORK_FREE = [
     "smartfrz.control.history",
     "smartfrz.control.decision",
     "smartfrz.control.learned",
+    "smartfrz.control.options",
     "smartfrz.control.controller",
     "smartfrz.control.report",
     "smartfrz.predictor.runtime",
@@ -39,13 +41,14 @@ MAY_IMPORT = {
     "files.py": [],
     "commands.py": ["errors"],
     "training.py": ["errors", "predictor.runtime"],
-    "control": ["control", "predictor.contract", "errors"],
+    "control": ["control", "errors"],
     "predictor": ["errors", "files", "predictor", "control"],
     "baselines": ["baselines", "control", "errors", "adapters.torch", "dataset_builder", "training"],
     "zoo": ["zoo", "predictor", "errors", "files", "__version__"],
     "serving": ["serving", "predictor", "zoo", "errors", "__version__"],
-    "adapters/torch": ["adapters.torch", "control", "predictor", "zoo", "errors", "files"],
-    "adapters/keras": ["adapters.keras", "control", "predictor", "zoo", "errors", "files", "plots"],
+    "adapters/base.py": ["control", "predictor", "zoo", "errors"],
+    "adapters/torch": ["adapters.base", "adapters.torch", "control", "predictor", "zoo", "errors", "files"],
+    "adapters/keras": ["adapters.base", "adapters.keras", "control", "predictor", "zoo", "errors", "files", "plots"],
     "dataset_builder": [
         "dataset_builder",
         "training",
@@ -61,7 +64,7 @@ MAY_IMPORT = {
         "__version__",
     ],
 }
-TRAINING_ONLY = {"model.py", "fit.py", "export.py"}
+TRAINING_ONLY = {"model.py", "judging.py", "fit.py", "export.py"}
 
 
 def loaded_after(statement):

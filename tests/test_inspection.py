@@ -104,7 +104,7 @@ def test_external_data_is_refused_before_a_session_is_made(model, tmp_path, monk
     properties = {p.key: p for p in model.metadata_props}
     properties["smartfrz.sha256"].value = "0" * 64
     (tmp_path / "evil.onnx").write_bytes(seal(model.SerializeToString()))
-    monkeypatch.setattr(runtime, "_session", None)
+    monkeypatch.setattr(runtime, "open_session", None)
     with pytest.raises(PredictorFileError, match=r"outside of the file \(.*etc/passwd"):
         Predictor(tmp_path / "evil.onnx")
 
@@ -132,7 +132,9 @@ def test_functions_that_the_file_brings_along_are_none(model):
 
 @pytest.mark.parametrize("name", DAMAGED)
 def test_damaged_files(name):
-    with pytest.raises(PredictorFileError, match=r"'x\.onnx' is no ONNX file, or is damaged \(.*Copy the file again"):
+    with pytest.raises(
+        PredictorFileError, match=r"'x\.onnx' is not an ONNX file, or is damaged \(.*Copy the file again"
+    ):
         check_onnx(DAMAGED[name], "x.onnx")
 
 

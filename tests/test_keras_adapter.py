@@ -1,5 +1,7 @@
 """The Keras adapter on the backend that KERAS_BACKEND names; `test_keras_backends.py` runs it on each."""
 
+import dataclasses
+import inspect
 from itertools import pairwise
 
 import numpy as np
@@ -28,6 +30,7 @@ from numpy_adapter import ChangePredictor, NumpyAdapter, ScriptedPredictor, make
 
 from smartfrz.adapters.keras import KerasAdapter, SmartFRZ, trace_layers
 from smartfrz.control.controller import FreezeController
+from smartfrz.control.options import FreezeOptions
 from smartfrz.errors import StateError, UnsupportedModelError, UsageError
 
 pytestmark = WARNINGS
@@ -119,7 +122,7 @@ def test_the_length_of_the_run_is_what_fit_says():
     model = make_model(gradient_accumulation_steps=2)
     callback = SmartFRZ(ScriptedPredictor(info=make_info(record_fraction=0.25)), patience=1)
     fit(model, [callback], epochs=4)
-    assert callback._controller.record_every == 4
+    assert callback.schedule.record_every == 4
 
 
 def test_mixed_precision_with_loss_scaling():
@@ -536,7 +539,7 @@ def test_one_trajectory_gives_the_same_samples_and_decisions_in_numpy_torch_and_
     ]
     options = {"record_every": 1, "decide_every": 2, "threshold": 0.75, "seed": 5, "patience": 1}
     predictors = [ChangePredictor(make_info(tailored_size=24)) for _ in adapters]
-    controllers = [FreezeController(a, p, **options) for a, p in zip(adapters, predictors, strict=True)]
+    controllers = [FreezeController(a, p, FreezeOptions(**options)) for a, p in zip(adapters, predictors, strict=True)]
     for _ in range(40):
         reference.train_step()
         with torch.no_grad():
@@ -547,7 +550,7 @@ def test_one_trajectory_gives_the_same_samples_and_decisions_in_numpy_torch_and_
                 kernel.assign(array.reshape([kernel.shape[a] for a in order]).transpose(np.argsort(order)))
         for controller in controllers:
             controller.step()
-        samples = [c._policy.state_dict() for c in controllers]
+        samples = [c.state_dict()["history"] for c in controllers]
         for layer in samples[0]:
             np.testing.assert_array_equal(samples[0][layer], samples[1][layer])
             np.testing.assert_array_equal(samples[0][layer], samples[2][layer])
@@ -565,3 +568,9 @@ def test_with_the_predictor_that_ships():
     assert callback.report().num_steps == 80
     assert callback.frozen_layers
     assert all(0 <= event.confidence <= 1 for event in callback.events if event.reason == "below_threshold")
+
+
+def test_all_options_are_taken_with_their_defaults():
+    defaults = {field.name: field.default for field in dataclasses.fields(FreezeOptions)}
+    parameters = inspect.signature(SmartFRZ).parameters
+    assert {name: parameters[name].default for name in defaults} == defaults

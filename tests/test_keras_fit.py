@@ -29,8 +29,8 @@ from keras_runs import (
 from numpy_adapter import ChangePredictor, make_info
 
 from smartfrz.adapters.keras import trace_layers
-from smartfrz.adapters.keras.callback import CompileClock
-from smartfrz.control.controller import COMPILED_STAGES
+from smartfrz.adapters.keras.compiling import CompileClock
+from smartfrz.control.options import COMPILED_STAGES
 from smartfrz.errors import StateError
 
 pytestmark = WARNINGS
@@ -189,11 +189,11 @@ def test_nothing_freezes_that_saves_less_than_compiling_costs():
 
 def test_what_compiling_costs_is_measured_in_steps(monkeypatch):
     now = 100.0
-    monkeypatch.setattr("smartfrz.adapters.keras.callback.time.perf_counter", lambda: now)
+    monkeypatch.setattr("smartfrz.adapters.keras.compiling.time.perf_counter", lambda: now)
     clock = CompileClock()
     assert clock.cost == 0.0
     for seconds, new in ((5.0, True), (0.1, False), (0.15, False), (0.1, False), (3.1, True), (0.1, False)):
-        clock.made_anew(new)
+        clock.note_new_function(new)
         clock.call_begins()
         now += seconds
         clock.call_ended()

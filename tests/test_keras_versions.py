@@ -7,16 +7,16 @@ from keras_runs import BACKEND, keras
 from smartfrz.adapters.keras.versions import (
     NEWEST,
     OLDEST,
-    absent_attributes,
     check_version,
-    private_attributes,
+    find_absent_attributes,
+    list_private_attributes,
 )
 from smartfrz.errors import MissingDependencyError
 
 
 def test_the_installed_keras_has_what_is_needed():
-    needed = private_attributes(BACKEND)
-    assert absent_attributes(needed) == []
+    needed = list_private_attributes(BACKEND)
+    assert find_absent_attributes(needed) == []
     assert ("jax_state_sync" in str(needed)) == (BACKEND == "jax")
     assert OLDEST <= tuple(int(part) for part in keras.__version__.split(".")[:2]) <= NEWEST
 
@@ -34,7 +34,7 @@ def test_the_installed_keras_has_what_is_needed():
     ],
 )
 def test_what_a_keras_lacks_is_named(path, attribute, absent):
-    assert absent_attributes({path: (attribute,)}) == absent
+    assert find_absent_attributes({path: (attribute,)}) == absent
 
 
 def test_a_keras_that_lacks_something_is_refused():

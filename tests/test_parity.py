@@ -14,7 +14,7 @@ from smartfrz.predictor.contract import REPRESENTATIONS  # noqa: E402
 from smartfrz.predictor.runtime import Predictor  # noqa: E402
 from smartfrz.predictor.training import export as export_module  # noqa: E402
 from smartfrz.predictor.training.export import TOLERANCE, export, parity  # noqa: E402
-from smartfrz.predictor.training.model import FreezePredictor, Motion, represent  # noqa: E402
+from smartfrz.predictor.training.model import FreezePredictor, represent  # noqa: E402
 
 SIZE, WINDOW = 32, 12
 
@@ -84,7 +84,7 @@ def test_constant_weights(pair, value):
 
 
 @pytest.mark.parametrize("representation", REPRESENTATIONS[1:])
-def test_displacement_forms_do_not_depend_on_the_scale_of_the_weights(representation):
+def test_what_is_not_raw_does_not_depend_on_the_scale_of_the_weights(representation):
     history, lengths = map(torch.from_numpy, random_input(2, 3, 6, 0.01))
     real = torch.arange(6)[None] >= 6 - lengths[:, None]
     seen = represent(history, real, representation)
@@ -97,35 +97,15 @@ def test_raw_sees_the_weights():
     assert torch.equal(represent(history, torch.ones(2, 3, dtype=torch.bool), "raw"), history)
 
 
-def test_displacement_by_hand():
-    history = torch.tensor([[[1.0, 0.0], [3.0, 4.0]]])
-    seen = represent(history, torch.tensor([[True, True]]), "displacement")
-    rms = (25 / 2) ** 0.5
-    torch.testing.assert_close(seen, torch.tensor([[[-2 / rms, -4 / rms], [0.0, 0.0]]]))
-
-
-@pytest.mark.parametrize("size", [8, 32, 100])
-def test_motion_without_repetitions_leads_to_the_same(size):
-    torch.manual_seed(3)
-    model = FreezePredictor(size, "motion")
-    history = torch.randn(4, 7, 1) + 0.1 * torch.randn(4, 7, size).cumsum(1)
-    real = torch.arange(7)[None] >= 7 - torch.tensor([7, 3, 1, 2])[:, None]
-    seen = represent(history, real, "motion")
-    motion = Motion.of(history, real)
-    assert seen.shape == history.shape
-    torch.testing.assert_close(motion.through(model.key), model.key(seen), rtol=0, atol=1e-5)
-    torch.testing.assert_close(motion.newest().through(model.query), model.query(seen[:, -1:]), rtol=0, atol=1e-5)
-
-
 def test_an_unknown_representation():
-    with pytest.raises(ValueError, match="`representation` is 'row'; expected one of raw, displacement"):
+    with pytest.raises(ValueError, match="`representation` is 'row'; expected one of raw, trajectory"):
         FreezePredictor(SIZE, "row")
 
 
 def test_parity_is_nan_for_a_network_that_answers_nan(tiny_model, predictor_file):
     predictor = Predictor(predictor_file, device="cpu")
     assert parity(tiny_model, predictor, rounds=2) <= TOLERANCE
-    broken = FreezePredictor(64, "motion")
+    broken = FreezePredictor(64, "raw")
     with torch.no_grad():
         broken.head[0].bias[0] = float("nan")
     assert np.isnan(parity(broken, predictor, rounds=2))

@@ -74,9 +74,7 @@ def test_wrong_positions(predictor, position, message):
 def test_a_predictor_without_position_says_so(predictor_file):
     other = Predictor(predictor_file, device="cpu")
     assert not other.positional
-    with pytest.raises(
-        ValueError, match=r"'tiny' reads no position: its representation is 'motion'\. Leave `position`"
-    ):
+    with pytest.raises(ValueError, match=r"'tiny' reads no position: its representation is 'raw'\. Leave `position`"):
         other.predict(np.zeros((1, 3, 64), np.float32), np.array([3]), np.zeros(1, np.float32))
 
 

@@ -11,7 +11,7 @@ from benchmarks import predictor_tables
 from benchmarks.lines import read_lines
 from benchmarks.predictor_tables import SIZES, distances, main, mean_auc
 from smartfrz import zoo
-from smartfrz.predictor.training.judging import METHODS
+from smartfrz.predictor.training.cross_validation import METHODS
 
 
 @pytest.fixture

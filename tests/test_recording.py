@@ -12,7 +12,7 @@ import torch
 from builder_fixtures import tiny_recipe, write_recipe
 from torch import nn
 
-from smartfrz.adapters.torch.layers import layer_outputs, trace_layers
+from smartfrz.adapters.torch.layers import collect_outputs, trace_layers
 from smartfrz.dataset_builder.checking import check_recipe
 from smartfrz.dataset_builder.cka import centered_gram
 from smartfrz.dataset_builder.models import build_model
@@ -314,7 +314,7 @@ def test_an_in_place_activation_does_not_overwrite_a_layers_output(probe):
     for inplace in (True, False):
         model = Network(inplace).eval()
         layers = trace_layers(model, probe)
-        with layer_outputs(model, layers) as kept, torch.no_grad():
+        with collect_outputs(model, layers) as kept, torch.no_grad():
             model(probe)
         outputs[inplace] = kept
     assert outputs[True]["conv"].min() < 0

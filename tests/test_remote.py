@@ -1,10 +1,12 @@
 """A predictor on a server, and training when the server goes away."""
 
+import contextlib
 import http.server
 import importlib.util
 import json
 import logging
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from serving_process import ServingProcess, histories
 
 from smartfrz import zoo
 from smartfrz.control.controller import FreezeController
+from smartfrz.control.options import FreezeOptions
 from smartfrz.errors import DownloadError, ServerError
 from smartfrz.predictor.remote import RemotePredictor
 from smartfrz.predictor.runtime import Predictor
@@ -35,6 +38,7 @@ class Impostor(http.server.ThreadingHTTPServer):
     Attributes:
         mode: One of the keys of `ANSWERS`; `confident` answers as it should.
         times: How often it was asked for decisions.
+        hung_up: Set when the client closes a connection on which an answer without end is sent.
     """
 
     daemon_threads = True
@@ -42,6 +46,7 @@ class Impostor(http.server.ThreadingHTTPServer):
     def __init__(self, properties=None):
         super().__init__(("127.0.0.1", 0), Handler)
         self.mode, self.times = "confident", 0
+        self.hung_up = threading.Event()
         self.properties = INFO.to_metadata() | {"smartfrz.sha256": SHA256} if properties is None else properties
         self.layers = []
         self.url = f"http://127.0.0.1:{self.server_port}/scripted"
@@ -93,6 +98,25 @@ def drip(handler, layers, window):
         time.sleep(0.05)
 
 
+def drip_headers(handler, layers, window):
+    with contextlib.suppress(OSError):  # the client hangs up
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+        for _ in range(200):
+            handler.wfile.write(b"a")
+            time.sleep(0.02)
+        return
+    handler.server.hung_up.set()
+
+
+def continue_without_end(handler, layers, window):
+    with contextlib.suppress(OSError):
+        for _ in range(200):
+            handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            time.sleep(0.02)
+        return
+    handler.server.hung_up.set()
+
+
 def break_off(handler, layers, window):
     handler.send_response(200)
     handler.send_header("Content-Length", "1000")
@@ -110,6 +134,8 @@ ANSWERS = {
     "redirects": lambda h, n, w: h.answer(302, b"", Location="http://127.0.0.1:1/"),
     "hangs": lambda h, n, w: time.sleep(3),
     "drips": drip,
+    "drips headers": drip_headers,
+    "continues without end": continue_without_end,
     "breaks off": break_off,
     "hangs up": lambda h, n, w: h.connection.shutdown(socket.SHUT_RDWR),
     "garbage": lambda h, n, w: h.answer(200, bytes(range(256))),
@@ -134,6 +160,8 @@ FAILURES = {
     "redirects": "refuses, with status 302",
     "hangs": r"does not answer \((TimeoutError|not within)",
     "drips": r"does not answer \((TimeoutError|not within)",
+    "drips headers": r"does not answer \(not within 0.6 s",
+    "continues without end": r"does not answer \(not within 0.6 s",
     "breaks off": r"does not answer \((IncompleteRead|the answer breaks off)",
     "hangs up": "does not answer",
     "garbage": "does not answer with JSON",
@@ -161,7 +189,7 @@ def impostor():
 def controller_of(predictor, **options):
     adapter = NumpyAdapter.random(SIZES)
     settings = {"record_every": 1, "decide_every": 2, "patience": 1, **options}
-    return FreezeController(adapter, predictor, **settings), adapter
+    return FreezeController(adapter, predictor, FreezeOptions(**settings)), adapter
 
 
 def run(controller, adapter, steps):
@@ -217,13 +245,13 @@ def test_nobody_at_the_address():
     [
         ([], "no 'properties' of a SmartFRZ predictor. Serve it with smartfrz serve"),
         ({"x": 1}, "no 'properties' of a SmartFRZ predictor"),
-        ({}, "does not describe a predictor that is read here: .* it has no metadata"),
-        (INFO.to_metadata(), "a checksum or a number of layers that cannot be"),  # as in a file that was not sealed
+        ({}, "does not describe a predictor that this version can use: .* it has no metadata"),
+        (INFO.to_metadata(), "reports the checksum '0{64}' and max_layers 64; expected"),  # a file that was not sealed
         (INFO.to_metadata() | {"smartfrz.threshold": "7", "smartfrz.sha256": SHA256}, "out of range"),
-        (INFO.to_metadata() | {"smartfrz.sha256": "../../x"}, "a checksum or a number of layers that cannot be"),
+        (INFO.to_metadata() | {"smartfrz.sha256": "../../x"}, r"reports the checksum '../../x' and max_layers 64"),
         (
             INFO.to_metadata() | {"smartfrz.sha256": SHA256, "smartfrz.max_layers": "0"},
-            "number of layers that cannot be",
+            "max_layers 0; expected 64 hexadecimal digits, not all zero, and a positive number",
         ),
         (INFO.to_metadata() | {"smartfrz.sha256": SHA256, "smartfrz.format_version": "9"}, "has format_version 9"),
     ],
@@ -244,6 +272,26 @@ def test_a_server_that_fails(impostor, mode):
     with pytest.raises(ServerError, match=FAILURES[mode]):
         predictor.predict(*histories(3, 4, 8))
     assert time.monotonic() - begin < 3
+
+
+@pytest.mark.parametrize("mode", ["drips headers", "continues without end"])
+def test_the_deadline_is_that_of_the_whole_answer_and_leaves_no_thread(impostor, mode):
+    predictor = RemotePredictor(impostor.url, timeout=0.3, retries=0)
+    impostor.mode = mode
+    begin = time.monotonic()
+    with pytest.raises(ServerError, match=r"does not answer \(not within 0.3 s\)"):
+        predictor.predict(*histories(3, 4, 8))
+    assert time.monotonic() - begin < 2  # the answer lasts 4
+    assert impostor.hung_up.wait(2)
+    until = time.monotonic() + 2
+    while any(thread.name == "smartfrz-remote" for thread in threading.enumerate()):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_a_predictor_can_be_copied_to_another_process(impostor):
+    predictor = pickle.loads(pickle.dumps(RemotePredictor(impostor.url)))
+    assert predictor.predict(*histories(3, 4, 8)).confidence.shape == (3, 2)
 
 
 def test_another_attempt(impostor):

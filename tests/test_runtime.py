@@ -45,6 +45,11 @@ def content(predictor_file):
     return predictor_file.read_bytes()
 
 
+@pytest.fixture(scope="module")
+def session(content):
+    return runtime.open_session(content, "tiny.onnx", "cpu", 1)
+
+
 @pytest.fixture
 def write(tmp_path):
     """Writes bytes, or a model whose checksum is then made right, and returns the path."""
@@ -124,19 +129,26 @@ def test_bad_inputs(predictor, case):
         predictor.predict(history, lengths)
 
 
-def test_one_thread_that_does_not_spin(predictor_file):
-    options = Predictor(predictor_file, device="cpu")._session.get_session_options()
+def test_one_thread_that_does_not_spin(content):
+    options = runtime.open_session(content, "tiny.onnx", "cpu", 1).get_session_options()
     assert options.intra_op_num_threads == 1
     assert options.inter_op_num_threads == 1
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
-    assert Predictor(predictor_file, num_threads=2)._session.get_session_options().intra_op_num_threads == 2
 
 
-def test_providers(predictor_file):
-    assert Predictor(predictor_file, device="cpu")._session.get_providers() == ["CPUExecutionProvider"]
-    auto = Predictor(predictor_file, device="auto")
-    cuda = "CUDAExecutionProvider" in auto._session.get_providers()
-    assert auto.device == ("cuda" if cuda else "cpu")
+@pytest.mark.parametrize(("options", "expected"), [({}, 1), ({"num_threads": 2}, 2)])
+def test_the_number_of_threads_reaches_onnxruntime(predictor_file, monkeypatch, options, expected):
+    opened, real = [], ort.InferenceSession
+    monkeypatch.setattr(ort, "InferenceSession", lambda *a, **k: opened.append(real(*a, **k)) or opened[-1])
+    Predictor(predictor_file, device="cpu", **options)
+    assert [session.get_session_options().intra_op_num_threads for session in opened] == [expected]
+
+
+def test_providers(content, predictor_file):
+    assert runtime.open_session(content, "tiny.onnx", "cpu", 1).get_providers() == ["CPUExecutionProvider"]
+    auto = runtime.open_session(content, "tiny.onnx", "auto", 1)
+    cuda = "CUDAExecutionProvider" in auto.get_providers()
+    assert Predictor(predictor_file, device="auto").device == ("cuda" if cuda else "cpu")
 
 
 def test_cuda_where_there_is_none(predictor_file):
@@ -150,7 +162,7 @@ def test_cuda_where_there_is_none(predictor_file):
 def mock_gpu_build(monkeypatch):
     """As if CUDA were compiled in; a session asked for it gets what `behaviour` says. Nothing is said yet."""
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
-    monkeypatch.setattr(runtime, "_said", set())
+    runtime.warn_once.cache_clear()
     real = ort.InferenceSession
 
     def behave(behaviour):
@@ -189,11 +201,14 @@ def test_mock_gpu_build_without_a_usable_gpu_says_so_once_and_uses_the_cpu(
 
 
 def test_mock_gpu_runs_are_bound_and_in_one_piece(mock_gpu_build, predictor_file, predictor, monkeypatch):
+    sessions = []
+
     class OnGpu:
         """A session that says it runs on a GPU, and counts."""
 
         def __init__(self, session):
             self._session, self.bound = session, 0
+            sessions.append(self)
 
         def get_providers(self):
             return ["CUDAExecutionProvider", "CPUExecutionProvider"]
@@ -207,20 +222,20 @@ def test_mock_gpu_runs_are_bound_and_in_one_piece(mock_gpu_build, predictor_file
             return getattr(self._session, name)
 
     mock_gpu_build(OnGpu)
-    on_cpu = runtime._BoundRun
-    monkeypatch.setattr(runtime, "_BoundRun", lambda session, device: on_cpu(session, {"cuda": "cpu"}[device]))
+    on_cpu = runtime.BoundRun
+    monkeypatch.setattr(runtime, "BoundRun", lambda session, device: on_cpu(session, {"cuda": "cpu"}[device]))
     gpu = Predictor(predictor_file)
     assert gpu.device == "cuda"
     history = np.random.default_rng(0).normal(size=(100, 10, 64)).cumsum(1).astype(np.float32)
     lengths = np.full(100, 10)
     answer = gpu.predict(history, lengths)
-    assert gpu._session.bound == 1
+    assert [session.bound for session in sessions] == [1]
     np.testing.assert_allclose(answer.confidence, predictor.predict(history, lengths).confidence, atol=1e-6)
 
 
-def test_bound_runs_answer_as_plain_ones(predictor):
+def test_bound_runs_answer_as_plain_ones(predictor, session):
     """On the CPU: there the buffers are its own memory."""
-    bound, rng = runtime._BoundRun(predictor._session, "cpu"), np.random.default_rng(0)
+    bound, rng = runtime.BoundRun(session, "cpu"), np.random.default_rng(0)
     for shape in ((3, 5, 64), (3, 5, 64), (4, 10, 64), (2, 1, 64)):
         history = rng.normal(size=shape).astype(np.float32)
         kept, lengths = history.copy(), np.full(shape[0], shape[1])
@@ -232,8 +247,8 @@ def test_bound_runs_answer_as_plain_ones(predictor):
     np.testing.assert_array_equal(history, kept)
 
 
-def test_bound_runs_of_several_threads_do_not_mix(predictor):
-    bound, rng = runtime._BoundRun(predictor._session, "cpu"), np.random.default_rng(0)
+def test_bound_runs_of_several_threads_do_not_mix(predictor, session):
+    bound, rng = runtime.BoundRun(session, "cpu"), np.random.default_rng(0)
     histories, lengths = rng.normal(size=(16, 6, 10, 64)).astype(np.float32), np.full(6, 10)
     expected = [predictor.predict(history, lengths).confidence for history in histories]
     with ThreadPoolExecutor(4) as pool:

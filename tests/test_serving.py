@@ -316,6 +316,7 @@ def test_bytes_behind_the_last_tensor(server):
         ("POST", "/v1/models/tiny:predict", 404),
         ("GET", "/v2/models/..%2f..%2fetc", 404),
         ("GET", "/docs", 404),
+        ("GET", "/v2/models/tiny/ready?model_version=1", 501),
         ("BREW", "/v2", 405),
     ],
 )
@@ -347,7 +348,7 @@ def test_a_body_of_40_mb_is_refused_before_it_is_parsed(server, announced):
 def test_a_compressed_body_is_refused(server):
     status, _, body = server.request("POST", "/v2/models/tiny/infer", b"\x1f\x8b", {"Content-Encoding": "gzip"})
     assert status == 415
-    assert "compressed; expected it as it is" in json.loads(body)["error"]
+    assert "compressed; expected it uncompressed" in json.loads(body)["error"]
 
 
 def test_clients_that_hang_up_in_the_middle_change_nothing(server):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smartfrz.control.tailoring import tailor, tailoring_positions
+from smartfrz.control.tailoring import split_positions, tailor, tailoring_positions
 
 # (layer, num_weights, tailored_size, seed) -> positions. Stored recordings and resumed runs rely on them.
 GOLDEN = [
@@ -107,3 +107,13 @@ def test_the_result_is_a_copy_in_the_order_of_the_shape():
     read += 1
     np.testing.assert_array_equal(weights.ravel(), np.arange(6))
     np.testing.assert_array_equal(tailor(weights.T, np.arange(6)), [0, 3, 1, 4, 2, 5])
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=5), st.integers(0, 2**32))
+def test_split_positions_read_what_the_joined_weights_hold(tensor_sizes, seed):
+    tensors = np.split(np.arange(float(sum(tensor_sizes))), np.cumsum(tensor_sizes)[:-1])
+    total = sum(tensor_sizes)
+    positions = np.sort(np.random.default_rng(seed).integers(0, total, 30)) if total else np.zeros(0, np.int64)
+    parts = split_positions(positions, tensor_sizes)
+    read = [tensor[part] for tensor, part in zip(tensors, parts, strict=True)]
+    np.testing.assert_array_equal(np.concatenate(read), positions)

@@ -13,6 +13,7 @@ from torch import nn  # noqa: E402
 
 from smartfrz.adapters.torch import SmartFRZ, TorchAdapter, trace_layers  # noqa: E402
 from smartfrz.control.controller import FreezeController  # noqa: E402
+from smartfrz.control.options import FreezeOptions  # noqa: E402
 from smartfrz.errors import StateError, UnsupportedModelError, UsageError  # noqa: E402
 from smartfrz.predictor.runtime import Predictor  # noqa: E402
 
@@ -124,7 +125,7 @@ def test_one_trajectory_gives_the_same_decisions_in_numpy_and_torch():
     reference = NumpyAdapter.random(sizes)
     adapter = TorchAdapter(model, [], trace_layers(model, torch.zeros(1, 6)))
     options = {"record_every": 1, "decide_every": 2, "threshold": 0.75, "seed": 5}
-    controllers = [FreezeController(a, ChangePredictor(), **options) for a in (reference, adapter)]
+    controllers = [FreezeController(a, ChangePredictor(), FreezeOptions(**options)) for a in (reference, adapter)]
     for _ in range(40):
         reference.train_step()
         with torch.no_grad():
@@ -475,7 +476,7 @@ def test_report():
     assert report.frozen == {"1": 4, "0": 8}
     assert freezer.frozen_layers == ["1", "0"]
     assert "SmartFRZ froze 2 of 3 layers in 10 steps." in str(report)
-    assert "The frozen prefix is 2 layers long; 0 frozen layers lie behind it." in str(report)
+    assert "The frozen prefix is 2 layers long; 0 frozen layers are behind it." in str(report)
     assert report.to_dict()["backward_flops_saved"] == report.backward_flops_saved
 
 

@@ -17,7 +17,7 @@ from smartfrz.adapters.torch import SmartFRZ, TorchAdapter, trace_layers  # noqa
 from smartfrz.adapters.torch.optimizer_steps import OptimizerSteps  # noqa: E402
 from smartfrz.baselines import AutoFreeze, FullTraining, LinearFreezing, WeightChange  # noqa: E402
 from smartfrz.baselines.similarity_guided import SimilarityGuided  # noqa: E402
-from smartfrz.dataset_builder.cka import linear_cka  # noqa: E402
+from smartfrz.dataset_builder.cka import centered_gram, cka_of_grams  # noqa: E402
 from smartfrz.dataset_builder.labels import LabelRule  # noqa: E402
 from smartfrz.errors import StateError, UnsupportedModelError, UsageError  # noqa: E402
 
@@ -511,11 +511,12 @@ def test_a_refused_state_changes_neither_rates_nor_gradients():
 
 def test_the_heuristic_is_the_one_that_predictors_are_judged_beside():
     pytest.importorskip("sklearn")
-    from smartfrz.predictor.training.fit import LabelledRun, TrainingOptions, weight_change
+    from smartfrz.predictor.training.baselines import score_weight_change
+    from smartfrz.predictor.training.runs import LabelledRun, TrainingOptions
 
     weights = np.random.default_rng(0).normal(size=(3, 12, 16)).astype(np.float32).cumsum(axis=1)
     run = LabelledRun("run", "net", weights, np.zeros((3, 12), np.int8))
-    scores = weight_change([run], TrainingOptions())[0]
+    scores = score_weight_change([run], TrainingOptions())[0]
     limit = 0.3
     policy = WeightChange(limit=limit, tailored_size=16)
     for timestamp in range(3, 12):
@@ -551,7 +552,7 @@ def test_the_oracle_freezes_when_similarity_to_the_reference_has_settled():
             active = [layer for layer in DIGIT_LAYERS if layer not in expected]
             settled = []
             for layer in active:
-                curves[layer].append(linear_cka(finished[layer], live[layer]))
+                curves[layer].append(cka_of_grams(centered_gram(finished[layer]), centered_gram(live[layer])))
                 last = curves[layer][-3:]
                 if len(last) == 3 and max(abs(value - last[-1]) for value in last) <= 0.02:
                     settled.append(layer)

@@ -9,7 +9,7 @@ from torch import nn  # noqa: E402
 from torch.utils._python_dispatch import _get_current_dispatch_mode  # noqa: E402
 
 from smartfrz.adapters.torch import Layer, trace_layers  # noqa: E402
-from smartfrz.adapters.torch.layers import LayerReader, LayerTracer, layer_outputs  # noqa: E402
+from smartfrz.adapters.torch.layers import LayerReader, LayerTracer, collect_outputs  # noqa: E402
 from smartfrz.errors import StateError, UnsupportedModelError  # noqa: E402
 
 IMAGES = (2, 3, 8, 8)
@@ -116,6 +116,12 @@ def test_execution_order_with_batch_norm_in_its_convolutions_layer():
     assert layers["conv2"].parameters == ("conv2.weight", "conv2.bias", "norm2.weight", "norm2.bias")
     assert layers["head"].norms == ()
     assert layers["head"].output == "head"
+
+
+def test_a_lazy_module_that_never_ran_is_unused():
+    model = Backwards()
+    model.extra = nn.LazyLinear(7)
+    assert list(layers_of(model, torch.randn(IMAGES))) == ["conv1", "conv2", "head"]
 
 
 def test_parameters_of_containers_join_the_layer_next_to_them():
@@ -305,7 +311,7 @@ def test_layer_outputs_are_copies_and_its_hooks_go():
     images = torch.randn(IMAGES)
     layers = trace_layers(model.eval(), images)
     expected = model[1](model[0](images))
-    with layer_outputs(model, layers) as outputs:
+    with collect_outputs(model, layers) as outputs:
         answers = model(images)
         assert num_hooks(model) == 2
     assert num_hooks(model) == 0

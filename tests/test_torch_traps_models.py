@@ -234,7 +234,7 @@ def test_gradient_checkpointing_of_transformers(transformers, reentrant):
 @pytest.mark.parametrize("moment", [0, 1, 2, 5])
 @pytest.mark.parametrize("order", ["free", "cost_aware"])
 def test_a_copy_made_at_any_moment_leaves_training_alone(moment, order):
-    holders = EagerHold._holders
+    holders = EagerHold.holders
     copied, plain = Net(), Net()
     runs = []
     for model in copied, plain:
@@ -246,10 +246,10 @@ def test_a_copy_made_at_any_moment_leaves_training_alone(moment, order):
     averaged = torch.optim.swa_utils.AveragedModel(copied, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
     twins = averaged.module, copy.deepcopy(copied), pickle.loads(pickle.dumps(copied))
     for twin in twins:
-        held = EagerHold._holders
+        held = EagerHold.holders
         for _ in range(2):
             loss_of(twin.train(), 99).backward()
-        assert EagerHold._holders == held  # the first pass of a copy is not the model's
+        assert EagerHold.holders == held  # the first pass of a copy is not the model's
     del twin, twins
     for run in runs:
         train(*run, moment, 4)
@@ -263,7 +263,7 @@ def test_a_copy_made_at_any_moment_leaves_training_alone(moment, order):
     for one, two in zip(averaged.module.parameters(), copied.parameters(), strict=True):
         torch.testing.assert_close(one, two)
     assert num_hooks(copied) == 0
-    assert EagerHold._holders == holders
+    assert EagerHold.holders == holders
 
 
 def test_an_average_of_frozen_weights_is_those_weights():

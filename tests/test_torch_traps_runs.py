@@ -240,7 +240,7 @@ def test_the_report_after_thawing_by_hand_computed():
     )
     assert report.frozen == {"0": 2, "4": 4}
     assert "step      7 ( 70%): thawed 2" in str(report)
-    assert "The frozen prefix is 1 layers long; 1 frozen layers lie behind it." in str(report)
+    assert "The frozen prefix is 1 layers long; 1 frozen layers are behind it." in str(report)
 
 
 def test_a_prefix_that_the_user_froze_is_not_our_saving():

@@ -51,7 +51,7 @@ WRONG_ENTRIES = {
     "truth as a number": ({"window": True}, "window is True; expected an integer"),
     "half a window": ({"window": 2.5}, "window is 2.5; expected an integer"),
     "tailored size": ({"tailored_size": -1}, "tailored_size is -1; expected an integer"),
-    "representation": ({"representation": "cooked"}, "representation is 'cooked'; expected one of raw, displacement"),
+    "representation": ({"representation": "cooked"}, "representation is 'cooked'; expected one of raw, trajectory"),
     "a list of nothing": ({"representation": [[]]}, r"representation is \[\[\]\]; expected one of raw"),
     "domains": ({"domains": "vision"}, r"domains is 'vision'; expected a list of words"),
     "a domain that is none": ({"domains": ["Vision\x1b[2J"]}, r"domains is \['Vision\\x1b\[2J'\]; expected"),

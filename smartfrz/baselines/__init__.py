@@ -1,9 +1,9 @@
-"""The methods that SmartFRZ is compared with, as policies: pass one in the place of a predictor.
+"""The methods that SmartFRZ is compared with, as policies: pass one in place of a predictor.
 
     SmartFRZ(model, optimizer, AutoFreeze(epochs=10), total_steps=len(loader) * 10)
 
 `smartfrz.baselines.similarity_guided.SimilarityGuided`, which needs a finished reference model, is another.
-`EarlyStop` is not a policy: it says how long to train fully instead.
+`EarlyStop` is not a policy: it tells how many steps full training gets instead.
 """
 
 from smartfrz.baselines.auto_freeze import AutoFreeze as AutoFreeze

@@ -1,4 +1,4 @@
-"""AutoFreeze: front to back, layers freeze whose gradient norm changes less than that of others."""
+"""AutoFreeze: freezes layers, front to back, whose gradient norms change less than others."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,15 @@ from smartfrz.control.policy import Policy
 class AutoFreeze(Policy):
     """Freezes the layers before the first one whose gradient norm changes as much as the given percentile.
 
-    Between two evaluations all gradients of a layer are added up; the change is that of the sum's L1
-    norm, relative to the one before. That keeps a copy of all gradients, in memory and in saved states.
+    Between two evaluations all gradients of a layer are added up. What counts is the change of the sum's L1
+    norm since the last evaluation, relative to that norm. This keeps a copy of all gradients, in memory and in
+    saved states.
 
     Args:
         intervals_per_epoch: How often layers are evaluated, M in the paper.
-        percentile: Of the changes of all active layers, in (0, 100), N in the paper.
-        epochs: Of the whole run; then the length of an interval follows from `total_steps`.
-        steps_per_epoch: Instead of `epochs`.
+        percentile: The percentile of the changes of all active layers, in (0, 100), N in the paper.
+        epochs: Number of epochs of the whole run; the length of an interval then follows from `total_steps`.
+        steps_per_epoch: Optimizer steps of an epoch, instead of `epochs`.
 
     Raises:
         ValueError: If a number is out of range, or not exactly one of `epochs` and `steps_per_epoch`
@@ -30,7 +31,7 @@ class AutoFreeze(Policy):
     Source:
         Liu et al. 2021 (arXiv 2102.01386) and their code; paper, Appendix B, whose best setting is
         the default here. Departures: gradients count once for each optimizer step, as the optimizer
-        gets them; the optimizer goes on instead of being made anew; a change that is not finite counts
+        gets them; the optimizer is kept instead of replaced; a change that is not finite counts
         as above the percentile; the rule runs over all layers of the network, not over the blocks of
         BERT; and neither activations are cached nor evaluations run on held-out data.
     """
@@ -66,12 +67,12 @@ class AutoFreeze(Policy):
         self.record_fraction = None if epochs is None else 1.0 / (int(epochs) * self.intervals_per_epoch)
 
     def settings(self) -> dict[str, Any]:
-        """All arguments."""
+        """Return all arguments."""
         names = ("intervals_per_epoch", "percentile", "epochs", "steps_per_epoch")
         return {name: getattr(self, name) for name in names}
 
     def record_every(self, total_steps: int | None) -> int | None:
-        """Steps of an interval.
+        """Return the steps of an interval.
 
         Raises:
             ValueError: If only the number of epochs is known, and not the length of the run.
@@ -97,11 +98,11 @@ class AutoFreeze(Policy):
         }
 
     def excused(self, active: list[str]) -> dict[str, Reason]:
-        """Layers whose norm is known of one interval only: all of them at the first, later those that were thawed."""
+        """Return layers with the norm of one interval only: all layers at first, later layers that were thawed."""
         return {layer: "history_too_short" for layer in active if len(self._norms.get(layer, [])) < 2}
 
     def confidence(self, layers: list[str], *, step: int) -> dict[str, float]:
-        """1 where the change lies below the percentile, else 0."""
+        """Return 1 for layers whose change is below the percentile, else 0."""
         changes = [_change(*self._norms[layer]) for layer in layers]
         finite = [change for change in changes if math.isfinite(change)]
         limit = float(np.percentile(finite, self.percentile)) if finite else 0.0
@@ -112,7 +113,7 @@ class AutoFreeze(Policy):
         self._norms.pop(layer, None)
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
-        """The norms, float64 `[2]` a layer, or `[1]`."""
+        """Return the norms of each layer, float64 `[2]`, or `[1]` after the first interval."""
         return {layer: np.array(norms, np.float64) for layer, norms in self._norms.items()}
 
     def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
@@ -121,7 +122,7 @@ class AutoFreeze(Policy):
 
 
 def _change(before: float, now: float) -> float:
-    """Relative change of a norm; infinite where it is undefined and something changed."""
+    """Return the relative change of a norm; infinity if it is undefined and something changed."""
     if not (math.isfinite(before) and math.isfinite(now)):
         return math.inf
     if before == 0.0:

@@ -1,4 +1,4 @@
-"""Stopping early: what a user would do who has less time."""
+"""Stopping early: what a user with less time would do."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 class EarlyStop:
     """Full training in a share of its steps, with its whole learning rate schedule.
 
-    Every method that saves time has to beat this one at equal time, since it costs nothing to write. It is no policy:
-    it freezes nothing, and what it shortens is your training loop. Whatever your loop counts in steps, pass it
+    Every method that saves time has to beat this one at equal time, since it needs no method at all. It is not a
+    policy: it freezes nothing, and what it shortens is your training loop. Pass every number of steps in your loop
     through `steps`: the length of the run, a warm-up, the milestones of a schedule.
 
     Args:
-        share: Of the steps of full training, in (0, 1].
+        share: Share of the steps of full training, in (0, 1].
 
     Raises:
         ValueError: If the share is outside of (0, 1].
@@ -23,8 +23,8 @@ class EarlyStop:
         (600, 30)
 
     Source:
-        Ours; Li, Yumer and Ramanan 2020 (arXiv 1905.04753) show that a schedule which comes to its end within the budget
-        is what matters.
+        Ours. Li, Yumer and Ramanan 2020 (arXiv 1905.04753) show that it matters most that the schedule comes to its
+        end within the budget.
     """
 
     share: float
@@ -37,11 +37,12 @@ class EarlyStop:
 
     @classmethod
     def at_time_of(cls, seconds: float, full_seconds: float) -> "EarlyStop":
-        """The one that takes as long as a run of another method did.
+        """Make the one that takes as long as a run of another method.
 
         Args:
-            seconds: Of that run.
-            full_seconds: Of full training, measured beside it. A method that was slower gets full training.
+            seconds: Time that the other method took.
+            full_seconds: Time of full training, measured under the same conditions. If the other method was slower,
+                the share is 1.
 
         Raises:
             ValueError: If they are not positive.
@@ -54,5 +55,5 @@ class EarlyStop:
         return cls(min(1.0, seconds / full_seconds))
 
     def steps(self, number: int) -> int:
-        """So many steps of full training, shortened; at least 1."""
+        """Return the shortened number of steps, at least 1."""
         return max(1, round(self.share * number))

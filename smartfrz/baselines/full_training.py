@@ -1,9 +1,9 @@
-"""Nothing is frozen."""
+"""Full training: nothing is frozen."""
 
 from smartfrz.control.policy import Policy
 
 
 class FullTraining(Policy):
-    """Freezes nothing, so that full training takes the same path through the code as what it is compared with."""
+    """Freezes nothing. Full training then takes the same path through the code as the methods it is compared with."""
 
     name = "full-training"

@@ -1,4 +1,4 @@
-"""Linear Freezing, or FreezeOut: each layer has a moment at which its learning rate has come down to zero."""
+"""Linear Freezing, or FreezeOut: the learning rate of each layer falls to zero at a moment of its own."""
 
 import math
 from collections.abc import Sequence
@@ -10,18 +10,18 @@ Spacing = Literal["linear", "cubic"]
 
 
 class LinearFreezing(Policy):
-    """Anneals each layer's learning rate to zero, front to back, and freezes it then.
+    """Anneals each layer's learning rate to zero, front to back, and then freezes the layer.
 
-    Needs the length of the run. The factor multiplies the learning rate of the layer's parameter group: with a
-    constant one the rates are those of Eq. 6. A scheduler of yours would multiply in.
+    Needs the length of the run. The factor multiplies the learning rate of the layer's parameter group: if that is
+    constant, the rates follow Eq. 6. A scheduler of yours multiplies in.
 
     Args:
         t_0: When the first layer freezes, as a fraction of the run, in (0, 1].
-        spacing: Of the other layers' moments between `t_0` and the end. `linear`, or `cubic`: the
-            cube of the linear ones, so that the first layer freezes at the cube of `t_0`.
-        scale_lr: Start each layer at `1 / t_i` times its learning rate: then all of them travel as
-            far, but for their gradients.
-        anneal: Whether to touch learning rates at all. If not, layers freeze at the same moments.
+        spacing: How the other layers' moments are spread between `t_0` and the end. `linear`, or `cubic`: the
+            cubes of the linear moments, so that the first layer freezes at the cube of `t_0`.
+        scale_lr: Start each layer at `1 / t_i` times its learning rate, so that the sum of its rates over the run
+            is the same for every layer.
+        anneal: Whether to change learning rates. If not, layers freeze at the same moments all the same.
 
     Raises:
         ValueError: If `t_0` is outside of (0, 1], the spacing is unknown, or `scale_lr` comes
@@ -47,8 +47,8 @@ class LinearFreezing(Policy):
             raise ValueError(f"`spacing` is {spacing!r}; expected one of {', '.join(get_args(Spacing))}.")
         if scale_lr and not anneal:
             raise ValueError(
-                "LinearFreezing received scale_lr=True and anneal=False; expected learning rates to be either touched or "
-                "not. Leave one of them out."
+                "LinearFreezing received scale_lr=True and anneal=False; expected at most one of them, since scale_lr "
+                "changes learning rates and anneal=False does not. Leave one of them out."
             )
         self.t_0 = float(t_0)
         self.spacing = spacing
@@ -56,11 +56,11 @@ class LinearFreezing(Policy):
         self.anneal = self.scales_learning_rates = anneal
 
     def settings(self) -> dict[str, Any]:
-        """All arguments."""
+        """Return all arguments."""
         return {"t_0": self.t_0, "spacing": self.spacing, "scale_lr": self.scale_lr, "anneal": self.anneal}
 
     def record_every(self, total_steps: int | None) -> int | None:
-        """A 30th of the run.
+        """Return a 30th of the run.
 
         Raises:
             ValueError: If the run's length is not known.
@@ -73,17 +73,17 @@ class LinearFreezing(Policy):
         return super().record_every(total_steps)
 
     def begin(self, adapter: Any, layers: Sequence[str], *, total_steps: int | None, seed: int) -> None:
-        """Give each layer its moment, those that were frozen before the run excepted."""
-        self._total_steps = total_steps or 1  # refused before, if it is not known
+        """Set the moment of each layer that may be frozen."""
+        self._total_steps = total_steps or 1  # `record_every` refuses an unknown length
         self._moments = dict(zip(layers, moments(len(layers), self.t_0, self.spacing), strict=True))
 
     def confidence(self, layers: list[str], *, step: int) -> dict[str, float]:
-        """1 from a layer's moment on, 0 before."""
+        """Return 1 from a layer's moment on, 0 before."""
         progress = step / self._total_steps
         return {layer: float(progress >= self._moments[layer]) for layer in layers}
 
     def lr_scales(self, active: list[str], *, step: int) -> dict[str, float]:
-        """Eq. 6 over the layer's learning rate."""
+        """Return Eq. 6, divided by the layer's learning rate."""
         if not self.anneal:
             return {}
         progress = step / self._total_steps
@@ -91,7 +91,7 @@ class LinearFreezing(Policy):
 
 
 def moments(num_layers: int, t_0: float, spacing: Spacing = "linear") -> list[float]:
-    """When each layer freezes, as fractions of the run: the first at `t_0` (its cube), the last at the end.
+    """Return when each layer freezes, as fractions of the run: the first at `t_0` (or its cube), the last at the end.
 
     Example:
         >>> moments(3, 0.5)
@@ -104,10 +104,10 @@ def moments(num_layers: int, t_0: float, spacing: Spacing = "linear") -> list[fl
 
 
 def annealed(progress: float, moment: float, *, scale_lr: bool = False) -> float:
-    """Eq. 6 over the initial learning rate: a half cosine from 1 to 0 at the layer's moment, then 0.
+    """Return Eq. 6, divided by the initial learning rate: a half cosine from 1 to 0 at the layer's moment, then 0.
 
     Args:
-        progress: Of the run, in [0, 1].
+        progress: Share of the run that is done, in [0, 1].
         moment: When the layer freezes, in (0, 1].
         scale_lr: Start at `1 / moment` instead of 1.
 
@@ -116,6 +116,6 @@ def annealed(progress: float, moment: float, *, scale_lr: bool = False) -> float
         0.5
     """
     if progress >= moment:
-        return 0.0  # and not a rounding error, which would move the layer
+        return 0.0  # exactly: a rounding error would move the layer
     factor = 0.5 * (1.0 + math.cos(math.pi * progress / moment))
     return factor / moment if scale_lr else factor

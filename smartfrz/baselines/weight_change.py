@@ -15,19 +15,19 @@ from smartfrz.control.weight_change import CHANGE_RECORDS, relative_change
 class WeightChange:
     """Freezes layers whose weights changed little over the last records; it needs no training.
 
-    It takes the place of the predictor's network: the same sampled weights, schedule and patience.
+    It takes the place of the predictor's network; sampled weights, schedule and patience are the same.
 
     Args:
         limit: Relative change, |W_t - W_{t-records}| / |W_t|, up to which a layer is ready.
-        records: How far back to look; with the default schedule 3 records are a tenth of a run.
-        tailored_size: Weights that are sampled of each layer.
+        records: Number of records to look back; with the default schedule 3 records are a tenth of a run.
+        tailored_size: Number of weights that are sampled from each layer.
 
     Raises:
         ValueError: If an argument is not positive.
 
     Source:
-        Ours. `smartfrz-build` judges predictors beside it. The right limit depends on the network
-        and its learning rate, and the default is a guess (docs/baselines.md tells how to find one).
+        Ours. `smartfrz-build` compares predictors with it. The right limit depends on the network
+        and its learning rate, and the default is a guess (docs/baselines.md explains how to find one).
     """
 
     limit: float = 0.01
@@ -43,12 +43,12 @@ class WeightChange:
 
     @property
     def info(self) -> "WeightChangeInfo":
-        """What is recorded for it, and when."""
+        """What has to be recorded, and when."""
         return WeightChangeInfo(tailored_size=self.tailored_size, window=self.records + 1, min_records=self.records + 1)
 
     @property
     def sha256(self) -> str:
-        """Of its arguments."""
+        """Digest of the arguments."""
         arguments = [self.info.name, self.limit, self.records, self.tailored_size]
         return hashlib.sha256(json.dumps(arguments).encode()).hexdigest()
 
@@ -61,8 +61,8 @@ class WeightChange:
 
         Returns:
             Confidence, float64 `[layers, 2]`: `limit / (limit + change)` in the second column, which
-            is 0.5, the threshold, where the change is the limit. And attention, float64
-            `[layers, window]`: 1 on the row that is compared with the last one.
+            is 0.5, the threshold, if the change equals the limit. And attention, float64
+            `[layers, window]`: 1 for the row that is compared with the last one.
         """
         window = history.shape[1]
         before = window - 1 - np.minimum(self.records, lengths - 1)
@@ -76,13 +76,13 @@ class WeightChange:
 
 @dataclass(frozen=True)
 class WeightChangeInfo:
-    """What `WeightChange` says of itself, as a predictor file does.
+    """The facts that a predictor file gives in its metadata.
 
     Attributes:
         tailored_size: Length of a tailored vector.
-        window: Records that are kept of each layer.
-        min_records: Shortest history that is judged.
-        name: For messages and reports.
+        window: Number of records that are kept of each layer.
+        min_records: Length of the shortest history that is judged.
+        name: Name in messages and reports.
         threshold: Confidence from which a layer is frozen.
         record_fraction: Fraction of a run between two records.
     """

@@ -1,6 +1,6 @@
-"""From confidences to decisions. Pure: nothing here changes a model."""
+"""`decide`: turns confidences into decisions. Pure: nothing here changes a model."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,16 +10,16 @@ Action = Literal["freeze", "would_freeze", "keep", "thaw"]
 Reason = Literal[
     "confident",  # frozen
     "below_threshold",
-    "patience",  # confident, but not yet for as many stages in a row as asked
+    "patience",  # confident, but not yet at enough stages in a row
     "history_too_short",
-    "no_answer",  # from the server that was asked
+    "no_answer",  # the predictor's server did not answer
     "not_finite",  # the layer's weights hold NaN or infinity
     "behind_live_layer",  # freeze_order="prefix": a layer before it is still trained
-    "grouped",  # confident, but waits for the next stage in which anything is frozen
-    "last_active_layer",  # somebody has to keep learning, in each optimizer
+    "grouped",  # ready, but nothing is frozen at this stage
+    "last_active_layer",  # one layer of each optimizer has to keep learning
     "by_hand",  # thawed
     "learning_rate_raised",  # thawed
-    "moved_while_frozen",  # thawed: the training loop did not respect that it was frozen
+    "moved_while_frozen",  # thawed: the training loop changed it although it was frozen
 ]
 
 
@@ -31,10 +31,10 @@ class FreezeDecision:
         step: Optimizer steps taken so far.
         timestamp: Index of the newest record, from 0.
         layer: The layer's name.
-        confidence: That freezing is right, in [0, 1], as the policy says; NaN if not asked.
+        confidence: The policy's confidence that freezing is right, in [0, 1]; NaN if it was not asked.
         action: `freeze`, `would_freeze` (dry run), `keep` or `thaw`.
         reason: Why.
-        threshold: The confidence that the layer had to reach at this stage; NaN if not asked.
+        threshold: The confidence that the layer had to reach at this stage; NaN if the policy was not asked.
     """
 
     step: int
@@ -64,55 +64,28 @@ def decide(
 
     Args:
         active: Active layers in execution order.
-        confidence: Of the layers that the policy was asked about and has an answer for, in [0, 1].
-        excused: The other layers, with the reason.
-        streaks: Stages in a row, before this one, at which a layer was confident.
+        confidence: The policy's confidence, in [0, 1], in each layer that it judged.
+        excused: Layers that the policy could not judge, with the reason.
+        streaks: Number of stages in a row, before this one, at which each layer was confident.
         step: Optimizer steps taken so far.
         timestamp: Index of the newest record.
         ordering: All layers, and the confidence that each has to reach.
-        patience: Stages in a row at which a layer must be confident.
+        patience: Number of stages in a row at which a layer must be confident.
         dry_run: Say `would_freeze` instead of `freeze`.
-        hold: Freeze nothing at this stage; who is ready waits.
-        keep_one_of: Groups of layers of which one has to stay active, such as those of one optimizer.
+        hold: Freeze nothing at this stage; layers that are ready wait.
+        keep_one_of: Groups of layers, such as the layers of one optimizer. One layer of each group stays active.
 
     Returns:
-        One decision a layer, in the order of `active`, and the new streaks.
+        One decision for each layer, in the order of `active`, and the new streaks.
 
     Source:
         Paper, Eq. 4, which freezes where freezing has the higher confidence. Departures: threshold,
         patience and order; and the last active layer in execution order is always kept, as a model
         in which everything is frozen cannot be trained.
     """
-    stopped = {layer for layer in ordering.layers if layer not in active}
-    chosen: set[str] = set()
-    # A frozen layer may lower the bar of another one, so decide again until nothing changes.
-    for _ in active:
-        bars = ordering.bars(stopped | chosen)
-        confident = {layer: confidence.get(layer, -1.0) >= bars[layer] for layer in active}
-        new_streaks = {layer: streaks.get(layer, 0) + 1 if confident[layer] else 0 for layer in active}
-        kept: dict[str, Reason] = {}
-        for layer in active:
-            if layer in excused:
-                kept[layer] = excused[layer]
-            elif layer not in confidence:
-                kept[layer] = "no_answer"
-            elif not confident[layer]:
-                kept[layer] = "below_threshold"
-            elif new_streaks[layer] < patience:
-                kept[layer] = "patience"
-        for group in (active, *keep_one_of):
-            members = [layer for layer in active if layer in group]
-            if members and not any(layer in kept for layer in members):
-                kept[members[-1]] = "last_active_layer"
-        for layer in active:
-            if layer not in kept and not ordering.may_freeze(layer, stopped | (set(active) - set(kept))):
-                kept[layer] = "behind_live_layer"
-        ready = set(active) - set(kept)
-        if ready == chosen:
-            break
-        chosen = ready
-    if hold:
-        kept |= dict.fromkeys(chosen, "grouped")
+    stage = _Stage(active, confidence, excused, streaks, ordering, patience, keep_one_of)
+    verdict = _settle(stage.judge, rounds=len(active))
+    kept = verdict.kept | (dict.fromkeys(verdict.ready, "grouped") if hold else {})
     decisions = [
         FreezeDecision(
             step,
@@ -121,8 +94,95 @@ def decide(
             confidence.get(layer, float("nan")),
             "keep" if layer in kept else "would_freeze" if dry_run else "freeze",
             kept.get(layer, "confident"),
-            bars[layer] if layer in confidence else float("nan"),
+            verdict.bars[layer] if layer in confidence else float("nan"),
         )
         for layer in active
     ]
-    return decisions, new_streaks
+    return decisions, verdict.streaks
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """What a stage decides, given the layers that are assumed to freeze at it.
+
+    Attributes:
+        bars: The confidence that each layer has to reach.
+        streaks: Number of stages in a row, including this one, at which each layer was confident.
+        kept: The layers that stay active, with the reason.
+        ready: The layers that freeze.
+    """
+
+    bars: Mapping[str, float]
+    streaks: dict[str, int]
+    kept: dict[str, Reason]
+    ready: frozenset[str]
+
+
+def _settle(judge: Callable[[frozenset[str]], _Verdict], rounds: int) -> _Verdict:
+    """Judge until the verdict no longer changes: a layer that freezes may lower the bar of another one.
+
+    The verdict of the last round counts where it goes on changing.
+    """
+    verdict = judge(frozenset())
+    for _ in range(rounds - 1):
+        before, verdict = verdict, judge(verdict.ready)
+        if verdict.ready == before.ready:
+            break
+    return verdict
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What is known at one freezing stage: the arguments of `decide` that bear on which layers freeze."""
+
+    active: Sequence[str]
+    confidence: Mapping[str, float]
+    excused: Mapping[str, Reason]
+    streaks: Mapping[str, int]
+    ordering: Ordering
+    patience: int
+    keep_one_of: Collection[Collection[str]]
+
+    def judge(self, freezing: frozenset[str]) -> _Verdict:
+        """Return the verdict if the layers `freezing` freeze at this stage."""
+        stopped = set(self.ordering.layers).difference(self.active)
+        bars = self.ordering.bars(stopped | freezing)
+        streaks = {layer: self._streak(layer, bars[layer]) for layer in self.active}
+        kept = self._not_ready(streaks)
+        for group in (self.active, *self.keep_one_of):
+            kept |= self._last_of(group, kept)
+        kept |= self._blocked(stopped, kept)
+        return _Verdict(bars, streaks, kept, frozenset(self.active).difference(kept))
+
+    def _streak(self, layer: str, bar: float) -> int:
+        return self.streaks.get(layer, 0) + 1 if self.confidence.get(layer, -1.0) >= bar else 0
+
+    def _not_ready(self, streaks: Mapping[str, int]) -> dict[str, Reason]:
+        """Return the layers that cannot freeze for a reason of their own."""
+        reasons = {layer: self._reason_to_wait(layer, streaks[layer]) for layer in self.active}
+        return {layer: reason for layer, reason in reasons.items() if reason is not None}
+
+    def _reason_to_wait(self, layer: str, streak: int) -> Reason | None:
+        if layer in self.excused:
+            return self.excused[layer]
+        if layer not in self.confidence:
+            return "no_answer"
+        if streak == 0:
+            return "below_threshold"
+        return "patience" if streak < self.patience else None
+
+    def _last_of(self, group: Collection[str], kept: Mapping[str, Reason]) -> dict[str, Reason]:
+        """Return the last active layer of a group all of whose layers would freeze."""
+        members = [layer for layer in self.active if layer in group]
+        if not members or any(layer in kept for layer in members):
+            return {}
+        return {members[-1]: "last_active_layer"}
+
+    def _blocked(self, stopped: Collection[str], kept: Mapping[str, Reason]) -> dict[str, Reason]:
+        """Return the layers that the order forbids to freeze before others."""
+        blocked: dict[str, Reason] = {}
+        for layer in self.active:
+            frozen = {*stopped, *self.active} - kept.keys() - blocked.keys()
+            if layer not in kept and not self.ordering.may_freeze(layer, frozen):
+                blocked[layer] = "behind_live_layer"
+        return blocked

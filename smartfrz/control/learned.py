@@ -1,4 +1,4 @@
-"""The learned predictor as a policy: it judges layers by the history of their tailored weights."""
+"""The policy that asks a predictor about the history of tailored weights."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smartfrz.control.decision import Reason
-from smartfrz.control.history import EncodedHistory, Encodes, WeightHistory
+from smartfrz.control.history import WeightHistory
 from smartfrz.control.policy import Policy
 from smartfrz.control.tailoring import tailoring_positions
 from smartfrz.errors import ServerError
@@ -17,11 +17,11 @@ PATIENCE = 2
 
 
 class HistoryFacts(Protocol):
-    """What has to be known of whatever reads weight histories; `PredictorInfo` says it of a predictor file."""
+    """Facts about anything that judges weight histories; `PredictorInfo` has them for a predictor file."""
 
     @property
     def name(self) -> str:
-        """For messages and reports."""
+        """Name for messages and reports."""
         ...
 
     @property
@@ -31,12 +31,12 @@ class HistoryFacts(Protocol):
 
     @property
     def window(self) -> int:
-        """Records that are kept of each layer."""
+        """Number of records that are kept of each layer."""
         ...
 
     @property
     def min_records(self) -> int:
-        """Shortest history that can be judged."""
+        """Length of the shortest history that can be judged."""
         ...
 
     @property
@@ -51,36 +51,36 @@ class HistoryFacts(Protocol):
 
 
 class AsksPredictor(Protocol):
-    """What `LearnedPolicy` needs of a `Predictor`; tests pass scripted ones."""
+    """The part of `Predictor` that `LearnedPolicy` uses."""
 
     @property
     def info(self) -> HistoryFacts:
-        """Facts of the predictor."""
+        """Facts about the predictor."""
         ...
 
     @property
     def sha256(self) -> str:
-        """Which predictor it is."""
+        """SHA-256 that identifies the predictor."""
         ...
 
     def predict(self, history: NDArray[np.float32], lengths: NDArray[np.int64]) -> Any:
-        """Confidence `[layers, 2]` and attention `[layers, window]`; `ServerError` where nobody answers."""
+        """Return confidence `[layers, 2]` and attention `[layers, window]`; raise `ServerError` if no server answers."""
         ...
 
 
 class ReadsPosition(Protocol):
-    """What a predictor offers beyond `AsksPredictor` whose attribute `positional` is true."""
+    """What a predictor whose attribute `positional` is true offers in addition to `AsksPredictor`."""
 
     def predict(self, history: NDArray[np.float32], lengths: NDArray[np.int64], position: NDArray[np.float32]) -> Any:
-        """As `AsksPredictor.predict`; `position`, float32 `[layers]`, is 0 for the first layer and 1 for the last."""
+        """Predict with `position`, float32 `[layers]`: 0 for the first layer in execution order and 1 for the last."""
         ...
 
 
 class LearnedPolicy(Policy):
-    """Records tailored weights, and asks a predictor.
+    """Policy that records tailored weights and asks a predictor about them.
 
     Args:
-        predictor: A loaded predictor, or whatever else judges weight histories.
+        predictor: A loaded predictor, or another object that judges weight histories.
     """
 
     decide_every = RECORDS_PER_STAGE
@@ -94,34 +94,29 @@ class LearnedPolicy(Policy):
 
     @property
     def sha256(self) -> str:
-        """Of the predictor."""
+        """SHA-256 that identifies the predictor."""
         return self.predictor.sha256
 
     def begin(self, adapter: Any, layers: Sequence[str], *, total_steps: int | None, seed: int) -> None:
-        """Choose the positions of the tailored weights, and forget what was recorded."""
+        """Choose the positions of the tailored weights, and start with an empty history."""
         info = self.predictor.info
         self._adapter = adapter
-        everything = adapter.all_layers()  # those that the user froze included
+        everything = adapter.all_layers()  # including layers that the user froze
         self._places = {layer: index / max(1, len(everything) - 1) for index, layer in enumerate(everything)}
         self._positions = {
             layer: tailoring_positions(layer, adapter.num_weights(layer), info.tailored_size, seed=seed)
             for layer in layers
         }
-        self.history: WeightHistory | EncodedHistory = WeightHistory(info.window, info.tailored_size)
-        if getattr(self.predictor, "incremental", False):  # each record is encoded once, not at every stage anew
-            self.history = EncodedHistory(cast(Encodes, self.predictor))
+        self.history = WeightHistory(info.window, info.tailored_size)
 
     def record(self, active: list[str], *, ask: bool) -> None:
         """Read the tailored weights of the active layers."""
         vectors = self._adapter.tailored({layer: self._positions[layer] for layer in active})
-        if isinstance(self.history, EncodedHistory):
-            self.history.record(vectors, ask=ask)
-        else:
-            for layer, vector in vectors.items():
-                self.history.append(layer, vector)
+        for layer, vector in vectors.items():
+            self.history.append(layer, vector)
 
     def excused(self, active: list[str]) -> dict[str, Reason]:
-        """Layers with a short history, or with one that is not finite."""
+        """Return the layers whose history is too short or not finite, with the reason."""
         excused: dict[str, Reason] = {}
         for layer in active:
             if self.history.length(layer) < self.predictor.info.min_records:
@@ -131,9 +126,7 @@ class LearnedPolicy(Policy):
         return excused
 
     def confidence(self, layers: list[str], *, step: int) -> dict[str, float]:
-        """The predictor's answers; none where it is on a server that does not answer."""
-        if isinstance(self.history, EncodedHistory):
-            return self.history.confidence(layers)
+        """Return the predictor's answers; none if it is on a server that does not answer."""
         if not layers:
             return {}
         asked = self.history.windows(layers)
@@ -143,7 +136,7 @@ class LearnedPolicy(Policy):
                 answer = cast(ReadsPosition, self.predictor).predict(*asked, places)
             else:
                 answer = self.predictor.predict(*asked)
-        except ServerError:  # which has been logged; training goes on
+        except ServerError:  # it has been logged; training continues
             return {}
         return dict(zip(layers, answer[0][:, 1].tolist(), strict=True))
 
@@ -152,18 +145,18 @@ class LearnedPolicy(Policy):
         self.history.drop(layer)
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
-        """The history."""
+        """Return the history."""
         return self.history.state_dict()
 
     def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Replace the history.
 
         Raises:
-            ValueError: If an array has another length.
+            ValueError: If an array has a different length.
         """
         self.history.load_state_dict(dict(state))
 
 
 def policy_of(predictor: AsksPredictor | Policy) -> Policy:
-    """The policy itself, or that of a predictor."""
+    """Return the policy itself, or wrap a predictor in a policy."""
     return predictor if isinstance(predictor, Policy) else LearnedPolicy(predictor)

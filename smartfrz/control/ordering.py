@@ -15,13 +15,13 @@ MOST_LOGITS = 1.0
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What one layer costs in one training step, in seconds (or any other unit, the same for all layers).
+    """What one layer costs in one training step, in seconds (or in another unit, the same for all layers).
 
     Attributes:
-        forward: Of the forward pass.
-        input_gradient: Of the gradient with respect to the layer's input. Needed as long as any
+        forward: Cost of the forward pass.
+        input_gradient: Cost of the gradient with respect to the layer's input. Needed as long as any
             layer before it is trained.
-        weight_gradient: Of the gradient with respect to the layer's weights. Needed as long as the
+        weight_gradient: Cost of the gradient with respect to the layer's weights. Needed as long as the
             layer itself is trained.
     """
 
@@ -33,27 +33,27 @@ class LayerCost:
 def backward_cost(
     layers: Sequence[str], stopped: Collection[str], costs: Mapping[str, LayerCost]
 ) -> tuple[float, float, float]:
-    """What one backward pass costs in which the stopped layers are frozen, and what that saves.
+    """Return what a backward pass costs while some layers are frozen, and what that saves.
 
     The pass ends at the first layer that is trained: nothing before it needs a gradient, and its own
     input does not either. Behind it a frozen layer still passes gradients on.
 
     Args:
         layers: All layers in execution order.
-        stopped: The frozen ones.
-        costs: Of each layer.
+        stopped: The frozen layers.
+        costs: What each layer costs.
 
     Returns:
         The cost that remains; what is saved in the frozen prefix, where no gradient is computed (with
         the input gradient of the first trained layer, which the prefix spares); and what is saved
-        behind it, in the interior: weight gradients.
+        behind the prefix, in the interior: weight gradients.
     """
     stopped = set(stopped)
     remaining = prefix = interior = 0.0
     closed = True
     for index, layer in enumerate(layers):
         weight = costs[layer].weight_gradient
-        inside = costs[layer].input_gradient if index else 0.0  # nobody asks for the data's gradient
+        inside = costs[layer].input_gradient if index else 0.0  # the data needs no gradient
         if closed:
             prefix += inside
         else:
@@ -71,9 +71,9 @@ def backward_cost(
 def savings(
     layers: Sequence[str], stopped: Collection[str], costs: Mapping[str, LayerCost], cached: bool = False
 ) -> dict[str, float]:
-    """What each trained layer would save of a backward pass, if it were frozen as the next one.
+    """Return what each trained layer would save of a backward pass if it were frozen next.
 
-    With `cached`, of both passes: the outputs of a frozen prefix are kept, and it does not run forward either.
+    With `cached` the forward pass counts as well: the outputs of a frozen prefix are kept, so it does not run at all.
     """
     stopped = set(stopped)
     live = [index for index, layer in enumerate(layers) if layer not in stopped]
@@ -92,14 +92,14 @@ class Ordering:
     """In which order layers may freeze, and at which confidence.
 
     Attributes:
-        layers: All layers in execution order, those that the user froze included.
+        layers: All layers in execution order, including layers that the user froze.
         threshold: Confidence from which a layer is frozen, in (0, 1].
         order: `free`: wherever the confidence reaches the threshold, as in the paper. `prefix`: as
-            `free`, but front to back only. `cost_aware`: the bar moves with the time that freezing
-            the layer would save now, beside the fair share of a layer: an interior layer saves only
-            its weight gradient and needs more confidence; a live layer that blocks a long frozen
-            prefix saves the input gradients of all of it, and needs less.
-        costs: What each layer costs; needed for `cost_aware`, which is `free` without.
+            `free`, but front to back only. `cost_aware`: the bar depends on the time that freezing
+            the layer would save now, compared with a layer's fair share of a backward pass. An interior
+            layer saves only its weight gradient and needs more confidence; a live layer that blocks a
+            long frozen prefix saves the input gradients of all of it, and needs less.
+        costs: What each layer costs. Without costs `cost_aware` is `free`.
         cached: Whether the outputs of a frozen prefix are kept, so that closing it saves its forward pass, too.
     """
 
@@ -110,7 +110,7 @@ class Ordering:
     cached: bool = False
 
     def bars(self, stopped: Collection[str]) -> dict[str, float]:
-        """The confidence that each layer has to reach while the `stopped` ones are frozen."""
+        """Return the confidence that each layer has to reach while the `stopped` layers are frozen."""
         bars = dict.fromkeys(self.layers, self.threshold)
         if self.order != "cost_aware" or not self.costs or self.threshold >= 1.0:
             return bars
@@ -124,7 +124,7 @@ class Ordering:
         return bars
 
     def may_freeze(self, layer: str, stopped: Collection[str]) -> bool:
-        """Whether the order lets this layer freeze, while `stopped` ones are or will be frozen."""
+        """Return whether the order lets this layer freeze, if the `stopped` layers are or will be frozen."""
         if self.order != "prefix":
             return True
         return all(before in stopped for before in self.layers[: self.layers.index(layer)])

@@ -14,12 +14,12 @@ from smartfrz.control.ordering import FreezeOrder
 class Policy:
     """Judges at every freezing stage how ready each layer is to be frozen. The learned predictor is one.
 
-    This one knows nothing, and freezes nothing; others derive from it. What is frozen follows from their
-    confidences by `decide`, for every policy alike. A policy object holds settings; each run works on a copy
+    This base class is never confident, and so freezes nothing; policies derive from it. `decide` turns the confidences
+    of every policy into decisions in the same way. A policy object holds settings; each run works on a copy
     of it, which starts with `begin`.
 
-    Where several processes train together, all of them call everything but `confidence`, in the same
-    order; that one is called on the first process alone, and must change nothing.
+    Where several processes train together, all of them call every method in the same order, except
+    `confidence`: only the first process calls it, so it must change nothing.
 
     Attributes:
         name: For messages and reports.
@@ -29,7 +29,7 @@ class Policy:
         decide_every: Records between two freezing stages.
         patience: Freezing stages in a row at which a layer must be confident.
         freeze_order: See `Ordering`.
-        scales_learning_rates: Whether `lr_scales` has anything to say; the adapter needs `set_lr_scale`.
+        scales_learning_rates: Whether the policy uses `lr_scales`; the adapter then needs `set_lr_scale`.
         reads_gradients: Whether the adapter needs `gradient_norm`.
     """
 
@@ -43,16 +43,16 @@ class Policy:
     reads_gradients = False
 
     def settings(self) -> dict[str, Any]:
-        """What tells this policy from others of its class: plain data."""
+        """Return the settings that distinguish this policy from others of its class: plain data."""
         return {}
 
     @property
     def sha256(self) -> str:
-        """Which policy it is, with its settings: a saved run goes on with the same one only."""
+        """Digest of the policy and its settings. A saved run only continues with an equal one."""
         return hashlib.sha256(json.dumps([self.name, self.settings()], sort_keys=True).encode()).hexdigest()
 
     def record_every(self, total_steps: int | None) -> int | None:
-        """Steps between two records in a run of this length; None if it does not follow from that.
+        """Return the steps between two records in a run of this length; None if it does not follow from that.
 
         Raises:
             ValueError: If the policy cannot judge a run of unknown length.
@@ -62,46 +62,46 @@ class Policy:
         return max(1, round(total_steps * self.record_fraction))
 
     def begin(self, adapter: Any, layers: Sequence[str], *, total_steps: int | None, seed: int) -> None:
-        """Begin a run: set up all that changes in it. Nothing is changed in the model.
+        """Begin a run: set up everything that changes during it. The model stays as it is.
 
         Args:
             adapter: The model, as its framework's adapter shows it.
-            layers: Those that may be frozen, in execution order.
+            layers: The layers that may be frozen, in execution order.
             total_steps: Optimizer steps of the whole run, if known.
-            seed: Of the run.
+            seed: Seed of the run.
 
         Raises:
             UnsupportedModelError: If the adapter does not offer what the policy needs.
         """
 
     def record(self, active: list[str], *, ask: bool) -> None:
-        """Look at the active layers; `ask` says that a freezing stage follows."""
+        """Record the active layers. `ask` is true if a freezing stage follows."""
 
     def excused(self, active: list[str]) -> dict[str, Reason]:
-        """Layers that cannot be judged at this stage, with the reason."""
+        """Return the layers that cannot be judged at this stage, with the reason."""
         return {}
 
     def confidence(self, layers: list[str], *, step: int) -> dict[str, float]:
-        """How sure it is that freezing is right, in [0, 1], for active layers that are not excused.
+        """Return the confidence, in [0, 1], that freezing is right, for active layers that are not excused.
 
-        A layer that is left out is kept, for want of an answer.
+        A layer without a confidence is kept, with the reason `no_answer`.
 
         Args:
-            layers: Their names, in execution order.
+            layers: Names of these layers, in execution order.
             step: Optimizer steps taken so far.
         """
         return dict.fromkeys(layers, 0.0)
 
     def lr_scales(self, active: list[str], *, step: int) -> dict[str, float]:
-        """The factor on the learning rate of each of these layers in the step after this one; 1 where none is named."""
+        """Return factors on the learning rates of layers for the next step; a layer without one keeps its rate."""
         return {}
 
     def drop(self, layer: str) -> None:
-        """Forget a layer that was frozen."""
+        """Forget a layer that froze."""
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
-        """What it has recorded, as one array a layer."""
+        """Return what was recorded, one array for each layer."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Replace what it has recorded by what `state_dict` returned."""
+        """Replace what was recorded by what `state_dict` returned."""

@@ -1,4 +1,4 @@
-"""What SmartFRZ did in a run."""
+"""`Report`: what SmartFRZ did in a run; the same for every framework."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,16 +11,16 @@ from smartfrz.control.ordering import LayerCost, backward_cost
 
 
 class ReportedLayer(Protocol):
-    """What a report needs to know of a layer."""
+    """What a report needs to know about a layer."""
 
     @property
     def name(self) -> str:
-        """Its name."""
+        """Name of the layer."""
         ...
 
     @property
     def forward_flops(self) -> int:
-        """Floating point operations of its forward pass."""
+        """Floating point operations of the layer's forward pass."""
         ...
 
 
@@ -33,26 +33,23 @@ class CacheUse:
         reason: Why nothing is kept.
         hits: Samples whose prefix was not run.
         misses: Samples that were computed since the cache began.
-        advanced: Samples that were computed from what was kept at an earlier cut.
-        memory_bytes: Of memory in use.
-        disk_bytes: Of disk in use.
-        seconds_saved: Forward passes of prefixes that were not run, less what the cache itself cost.
+        memory_bytes: Memory in use.
+        disk_bytes: Disk space in use.
+        seconds_saved: Time of the prefixes that were not run, minus what the cache itself cost.
     """
 
     cut: str | None = None
     reason: str | None = None
     hits: int = 0
     misses: int = 0
-    advanced: int = 0
     memory_bytes: int = 0
     disk_bytes: int = 0
     seconds_saved: float = 0.0
 
     def __str__(self) -> str:
         state = f"keeps the inputs of {self.cut!r}" if self.cut is not None else f"is not in use: {self.reason}"
-        moved = f"{self.advanced} advanced, " if self.advanced else ""
         return (
-            f"The activation cache {state}. {self.hits} samples read, {moved}{self.misses} computed; "
+            f"The activation cache {state}. {self.hits} samples read, {self.misses} computed; "
             f"{self.memory_bytes / 1e6:.1f} MB of memory and {self.disk_bytes / 1e6:.1f} MB of disk; "
             f"{self.seconds_saved:.1f} s of forward passes saved, its own cost deducted."
         )
@@ -64,23 +61,23 @@ class Report:
 
     Attributes:
         layers: Every layer, in execution order.
-        frozen: Layer name to the step at which it froze (in a dry run: would have); without those
+        frozen: Layer name to the step at which it froze (in a dry run: would have), without layers
             that were thawed since.
         user_frozen: Layers that the user had frozen before.
         changes: (step, `freeze`, `would_freeze` or `thaw`, layer), oldest first.
         num_steps: Optimizer steps so far.
-        seconds: From the first to the latest `freezer.step()`.
-        decision_seconds: Part of that spent recording, deciding and freezing.
+        seconds: Time from the first to the latest `freezer.step()`.
+        decision_seconds: The part of `seconds` spent recording, deciding and freezing.
         dry_run: Whether nothing was really frozen.
         reentrant: Whether the model uses reentrant gradient checkpointing, under which gradients
             must pass through the frozen prefix too.
-        compiler: What compiles the model: `torch.compile`, or Keras its training function.
-        num_compilations: Of that, in this process since SmartFRZ was made.
-        compile_seconds: That they took.
-        num_recompilations: The part of them that came after layers first froze.
-        recompile_seconds: That those took.
-        per_example: Whether the layers' FLOPs are those of one example instead of one batch.
-        cache: What the activation cache did, if there is one.
+        compiler: What compiles the model: `torch.compile`, or Keras, which compiles its training function.
+        num_compilations: Number of compilations in this process since SmartFRZ was made.
+        compile_seconds: Time that they took.
+        num_recompilations: Number of compilations after layers first froze.
+        recompile_seconds: Time that these took.
+        per_example: Whether the layers' FLOPs are counted for one example instead of one batch.
+        cache: What the activation cache did; None without a cache.
     """
 
     layers: Sequence[ReportedLayer] = field(default_factory=list)
@@ -109,14 +106,14 @@ class Report:
         seconds: float,
         **others: Any,
     ) -> "Report":
-        """The report of a run under a controller.
+        """Make the report of a run.
 
         Args:
-            controller: Of the run.
+            controller: The controller of the run.
             layers: Every layer, in execution order.
-            trained: Names of those that the user did not freeze.
-            seconds: From the first to the latest step.
-            **others: What the adapter alone knows, as named in the attributes.
+            trained: Names of the layers that the user did not freeze.
+            seconds: Time from the first to the latest step.
+            **others: What only the adapter knows, as named in the attributes.
         """
         return cls(
             layers=layers,
@@ -132,7 +129,7 @@ class Report:
 
     @cached_property
     def _savings(self) -> tuple[int, int, int]:
-        """Backward FLOPs without freezing, saved in the prefix, saved in the interior; over the run.
+        """Backward FLOPs of the run: without freezing, saved in the prefix, and saved in the interior.
 
         A weight gradient costs as much as the forward pass; so does an input gradient.
         """
@@ -140,7 +137,7 @@ class Report:
         costs = {}
         for layer in self.layers:
             flops = layer.forward_flops
-            # what the user froze is not our saving
+            # What the user froze is no saving of SmartFRZ.
             costs[layer.name] = LayerCost(flops, flops, 0 if layer.name in self.user_frozen else flops)
         full = backward_cost(names, self.user_frozen, costs)
         marks = sorted({step for step, _, _ in self.changes})
@@ -156,7 +153,7 @@ class Report:
         return round(self.num_steps * full[0]), round(prefix), round(interior)
 
     def _stopped(self, step: int) -> set[str]:
-        """What is frozen right after this step."""
+        """Return the layers that are frozen right after this step."""
         stopped = set(self.user_frozen)
         for when, action, layer in self.changes:
             if when <= step:
@@ -164,7 +161,10 @@ class Report:
         return stopped
 
     def frozen_spans(self) -> dict[str, list[tuple[int, int]]]:
-        """From which step to which each layer was frozen (in a dry run: would have been); by the user: throughout."""
+        """Return the spans (first step, last step) in which each layer was frozen (in a dry run: would have been).
+
+        Layers that the user froze are frozen throughout.
+        """
         spans = {layer: [(0, self.num_steps)] for layer in self.user_frozen}
         since: dict[str, int] = {}
         for step, action, layer in self.changes:
@@ -178,7 +178,7 @@ class Report:
 
     @property
     def backward_flops(self) -> int:
-        """Of the layers over the whole run so far, without freezing, estimated from the first batch."""
+        """Backward FLOPs of all layers in the run so far, had nothing been frozen; estimated from the first batch."""
         return self._savings[0]
 
     @property
@@ -197,13 +197,13 @@ class Report:
         return self._savings[2]
 
     def scalars(self) -> dict[str, float]:
-        """What joins the logs of a training framework: how many layers are frozen, and the share of backward saved."""
+        """Return the number of frozen layers and the share of backward saved, for the logs of a framework."""
         saved = self.backward_flops_saved / max(self.backward_flops, 1)  # in a dry run: what would have been saved
         frozen = 0 if self.dry_run else len(self.frozen)
         return {"smartfrz/frozen_layers": float(frozen), "smartfrz/backward_saved": round(saved, 4)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for a log."""
+        """Return plain data, for a log."""
         return {
             "num_layers": len(self.layers),
             "frozen": dict(self.frozen),
@@ -237,7 +237,7 @@ class Report:
             lines.append(f"{len(self.user_frozen)} layers were frozen before.")
         if stopped:
             lines.append(
-                f"The frozen prefix is {prefix} layers long; {len(stopped) - prefix} frozen layers lie behind it."
+                f"The frozen prefix is {prefix} layers long; {len(stopped) - prefix} frozen layers are behind it."
             )
         groups: dict[tuple[int, bool], list[str]] = {}
         for step, action, layer in self.changes:

@@ -1,11 +1,12 @@
-"""Layer tailoring: one layer's weights, of any number, to `tailored_size` sampled values.
+"""Layer tailoring: sampling `tailored_size` values from the weights of one layer.
 
 The positions are drawn once per layer and stay the same for a whole run, so that one entry of a
-tailored vector follows one weight through training. They depend on the run seed, the layer's name
-and its number of weights alone: every rank of a distributed run and every restart draws the same.
+tailored vector follows one weight through training. They depend only on the run seed, the layer's name
+and its number of weights: every rank of a distributed run and every restart draws the same positions.
 """
 
 import hashlib
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,10 +30,10 @@ def tailoring_positions(layer: str, num_weights: int, tailored_size: int, *, see
 
     Source:
         Paper, section 3.2, "Layer Tailoring", which samples at random. Departure: large layers are
-        sampled in `tailored_size` strata of equal width, but for rounding, one random position in
-        each. That is a sample without replacement (uniform where the width is a whole number),
+        sampled in `tailored_size` strata of equal width (up to rounding), with one random position in
+        each. This samples without replacement (uniformly where the width is a whole number),
         needs no permutation of all weights, and covers all output channels. The paper does not say
-        how layers smaller than the tailored size are read.
+        how layers smaller than the tailored size are sampled.
 
     Example:
         >>> tailoring_positions("conv1", 100, 5, seed=0).shape
@@ -70,3 +71,22 @@ def tailor(weights: NDArray[np.floating], positions: NDArray[np.int64]) -> NDArr
         array([0., 5.], dtype=float32)
     """
     return np.ascontiguousarray(weights).reshape(-1)[positions].astype(np.float32)
+
+
+def split_positions(positions: NDArray[np.int64], sizes: Iterable[int]) -> list[NDArray[np.int64]]:
+    """Translate positions in the joined weights of a layer to positions in each of its tensors.
+
+    Args:
+        positions: Positions in the layer's flattened weights, ascending, int64 `[n]`.
+        sizes: Number of weights of each tensor, in the order in which they are joined.
+
+    Returns:
+        For each tensor, the positions inside of it; together `n`.
+
+    Example:
+        >>> [part.tolist() for part in split_positions(np.array([0, 3, 4, 9]), [4, 2, 4])]
+        [[0, 3], [0], [3]]
+    """
+    starts = np.cumsum([0, *sizes])[:-1]
+    parts = np.split(positions, np.searchsorted(positions, starts[1:]))
+    return [part - start for part, start in zip(parts, starts, strict=True)]

@@ -13,30 +13,26 @@ from smartfrz.dataset_builder.storage import RecordedRun
 from smartfrz.files import replacing
 from smartfrz.predictor.contract import PredictorInfo
 from smartfrz.predictor.runtime import Predictor
-from smartfrz.predictor.training.export import export
-from smartfrz.predictor.training.fit import (
-    LabelledRun,
-    Quality,
-    Scores,
-    TrainingOptions,
-    calibrate,
-    fit,
-    quality,
-    score,
-    split,
-    weight_change,
-)
-from smartfrz.predictor.training.judging import (
+from smartfrz.predictor.training.baselines import (
     Baselines,
     Judged,
     Regression,
-    Reliability,
-    can_hold_out,
-    leave_one_out,
-    reliability_table,
+    score_weight_change,
     weight_change_confidence,
 )
+from smartfrz.predictor.training.cross_validation import Group, can_hold_out, leave_one_out
+from smartfrz.predictor.training.export import export
+from smartfrz.predictor.training.fit import fit
+from smartfrz.predictor.training.judging import (
+    Quality,
+    Reliability,
+    calibrate,
+    measure_quality,
+    reliability_table,
+    score,
+)
 from smartfrz.predictor.training.model import FreezePredictor
+from smartfrz.predictor.training.runs import LabelledRun, Scores, TrainingOptions, split
 
 Progress = Callable[[float, str], None]
 
@@ -209,7 +205,7 @@ def _part(progress: Progress, start: float, share: float, prefix: str = "") -> P
 
 
 def _hold_out(runs: Sequence[LabelledRun], options: TrainingOptions, progress: Progress) -> HeldOut:
-    kinds = ["architecture"]
+    kinds: list[Group] = ["architecture"]
     if can_hold_out([run.dataset for run in runs]):
         kinds.append("dataset")
     part = 1 / len(kinds)
@@ -230,11 +226,11 @@ def _fit(runs: Sequence[LabelledRun], plan: Plan, progress: Progress) -> _Fitted
 def _judge(fitted: _Fitted, plan: Plan) -> dict[str, Quality]:
     """Judge the predictor, the baselines and the base on the runs to validate on."""
     options, runs = plan.options, fitted.validation
-    judged = {"predictor": quality(score(fitted.model, runs, options), runs, fitted.threshold, options)}
+    judged = {"predictor": measure_quality(score(fitted.model, runs, options), runs, fitted.threshold, options)}
     judged |= {method: one.quality for method, one in fitted.baselines.judge(runs, runs, options).items()}
     if plan.base:
         before = score(plan.base.network, runs, options)
-        judged[plan.base.info.name] = quality(before, runs, plan.base.info.threshold, options)
+        judged[plan.base.info.name] = measure_quality(before, runs, plan.base.info.threshold, options)
     return judged
 
 
@@ -299,7 +295,9 @@ def evaluate_predictor(predictor: Predictor, runs: Sequence[LabelledRun]) -> str
     known: dict[str, list[Reliability]] = {}
     for run in runs:
         judged = {
-            method: Judged(quality(scores, [run], threshold, options), Reliability.of(confidence, [run], options))
+            method: Judged(
+                measure_quality(scores, [run], threshold, options), Reliability.of(confidence, [run], options)
+            )
             for method, (scores, confidence, threshold) in _answers(predictor, [run], options).items()
         }
         results[run.name + seen.get(run.name, " (held out)")] = {m: one.quality for m, one in judged.items()}
@@ -332,7 +330,7 @@ def _answers(
     """Return scores, confidences and threshold of a predictor and of the baselines in its file."""
     metrics, threshold = predictor.info.metrics, predictor.info.metrics.get("weight_change_threshold", 2.0)
     own = score(predictor, runs, options)
-    change = weight_change(runs, options), weight_change_confidence(runs, options, threshold)
+    change = score_weight_change(runs, options), weight_change_confidence(runs, options, threshold)
     answers = {"predictor": (own, own, predictor.info.threshold), "weight_change": (*change, threshold)}
     if "logistic_regression" in metrics:  # older files have none
         fitted = metrics["logistic_regression"]

@@ -7,8 +7,9 @@ import numpy as np
 
 from smartfrz.dataset_builder.storage import RecordedRun
 from smartfrz.predictor.contract import PredictorInfo
-from smartfrz.predictor.training.fit import Quality, TrainingOptions
-from smartfrz.predictor.training.judging import Judged, Reliability, reliability_table
+from smartfrz.predictor.training.baselines import Judged
+from smartfrz.predictor.training.judging import Quality, Reliability, reliability_table
+from smartfrz.predictor.training.runs import TrainingOptions
 
 HeldOut = dict[str, dict[str, dict[str, list[Judged]]]]  # kind, group held out, method: one judgement per seed
 _COLUMNS = ("AUC", "pooled AUC", "accuracy", "precision", "recall", "ready", "right freezes", "time frozen")
@@ -79,8 +80,8 @@ def write_card(
         *quality_table({", ".join(info.metrics["validated_on"]): validation}, "runs"),
         "",
         "`ready`: share of labels that say freeze. A layer freezes at the second freezing stage in a row at which it "
-        "reaches the threshold. `right freezes`: share of these freezes that were right. `time frozen`: share of all layers' "
-        "training that comes after them.",
+        "reaches the threshold. `right freezes`: share of these freezes that were right. `time frozen`: share of all "
+        "layers' training that comes after them.",
         "",
         "## Recordings",
         "",
@@ -112,8 +113,8 @@ def _never_seen(group: str, by_seed: dict[str, dict[str, list[Judged]]]) -> list
         "Figures are means over seeds and runs; pooled AUC is over the windows of all its runs together. The baseline, "
         "weight change, is the relative change over the last 3 records, with the threshold that was most accurate on the "
         "training runs; calibrated, its threshold is chosen like the predictor's. Schedule is a logistic regression on "
-        "what a schedule from front to back knows: the progress of the run and the position of the layer. Logistic regression also reads the "
-        "change over 1, 3, 10 and all records of the same history, their ratios and slope.",
+        "what a schedule from front to back knows: the progress of the run and the position of the layer. "
+        "Logistic regression also reads the change over 1, 3, 10 and all records of the same history, their ratios and slope.",
         "",
         *quality_table(groups | {"mean": means}, "held out"),
         "",

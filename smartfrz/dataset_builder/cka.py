@@ -48,6 +48,17 @@ def cka_of_grams(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
 
     Raises:
         ValueError: If the shapes differ.
+
+    Source:
+        Paper, Eq. 5, after Kornblith et al. 2019 (arXiv 1905.00414). Two departures: features are
+        centered, which Kornblith's definition needs and Eq. 5 omits; and it is computed from Gram
+        matrices, <X X^T, Y Y^T> / (|X X^T| |Y Y^T|), equal to Eq. 5 and cheaper when a layer has
+        more features than there are examples.
+
+    Example:
+        >>> x = np.random.default_rng(0).normal(size=(8, 3))
+        >>> round(cka_of_grams(centered_gram(x), centered_gram(2 * x + 1)), 6)
+        1.0
     """
     if x.shape != y.shape:
         raise ValueError(
@@ -59,30 +70,3 @@ def cka_of_grams(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     if not np.isfinite(norms) or norms <= 0:
         return float("nan")
     return float(np.clip(np.vdot(x, y) / norms, 0.0, 1.0))
-
-
-def linear_cka(x: ArrayLike, y: ArrayLike) -> float:
-    """Linear CKA of two layers' features.
-
-    Args:
-        x: Features of one layer on the probe batch, `[num_examples, ...]`.
-        y: Features of the other layer on the same examples; its other dimensions may differ.
-
-    Returns:
-        Similarity in [0, 1], 1 for equal up to rotation and scale; NaN where it is undefined.
-
-    Raises:
-        ValueError: If the numbers of examples differ or are below 4.
-
-    Source:
-        Paper, Eq. 5, after Kornblith et al. 2019 (arXiv 1905.00414). Two departures: features are
-        centered, which Kornblith's definition needs and Eq. 5 omits; and it is computed from Gram
-        matrices, <X X^T, Y Y^T> / (|X X^T| |Y Y^T|), equal to Eq. 5 and cheaper when a layer has
-        more features than there are examples.
-
-    Example:
-        >>> x = np.random.default_rng(0).normal(size=(8, 3))
-        >>> round(linear_cka(x, 2 * x + 1), 6)
-        1.0
-    """
-    return cka_of_grams(centered_gram(x), centered_gram(y))

@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from click.core import ParameterSource
@@ -47,7 +47,7 @@ class TrainingArguments:
     records: int
     window: int
     tailored_size: int
-    optimizer: str
+    optimizer: Literal["adamw", "sgd"]
     learning_rate: float
     epochs: int
     precision: float

@@ -17,9 +17,9 @@ from smartfrz.dataset_builder.storage import read_run, run_files
 from smartfrz.errors import RecipeError
 from smartfrz.predictor.contract import PredictorInfo
 from smartfrz.predictor.runtime import Predictor
+from smartfrz.predictor.training.cross_validation import can_hold_out
 from smartfrz.predictor.training.export import restore
-from smartfrz.predictor.training.fit import TrainingOptions
-from smartfrz.predictor.training.judging import can_hold_out
+from smartfrz.predictor.training.runs import TrainingOptions
 
 _FORMAT = ("window", "tailored_size", "representation", "records")  # a base's file can be read in no other way
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.data import Dataset, default_collate
 
-from smartfrz.adapters.torch.layers import Layer, layer_outputs
+from smartfrz.adapters.torch.layers import Layer, collect_outputs
 from smartfrz.dataset_builder.cka import centered_gram
 from smartfrz.training import forward
 
@@ -25,7 +25,7 @@ def layer_grams(model: nn.Module, layers: list[Layer], probe: Any) -> Grams:
     behind the weights, by hundreds of steps where their momentum is small, and CKA would measure
     that lag. The model's mode and statistics are as before afterwards.
     """
-    with _probing(model), layer_outputs(model, layers) as outputs, torch.no_grad():
+    with _probing(model), collect_outputs(model, layers) as outputs, torch.no_grad():
         num_examples = len(forward(model, probe))
     return {name: gram(output.float().numpy(), num_examples) for name, output in outputs.items()}
 

@@ -1,31 +1,18 @@
-"""The predictor file: names, shapes and metadata of the ONNX graph that everybody relies on.
+"""The predictor file: names, shapes and metadata of the ONNX graph.
 
     in   history     float32 [layers, window, tailored_size]   oldest first, the last row is now
     in   lengths     int64   [layers]                          how many of the last rows are real
+    in   position    float32 [layers]                          optional, and only if `POSITIONAL`: where in the network
+                                                               the layer is; see `check_position`
     out  confidence  float32 [layers, 2]                       keep training, freeze (Eq. 4)
     out  attention   float32 [layers, window]                  alpha of Eq. 2, zero on padding
 
-`layers` and `window` are dynamic. Every normalisation is inside the graph: callers feed plain
-sampled weights.
+`layers` and `window` are dynamic. The graph does all normalisation, so callers pass plain sampled weights.
+docs/format.md describes the file for readers in other languages.
 
-A predictor whose encodings of past records never change (`INCREMENTAL`) can also be fed only what is
-new. Its graph has four tensors more; a caller that leaves the two inputs out need not know of them:
-
-    in   past_keys, past_values   float32 [layers, past, 64]   of the records before; none by default
-    out  keys, values             float32 [layers, new, 64]    of the records in `history`
-
-docs/format.md says what is fed when.
-
-A predictor that also looks at where in the network a layer stands (`POSITIONAL`) has one input more; again a caller that
-leaves it out need not know of it:
-
-    in   position    float32 [layers]   0 for the first layer in execution order, 1 for the last; -1, the default: unknown
-
-The facts about a predictor are metadata properties of the file, all strings, whose names start with
-`smartfrz.`; `PredictorInfo` lists them.
-
-`smartfrz.sha256` is the SHA-256 of the whole file with those 64 characters set to `0`, so that a
-damaged or altered file is noticed without any second file.
+The facts about a predictor are metadata properties of the file, strings whose names start with `smartfrz.`;
+`PredictorInfo` lists them. `smartfrz.sha256` is the SHA-256 of the whole file with those 64 characters set to `0`,
+so that a damaged or altered file can be noticed without a second file.
 """
 
 import hashlib
@@ -44,12 +31,9 @@ from smartfrz.errors import PredictorFileError
 FORMAT_VERSION = 1
 HISTORY, LENGTHS, CONFIDENCE, ATTENTION = "history", "lengths", "confidence", "attention"
 POSITION = "position"
-PAST_KEYS, PAST_VALUES, KEYS, VALUES = "past_keys", "past_values", "keys", "values"
-ENCODING_SIZE = 64
 PREFIX = "smartfrz."
-REPRESENTATIONS = ("raw", "displacement", "log_displacement", "sorted_displacement", "motion", "steps", "trajectory")
-INCREMENTAL = ("raw", "steps")  # the encoding of a record does not depend on later ones
-POSITIONAL = ("trajectory",)  # also reads where in the network a layer stands
+REPRESENTATIONS = ("raw", "trajectory")
+POSITIONAL = ("trajectory",)  # representations whose graphs have the input `position`
 UNKNOWN_POSITION = -1.0
 _NO_HASH = b"0" * 64
 _HASH = re.compile(rb"smartfrz\.sha256\x12\x40([0-9a-f]{64})")
@@ -57,19 +41,19 @@ _HASH = re.compile(rb"smartfrz\.sha256\x12\x40([0-9a-f]{64})")
 
 @dataclass(frozen=True)
 class PredictorInfo:
-    """What a predictor file says of itself.
+    """Facts about a predictor, from the metadata of its file.
 
     Attributes:
-        name: For example `smartfrz-base`.
+        name: Name of the predictor, for example `smartfrz-base`.
         tailored_size: Length of a tailored vector.
-        window: Timestamps that the predictor was trained to read; shorter histories are masked.
-        representation: What the graph makes of the weights first; one of `REPRESENTATIONS`.
+        window: Number of timestamps that the predictor was trained to read; shorter histories are masked.
+        representation: First transformation of the weights in the graph; one of `REPRESENTATIONS`.
         threshold: Confidence from which a layer is frozen, in (0, 1).
-        record_fraction: Fraction of a run between two records: one over the records per run.
-        dataset_sha256: Of the recordings it was trained on.
+        record_fraction: Fraction of a run between two records: one over the number of records per run.
+        dataset_sha256: SHA-256 of the recordings that it was trained on.
         license: SPDX identifier.
         metrics: Held-out results and the label rule, as JSON.
-        min_records: Shortest history that it was trained to decide on.
+        min_records: Length of the shortest history that it was trained to judge.
     """
 
     name: str
@@ -84,7 +68,7 @@ class PredictorInfo:
     min_records: int = 4
 
     def to_metadata(self) -> dict[str, str]:
-        """As metadata properties, the format version and an empty checksum included."""
+        """Return the metadata properties, including the format version and an empty checksum."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         values["metrics"] = json.dumps(self.metrics, sort_keys=True)
         values |= {"format_version": FORMAT_VERSION, "sha256": _NO_HASH.decode()}
@@ -95,7 +79,7 @@ class PredictorInfo:
         """Read and check the metadata properties of `file`.
 
         Raises:
-            PredictorFileError: If one is missing or out of range, or the format version is not read here.
+            PredictorFileError: If one is missing or out of range, or the format version is not supported.
         """
         version = metadata.get(PREFIX + "format_version")
         if version is None:
@@ -143,14 +127,15 @@ class PredictorInfo:
 
 
 def check_position(position: NDArray[np.float32], info: PredictorInfo) -> None:
-    """Whether a predictor reads positions, and these can be some; how many there have to be is not looked at.
+    """Check that a predictor reads positions, and that these values are positions. Their number is not checked.
 
     Args:
-        position: As in `Predictor.predict`, float32 `[layers]`.
-        info: Of the predictor.
+        position: Place of each layer in execution order, float32 `[layers]`: 0 for the first layer of the network, 1 for
+            the last, -1 where it is not known.
+        info: Facts about the predictor.
 
     Raises:
-        ValueError: If not.
+        ValueError: If the predictor reads no position, or a value is out of range.
     """
     if info.representation not in POSITIONAL:
         raise ValueError(
@@ -166,7 +151,7 @@ def check_position(position: NDArray[np.float32], info: PredictorInfo) -> None:
 
 
 def seal(content: bytes) -> bytes:
-    """Write the checksum into a serialised predictor whose checksum is still empty.
+    """Write the checksum into a serialised predictor and return the result; any checksum in it is replaced.
 
     Raises:
         ValueError: If the content has no checksum property, or more than one.
@@ -176,10 +161,10 @@ def seal(content: bytes) -> bytes:
 
 
 def check_seal(content: bytes, file: str) -> str:
-    """The file's checksum, after comparing it with the content.
+    """Compare the checksum in a file with its content, and return it.
 
     Raises:
-        PredictorFileError: If the content has no checksum, or another one.
+        PredictorFileError: If the content has no checksum, or a different one.
     """
     try:
         blank, recorded = _blank(content)

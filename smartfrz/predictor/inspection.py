@@ -1,16 +1,16 @@
-"""What an ONNX file asks for, read from its bytes before ONNX Runtime sees them.
+"""Check of an ONNX file's bytes before ONNX Runtime loads them.
 
-ONNX Runtime follows external data to other files (or, with a tag of its own, to memory) when it makes a session. A
-predictor needs none of that. The check needs no onnx package: it walks the protobuf messages that can hold tensors
-and operators, and skips the rest.
+When ONNX Runtime opens a session it reads external data from other files or, with a tag of its own, from memory. A
+predictor needs neither. The check does without the onnx package: it walks the protobuf messages that can contain
+tensors and operators, and skips everything else.
 """
 
 from collections.abc import Iterator
 
 from smartfrz.errors import PredictorFileError
 
-MAX_FILE_SIZE = 256 * 2**20  # bytes; the usual predictor has 4 MiB
-_MAX_FIELDS = 1_000_000  # smartfrz-base has 4,190; a file of nothing but empty nodes shall not take minutes
+MAX_FILE_SIZE = 256 * 2**20  # bytes; smartfrz-base has 1 MiB
+_MAX_FIELDS = 1_000_000  # smartfrz-base has 2,186; without a limit a file of empty nodes takes minutes
 # Message -> field number -> message, from onnx.proto. A test compares them with the onnx package.
 MESSAGES: dict[str, dict[int, str]] = {
     "ModelProto": {7: "GraphProto", 20: "TrainingInfoProto", 25: "FunctionProto"},
@@ -31,22 +31,22 @@ MESSAGES: dict[str, dict[int, str]] = {
 }
 EXTERNAL_DATA = ("TensorProto", 13)
 NODE_DOMAIN, FUNCTION_DOMAIN = ("NodeProto", 7), ("FunctionProto", 10)
-_DOMAINS = {"", "ai.onnx", "com.microsoft"}  # what every onnxruntime has built in
+_DOMAINS = {"", "ai.onnx", "com.microsoft"}  # domains that every build of onnxruntime contains
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 def check_onnx(content: bytes, file: str) -> None:
-    """Refuse what a predictor never needs: data in other files, and operators that have to be installed.
+    """Refuse files with data in other files, or with operators that have to be installed: a predictor needs neither.
 
     Args:
         content: The whole file.
-        file: Its name, for the message.
+        file: Name of the file, for the message.
 
     Raises:
-        PredictorFileError: If there is any of it, or the content is no protobuf message.
+        PredictorFileError: If the file has either, or is no protobuf message.
     """
     used: set[str] = set()
-    defined = set(_DOMAINS)  # and those of functions that the file brings along
+    defined = set(_DOMAINS)  # and the domains of functions that the file itself defines
     view = memoryview(content)
     try:
         for place, value in _fields(view):
@@ -60,7 +60,9 @@ def check_onnx(content: bytes, file: str) -> None:
             elif place == FUNCTION_DOMAIN:
                 defined.add(_text(view[value.start : value.stop]))
     except (IndexError, ValueError) as error:
-        raise PredictorFileError(f"{file!r} is no ONNX file, or is damaged ({error}). Copy the file again.") from error
+        raise PredictorFileError(
+            f"{file!r} is not an ONNX file, or is damaged ({error}). Copy the file again."
+        ) from error
     if custom := sorted(used - defined):
         raise PredictorFileError(
             f"{file!r} uses custom operators of {', '.join(map(repr, custom))}; expected operators that every onnxruntime "
@@ -73,7 +75,7 @@ def _text(value: memoryview) -> str:
 
 
 def _fields(view: memoryview) -> Iterator[tuple[tuple[str, int], range]]:
-    """Message, field number and place of every field of bytes, with those of nested messages."""
+    """Yield (message, field number) and byte range of every length-delimited field, nested messages included."""
     waiting = [("ModelProto", 0, len(view))]
     visited = 0
     while waiting:
@@ -90,7 +92,7 @@ def _fields(view: memoryview) -> Iterator[tuple[tuple[str, int], range]]:
                 length, position = _varint(view, position)
                 start, position = position, position + length
                 if position > end:
-                    raise ValueError(f"field {number} of {message} ends behind its message")
+                    raise ValueError(f"field {number} of {message} extends beyond its message")
                 yield (message, number), range(start, position)
                 if number in MESSAGES[message]:
                     waiting.append((MESSAGES[message][number], start, position))
@@ -101,7 +103,7 @@ def _fields(view: memoryview) -> Iterator[tuple[tuple[str, int], range]]:
             else:
                 raise ValueError(f"wire type {kind}")
         if position != end:
-            raise ValueError(f"{message} ends within a field")
+            raise ValueError(f"{message} ends inside a field")
 
 
 def _varint(view: memoryview, position: int) -> tuple[int, int]:

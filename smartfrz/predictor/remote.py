@@ -1,13 +1,21 @@
-"""A predictor on a server: asked over the Open Inference Protocol, with the standard library alone."""
+"""A predictor that runs on a server, queried over the Open Inference Protocol with the standard library alone.
 
+It has a small retry loop of its own. urllib3's `Retry` does not pause before the first retry, draws its jitter from the
+random state that training uses, and has no deadline for all attempts. urllib3's pool logs a warning for each failed attempt.
+"""
+
+import contextlib
 import http.client
 import json
 import logging
 import math
 import random
 import re
+import socket
 import ssl
+import threading
 import time
+from concurrent.futures import Future
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -22,37 +30,37 @@ logger = logging.getLogger("smartfrz")
 TIMEOUT = 10.0
 RETRIES = 2
 HEADER_LENGTH = "Inference-Header-Content-Length"
-_LAYERS_PER_REQUEST = 64  # of a server that does not say how many it takes
+_LAYERS_PER_REQUEST = 64
 _FIRST_PAUSE = 0.2
 _MAX_ANSWER = 4 * 2**20
-_AGAIN = (408, 429, 500, 502, 503, 504)  # answers after which another attempt may help
+_RETRY_STATUSES = (408, 429, 500, 502, 503, 504)
 
 
-class _NotNow(Exception):
-    """An attempt failed, and another one may not."""
+class _AttemptFailed(Exception):
+    """An attempt failed in a way that may not happen again."""
 
 
 class RemotePredictor:
-    """Asks a server that `smartfrz serve` or another server of the protocol runs.
+    """A client of `smartfrz serve`, or of another server that speaks the protocol.
 
-    It knows of the predictor what the server's metadata say when it is made. The server is asked at
-    each freezing stage, over a new connection, about at most so many layers at once as it takes.
+    It reads the facts about the predictor from the server's metadata when it is created. Each freezing stage opens a new
+    connection, and asks about no more layers at once than the server accepts.
 
     Args:
-        url: `http://host:port/NAME`; a prefix of the path, as in `https://host/predictors/NAME`, and
-            the protocol's own `/v2/models/NAME` will do as well.
-        timeout: Seconds that a freezing stage waits at most for the answer, all attempts together.
-        retries: Further attempts where one fails that may succeed later, with growing pauses. While
-            the server is known to be away, there are none: a stage costs one attempt.
+        url: `http://host:port/NAME`. The path may have a prefix, as in `https://host/predictors/NAME`, or be the
+            protocol's own `/v2/models/NAME`.
+        timeout: Seconds that a freezing stage waits for the answer, all attempts and the whole of each answer included.
+        retries: Number of further attempts after a failure that may be temporary, with growing pauses between them.
+            While the server is known to be down there are none: each stage costs one attempt.
 
     Attributes:
-        url: As given, without `/v2/models`.
-        info: Facts of the predictor.
-        sha256: Which predictor it is.
-        positional: Whether the server passes on where in the network a layer stands, and the predictor reads it.
+        url: The given address without `/v2/models`.
+        info: Facts about the predictor.
+        sha256: Checksum that identifies the predictor.
+        positional: True if the predictor reads the positions of layers and the server accepts them.
 
     Raises:
-        ServerError: If the server cannot be reached, or does not have a predictor of that name.
+        ServerError: If the server cannot be reached, or has no predictor of that name.
     """
 
     def __init__(self, url: str, *, timeout: float = TIMEOUT, retries: int = RETRIES):
@@ -63,7 +71,7 @@ class RemotePredictor:
         parts = urlsplit(url)
         prefix, _, name = parts.path.rstrip("/").rpartition("/")
         if parts.scheme not in ("http", "https") or not parts.hostname or not name:
-            raise ServerError(f"{url!r} is no address of a predictor on a server; expected http://host:port/NAME.")
+            raise ServerError(f"{url!r} is not the address of a predictor on a server; expected http://host:port/NAME.")
         prefix = prefix.removesuffix("/v2/models")
         self.url = f"{parts.scheme}://{parts.netloc}{prefix}/{name}"
         self._secure = parts.scheme == "https"
@@ -71,12 +79,12 @@ class RemotePredictor:
         self._path = f"{prefix}/v2/models/{quote(name, safe='%')}"
         self._timeout = timeout
         self._retries = retries
-        self._away = False
-        self._random = random.Random()  # not the one that training draws from
-        self._learn(self._object(self._ask("GET", self._path)[0]))
+        self._down = False
+        self._random = random.Random()  # training draws from the global one
+        self._read_metadata(self._parse_object(self._ask("GET", self._path)[0]))
 
-    def _learn(self, described: dict[str, Any]) -> None:
-        """Take over what the server says of its predictor."""
+    def _read_metadata(self, described: dict[str, Any]) -> None:
+        """Check and keep what the server says about its predictor."""
         properties = described.get("properties")
         if not isinstance(properties, dict) or not all(isinstance(value, str) for value in properties.values()):
             raise ServerError(
@@ -86,44 +94,46 @@ class RemotePredictor:
         try:
             self.info = PredictorInfo.from_metadata(properties, self.url)
             self.sha256 = properties[PREFIX + "sha256"]
-            most = int(properties.get(PREFIX + "max_layers", _LAYERS_PER_REQUEST))
+            max_layers = int(properties.get(PREFIX + "max_layers", _LAYERS_PER_REQUEST))
         except (PredictorFileError, KeyError, ValueError) as error:
-            raise ServerError(f"{self.url} does not describe a predictor that is read here: {error}") from error
-        if not re.fullmatch("(?!0{64})[0-9a-f]{64}", self.sha256) or most < 1:
-            raise ServerError(f"{self.url} has a checksum or a number of layers that cannot be. Update the server.")
+            raise ServerError(f"{self.url} does not describe a predictor that this version can use: {error}") from error
+        if not re.fullmatch("(?!0{64})[0-9a-f]{64}", self.sha256) or max_layers < 1:
+            raise ServerError(
+                f"{self.url} reports the checksum {self.sha256[:80]!r} and max_layers {max_layers}; expected 64 hexadecimal "
+                "digits, not all zero, and a positive number. Update the server."
+            )
         inputs = described.get("inputs")
         names = [given.get("name") for given in inputs if isinstance(given, dict)] if isinstance(inputs, list) else []
         self.positional = POSITION in names
-        self._layers_per_request = min(most, _LAYERS_PER_REQUEST)
+        self._layers_per_request = min(max_layers, _LAYERS_PER_REQUEST)
 
     def predict(
         self, history: NDArray[np.float32], lengths: NDArray[np.int64], position: NDArray[np.float32] | None = None
     ) -> Prediction:
-        """As `Predictor.predict`, from the server.
+        """Return the server's answer to the question that `Predictor.predict` answers.
 
         Raises:
-            ServerError: If there is no answer in time, or none that can be used. The first time in a row
-                it is logged as well.
+            ServerError: If there is no usable answer in time. The first of several failures in a row is also logged.
         """
         until = time.monotonic() + self._timeout
         answers = []
         try:
             for start in range(0, len(history), self._layers_per_request):
                 part = slice(start, start + self._layers_per_request)
-                place = None if position is None else position[part]
-                answers.append(self._predict(history[part], lengths[part], place, until))
+                positions = None if position is None else position[part]
+                answers.append(self._predict(history[part], lengths[part], positions, until))
         except ServerError as error:
-            if not self._away:
+            if not self._down:
                 logger.warning(
-                    "%s Training goes on, and nothing freezes until there is an answer: the server is asked again at "
-                    "each freezing stage.",
+                    "%s Training goes on, and nothing freezes until the server answers: it is asked again at each "
+                    "freezing stage.",
                     error,
                 )
-            self._away = True
+            self._down = True
             raise
-        if self._away:
+        if self._down:
             logger.info("%s answers again.", self.url)
-            self._away = False
+            self._down = False
         return Prediction(*(np.concatenate(arrays) for arrays in zip(*answers, strict=True)))
 
     def _predict(
@@ -155,17 +165,17 @@ class RemotePredictor:
         body = text + b"".join(array.tobytes() for _, array in tensors.values())
         headers = {HEADER_LENGTH: str(len(text)), "Content-Type": "application/octet-stream"}
         answer, length = self._ask("POST", f"{self._path}/infer", body, headers, until)
-        return self._prediction(answer, length, history.shape[:2])
+        return self._read_prediction(answer, length, history.shape[:2])
 
-    def _prediction(self, body: bytes, length: str | None, shape: tuple[int, ...]) -> Prediction:
-        """The arrays in an answer."""
+    def _read_prediction(self, body: bytes, length: str | None, shape: tuple[int, ...]) -> Prediction:
+        """Read the arrays in an answer and check them."""
         end = int(length) if length and length.isdecimal() else len(body)
-        answer = self._object(body[:end])
+        answer = self._parse_object(body[:end])
         parameters, outputs = answer.get("parameters"), answer.get("outputs")
         sha256 = parameters.get(PREFIX + "sha256") if isinstance(parameters, dict) else None
         if sha256 not in (None, self.sha256):
             raise ServerError(
-                f"{self.url} answers with another predictor than when this run began. Start the run anew."
+                f"{self.url} answers with another predictor than when this run began. Restart the run, or serve the old one."
             )
         arrays, start = {}, end
         for output in outputs if isinstance(outputs, list) else ():
@@ -187,12 +197,12 @@ class RemotePredictor:
             )
         return Prediction(arrays[CONFIDENCE], arrays[ATTENTION])
 
-    def _object(self, text: bytes) -> dict[str, Any]:
+    def _parse_object(self, text: bytes) -> dict[str, Any]:
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ServerError(
-                f"{self.url} does not answer with JSON ({error}); is it a server of predictors?"
+                f"{self.url} does not answer with JSON ({error}). Check that a predictor is served there."
             ) from error
         if not isinstance(value, dict):
             raise ServerError(f"{self.url} answers with {type(value).__name__}; expected an object.")
@@ -206,58 +216,78 @@ class RemotePredictor:
         headers: dict[str, str] | None = None,
         until: float | None = None,
     ) -> tuple[bytes, str | None]:
-        """The body of the answer, and how much of it is JSON, if the rest is not."""
+        """Return the body of the answer and the header that gives the length of its JSON, if there is one."""
         until = time.monotonic() + self._timeout if until is None else until
         attempt = 0
         while True:
             try:
                 return self._attempt(method, path, body, headers or {}, until)
-            except _NotNow as error:
-                # Jobs that were turned away together shall not come back together.
+            except _AttemptFailed as error:
+                # Random, so that jobs that were turned away together do not come back together.
                 pause = _FIRST_PAUSE * 2**attempt * self._random.uniform(0.5, 1.5)
                 attempt += 1
-                if self._away or attempt > self._retries or time.monotonic() + pause >= until:
+                if self._down or attempt > self._retries or time.monotonic() + pause >= until:
                     raise ServerError(f"{self.url} does not answer ({error}).") from error
                 time.sleep(pause)
 
     def _attempt(
         self, method: str, path: str, body: bytes | None, headers: dict[str, str], until: float
     ) -> tuple[bytes, str | None]:
-        host, port = self._address
+        late = f"not within {self._timeout:g} s"
         left = until - time.monotonic()
         if left <= 0:
-            raise _NotNow(f"not within {self._timeout:g} s")
-        connection: http.client.HTTPConnection
-        if self._secure:
-            connection = http.client.HTTPSConnection(host, port, timeout=left, context=ssl.create_default_context())
-        else:
-            connection = http.client.HTTPConnection(host, port, timeout=left)
-        try:
-            connection.request(method, path, body, headers)
-            response = connection.getresponse()
-            content = self._content(response, until)
-        except (OSError, http.client.HTTPException) as error:
-            raise _NotNow(f"{type(error).__name__}: {error}") from error
-        finally:
-            connection.close()
-        if response.status == 200:
-            return content, response.headers.get(HEADER_LENGTH)
-        said = content[:300].decode(errors="replace")
-        if response.status in _AGAIN:
-            raise _NotNow(f"status {response.status}: {said}")
-        raise ServerError(f"{self.url} refuses, with status {response.status}: {said}")
+            raise _AttemptFailed(late)
+        connection = self._open(left)
+        answer: Future[tuple[int, str | None, bytes]] = Future()
 
-    def _content(self, response: http.client.HTTPResponse, until: float) -> bytes:
+        def exchange() -> None:
+            try:
+                connection.request(method, path, body, headers)
+                with connection.getresponse() as response:
+                    content = self._read_content(response, until)
+                answer.set_result((response.status, response.headers.get(HEADER_LENGTH), content))
+            except BaseException as error:  # raised again by answer.result()
+                answer.set_exception(error)
+            finally:
+                connection.close()
+
+        # In a thread, since a socket's timeout starts again with each byte, so that a server could drip headers for ever.
+        threading.Thread(target=exchange, name="smartfrz-remote", daemon=True).start()
+        try:
+            status, length, content = answer.result(left)
+        except (OSError, http.client.HTTPException) as error:  # TimeoutError is an OSError
+            _hang_up(connection)
+            raise _AttemptFailed(f"{type(error).__name__}: {error}" if str(error) else late) from error
+        if status == 200:
+            return content, length
+        message = content[:300].decode(errors="replace")
+        if status in _RETRY_STATUSES:
+            raise _AttemptFailed(f"status {status}: {message}")
+        raise ServerError(f"{self.url} refuses, with status {status}: {message}")
+
+    def _open(self, timeout: float) -> http.client.HTTPConnection:
+        host, port = self._address
+        if self._secure:
+            return http.client.HTTPSConnection(host, port, timeout=timeout, context=ssl.create_default_context())
+        return http.client.HTTPConnection(host, port, timeout=timeout)
+
+    def _read_content(self, response: http.client.HTTPResponse, until: float) -> bytes:
         content = bytearray()
         while piece := response.read1(65536):
             content += piece
             if len(content) > _MAX_ANSWER:
                 raise ServerError(f"{self.url} answers with more than {_MAX_ANSWER >> 20} MiB; expected a few KiB.")
             if time.monotonic() > until:
-                raise _NotNow(f"not within {self._timeout:g} s")
-        if response.length:  # it said that there would be more
-            raise _NotNow("the answer breaks off")
+                raise TimeoutError
+        if response.length:  # bytes that were announced and did not come
+            raise http.client.IncompleteRead(bytes(content), response.length)
         return bytes(content)
 
     def __repr__(self) -> str:
         return f"RemotePredictor({self.url!r}, {self.info.name!r}, threshold={self.info.threshold:.3g})"
+
+
+def _hang_up(connection: http.client.HTTPConnection) -> None:
+    """Wake the thread that still reads from the connection; it closes it."""
+    with contextlib.suppress(OSError, AttributeError):  # there is no socket before it connects and after it has ended
+        connection.sock.shutdown(socket.SHUT_RDWR)

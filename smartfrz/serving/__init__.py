@@ -1,4 +1,4 @@
-"""Decisions over the network: predictors on the Open Inference Protocol, REST and gRPC (docs/serving.md).
+"""Predictors served over the network with the Open Inference Protocol, REST and gRPC (docs/serving.md).
 
-Imported by `smartfrz serve` only. kserve gives the protocol; asking is `smartfrz.predictor.runtime`.
+Only `smartfrz serve` imports it. kserve implements the protocol; `smartfrz.predictor.remote` is the client.
 """

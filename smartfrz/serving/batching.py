@@ -1,7 +1,6 @@
-"""Requests of several jobs that wait at the same time are run as one."""
+"""Runs the requests of several jobs that wait at the same time as one batch."""
 
 import asyncio
-import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -15,16 +14,16 @@ from numpy.typing import NDArray
 from smartfrz.predictor.contract import UNKNOWN_POSITION
 from smartfrz.predictor.runtime import Prediction
 
-MAX_WAIT_SECONDS = 60.0  # a client has given up by then, and asks again: do not work through what nobody reads
+MAX_WAIT_SECONDS = 60.0  # by then a client has given up and asked again
 
 
 class Predicts(Protocol):
-    """What a batcher needs of a `Predictor`."""
+    """The part of a `Predictor` that a batcher needs."""
 
     def predict(
         self, history: NDArray[np.float32], lengths: NDArray[np.int64], position: NDArray[np.float32] | None = None
     ) -> Prediction:
-        """Confidence and attention."""
+        """Return confidence and attention."""
         ...
 
 
@@ -41,6 +40,10 @@ class _Question:
     arrived: float = field(default_factory=time.monotonic)
 
     @property
+    def num_layers(self) -> int:
+        return self.history.shape[0]
+
+    @property
     def window(self) -> int:
         return self.history.shape[1]
 
@@ -48,17 +51,16 @@ class _Question:
 class Batcher:
     """Asks a predictor about the layers of several requests at once.
 
-    While a run goes on, requests gather, and the next run takes them together: the more jobs ask, the
-    larger the runs. Windows of different lengths are left-padded to the longest one, which the
-    `lengths` tell the predictor; only windows of which none is more than twice as long as another are
-    run together, since padding costs as much as records do.
+    Requests gather while a run is going on, and the next run takes them together: the more jobs ask, the larger the runs.
+    Shorter windows are padded on the left, which `lengths` tells the predictor. Padding costs as much as records do, so
+    windows of which one is more than twice as long as another are not run together.
 
     Args:
-        predictor: Asked from threads, perhaps from several at once.
-        max_batch: Layers in a run. A request of more is a run of its own.
+        predictor: The predictor; it is called from threads, perhaps several at once.
+        max_batch: Maximum number of layers in a run. A larger request is a run of its own.
         max_delay: Seconds that a request waits for others if nothing else keeps it waiting.
-        threads: Runs at the same time.
-        on_run: Told how many requests and how many layers each run has.
+        threads: Number of runs at the same time.
+        on_run: Called with the numbers of requests and layers of each run.
     """
 
     def __init__(
@@ -81,16 +83,16 @@ class Batcher:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that no run has taken yet."""
+        """Number of requests that no run has taken yet."""
         return len(self._waiting)
 
     async def ask(
         self, history: NDArray[np.float32], lengths: NDArray[np.int64], position: NDArray[np.float32] | None = None
     ) -> Prediction:
-        """As `Predictor.predict`; the arguments must have been checked.
+        """Return the answer of `Predictor.predict` to arguments that have been checked.
 
         Raises:
-            Overloaded: If it waited for more than `MAX_WAIT_SECONDS`.
+            Overloaded: If the request waited for more than `MAX_WAIT_SECONDS`.
         """
         question = _Question(history, lengths, position, asyncio.get_running_loop().create_future())
         async with self._arrival:
@@ -99,7 +101,7 @@ class Batcher:
         return await question.answer
 
     async def close(self) -> None:
-        """Stop. What still waits is not answered."""
+        """Stop, and cancel the requests that still wait."""
         for worker in self._workers:
             worker.cancel()
         await asyncio.gather(*self._workers, return_exceptions=True)
@@ -110,11 +112,11 @@ class Batcher:
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            batch = await self._next()
-            self._on_run(len(batch), sum(len(question.history) for question in batch))
+            batch = await self._next_batch()
+            self._on_run(len(batch), _count_layers(batch))
             try:
                 answers = await loop.run_in_executor(self._pool, self._run, batch)
-            except Exception as error:  # whoever asked is told
+            except Exception as error:  # raised again where each request is awaited
                 for question in batch:
                     if not question.answer.done():
                         question.answer.set_exception(error)
@@ -123,63 +125,66 @@ class Batcher:
                 if not question.answer.done():
                     question.answer.set_result(answer)
 
-    async def _next(self) -> list[_Question]:
-        """The requests of the next run: the oldest one, and those that fit to it."""
+    async def _next_batch(self) -> list[_Question]:
+        """Wait for a request, and for `max_delay` for others that fit to it."""
         async with self._arrival:
             batch: list[_Question] = []
             while not batch:
                 await self._arrival.wait_for(lambda: self._waiting)
-                self._take(batch)
+                self._move_fitting(batch)
             until = batch[0].arrived + self._max_delay
-            while (left := until - time.monotonic()) > 0 and self._room(batch):
+            while (left := until - time.monotonic()) > 0 and _count_layers(batch) < self._max_batch:
                 try:
                     await asyncio.wait_for(self._arrival.wait(), left)
                 except TimeoutError:
                     break
-                self._take(batch)
+                self._move_fitting(batch)
             return batch
 
-    def _room(self, batch: Sequence[_Question]) -> int:
-        return self._max_batch - sum(len(question.history) for question in batch)
-
-    def _take(self, batch: list[_Question]) -> None:
-        """Move to the batch, in the order of arrival, what waits and fits."""
-        left: deque[_Question] = deque()
-        room = self._room(batch)
-        windows = [question.window for question in batch]
+    def _move_fitting(self, batch: list[_Question]) -> None:
+        """Move the waiting requests that fit into the batch, in the order of their arrival."""
         oldest = time.monotonic() - MAX_WAIT_SECONDS
+        left: deque[_Question] = deque()
         for question in self._waiting:
-            together = [*windows, question.window]
-            if question.answer.done():  # whoever asked has gone
+            if question.answer.done():  # the client has gone
                 continue
             if question.arrived < oldest:
-                question.answer.set_exception(Overloaded())
-            elif not batch or (len(question.history) <= room and max(together) <= 2 * min(together)):
+                question.answer.set_exception(
+                    Overloaded(f"The request waited for more than {MAX_WAIT_SECONDS:.0f} seconds. Try again later.")
+                )
+            elif not batch or self._fits(question, batch):
                 batch.append(question)
-                windows = together
-                room -= len(question.history)
             else:
                 left.append(question)
         self._waiting = left
 
+    def _fits(self, question: _Question, batch: Sequence[_Question]) -> bool:
+        windows = [other.window for other in (*batch, question)]
+        return _count_layers((*batch, question)) <= self._max_batch and max(windows) <= 2 * min(windows)
+
     def _run(self, batch: Sequence[_Question]) -> list[Prediction]:
         if len(batch) == 1:
             return [self._predictor.predict(batch[0].history, batch[0].lengths, batch[0].position)]
-        longest = max(question.window for question in batch)
-        num_layers = sum(len(question.history) for question in batch)
-        history = np.zeros((num_layers, longest, batch[0].history.shape[2]), np.float32)
-        ends = itertools.accumulate(len(question.history) for question in batch)
-        parts = [slice(end - len(question.history), end) for question, end in zip(batch, ends, strict=True)]
-        for question, part in zip(batch, parts, strict=True):
-            history[part, longest - question.window :] = question.history
-        position = None
-        if any(question.position is not None for question in batch):
-            position = np.full(num_layers, UNKNOWN_POSITION, np.float32)
-            for question, part in zip(batch, parts, strict=True):
-                position[part] = UNKNOWN_POSITION if question.position is None else question.position
+        window = max(question.window for question in batch)
+        ends = np.cumsum([question.num_layers for question in batch])
+        history = np.zeros((ends[-1], window, batch[0].history.shape[2]), np.float32)
+        for question, end in zip(batch, ends, strict=True):
+            history[end - question.num_layers : end, window - question.window :] = question.history
         lengths = np.concatenate([question.lengths for question in batch])
-        answer = self._predictor.predict(history, lengths, position)
+        answer = self._predictor.predict(history, lengths, _join_positions(batch))
+        confidence, attention = (np.split(array, ends[:-1]) for array in answer)
         return [
-            Prediction(answer.confidence[part], answer.attention[part, longest - question.window :])
-            for question, part in zip(batch, parts, strict=True)
+            Prediction(c, a[:, window - question.window :])
+            for question, c, a in zip(batch, confidence, attention, strict=True)
         ]
+
+
+def _count_layers(batch: Sequence[_Question]) -> int:
+    return sum(question.num_layers for question in batch)
+
+
+def _join_positions(batch: Sequence[_Question]) -> NDArray[np.float32] | None:
+    if all(question.position is None for question in batch):
+        return None
+    unknown = [np.full(question.num_layers, UNKNOWN_POSITION, np.float32) for question in batch]
+    return np.concatenate([u if q.position is None else q.position for q, u in zip(batch, unknown, strict=True)])

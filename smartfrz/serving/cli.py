@@ -1,4 +1,4 @@
-"""`smartfrz serve`."""
+"""The command `smartfrz serve`."""
 
 import asyncio
 import contextlib
@@ -18,22 +18,24 @@ from smartfrz.serving.options import ServeOptions
 
 @click.command()
 @click.argument("names", nargs=-1, required=True, metavar="[AS=]NAME...")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0 for all.")
-@click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="REST; 0 for any.")
-@click.option("--grpc-port", default=8081, show_default=True, type=click.IntRange(0, 65535), help="gRPC; 0 for any.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
+@click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="Port of REST; 0 for any.")
+@click.option(
+    "--grpc-port", default=8081, show_default=True, type=click.IntRange(0, 65535), help="Port of gRPC; 0 for any."
+)
 @click.option(
     "--max-batch",
     default=256,
     show_default=True,
     type=click.IntRange(1, 65536),
-    help="Layers that are run together, and that one request may ask about.",
+    help="Maximum number of layers in a run, and in a request.",
 )
 @click.option(
     "--max-delay-ms",
     default=2.0,
     show_default=True,
     type=click.FloatRange(0, 1000),
-    help="How long a request waits for others to be run with.",
+    help="How long a request waits for others to run with.",
 )
 @click.option(
     "--max-request-bytes",
@@ -54,7 +56,7 @@ from smartfrz.serving.options import ServeOptions
     default=os.cpu_count() or 1,
     show_default="CPUs",
     type=click.IntRange(1, 256),
-    help="Batches that are run at once.",
+    help="Batches that run at the same time.",
 )
 @click.option(
     "--grace-seconds",
@@ -64,33 +66,33 @@ from smartfrz.serving.options import ServeOptions
     help="How long requests in flight may take after SIGTERM.",
 )
 def serve(names: tuple[str, ...], **options: Any) -> None:
-    """Serve decisions on the Open Inference Protocol, REST and gRPC.
+    """Serve decisions over the Open Inference Protocol, REST and gRPC.
 
-    NAME is a name of the zoo, the path of a file, or an address; it is served under the name in its file, or as AS.
-    Nothing is encrypted and nobody is asked who they are: put a proxy in front of it where others can reach it.
+    NAME is a name in the zoo, the path of a file, or an address; the predictor is served under the name in its file, or
+    as AS. There is no encryption and no authentication: use a proxy where others can reach the server.
     """
     if importlib.util.find_spec("kserve") is None:
         raise click.ClickException('Serving needs kserve. Type: pip install "smartfrz[serve,cpu]"')
     chosen = ServeOptions(**options)
-    predictors = _predictors(names, chosen)
-    with _no_arguments():
+    predictors = _load_predictors(names, chosen)
+    with _hide_arguments():
         from smartfrz.serving.server import serve as run
 
-    def tell(port: int, grpc_port: int) -> None:
+    def announce(port: int, grpc_port: int) -> None:
         for name, predictor in predictors.items():
-            click.echo(f'{predictor}: predictor="http://{_shown(chosen.host)}:{port}/{name}"')
-        click.echo(f"REST and /metrics: http://{_shown(chosen.host)}:{port}")
-        click.echo(f"gRPC: {_shown(chosen.host)}:{grpc_port}")
+            click.echo(f'{predictor}: predictor="http://{_in_url(chosen.host)}:{port}/{name}"')
+        click.echo(f"REST and /metrics: http://{_in_url(chosen.host)}:{port}")
+        click.echo(f"gRPC: {_in_url(chosen.host)}:{grpc_port}")
 
     try:
-        asyncio.run(run(predictors, chosen, tell))
+        asyncio.run(run(predictors, chosen, announce))
     except OSError as error:
         raise click.ClickException(f"{error}.") from error
 
 
 @contextlib.contextmanager
-def _no_arguments() -> Iterator[None]:
-    """While kserve is imported: it parses the command line then, for options of its own."""
+def _hide_arguments() -> Iterator[None]:
+    """Hide the command line from kserve, which parses it for its own options when it is imported."""
     given, sys.argv = sys.argv, sys.argv[:1]
     try:
         yield
@@ -98,17 +100,17 @@ def _no_arguments() -> Iterator[None]:
         sys.argv = given
 
 
-def _predictors(names: tuple[str, ...], options: ServeOptions) -> dict[str, Predictor]:
+def _load_predictors(names: tuple[str, ...], options: ServeOptions) -> dict[str, Predictor]:
     predictors: dict[str, Predictor] = {}
     for text in names:
         alias, _, name = text.partition("=") if re.match(r"[\w.-]+=", text) else ("", "", text)
         predictor = zoo.load(name, device=options.provider)
         if not isinstance(predictor, Predictor):
-            raise click.BadParameter(f"{name!r} is a server; expected a predictor.", param_hint="NAME")
+            raise click.BadParameter(f"{name!r} is a server; expected a predictor. Pass its file.", param_hint="NAME")
         served = alias or predictor.info.name
         if not re.fullmatch(r"[\w.-]+", served):
             raise click.BadParameter(
-                f"{served!r} cannot stand in an address; expected letters, digits, '.', '_' and '-'. Type AS={name}.",
+                f"{served!r} cannot be part of an address; expected letters, digits, '.', '_' and '-'. Type AS={name}.",
                 param_hint="NAME",
             )
         if served in predictors:
@@ -120,5 +122,5 @@ def _predictors(names: tuple[str, ...], options: ServeOptions) -> dict[str, Pred
     return predictors
 
 
-def _shown(host: str) -> str:
+def _in_url(host: str) -> str:
     return f"[{host}]" if ":" in host else host

@@ -13,8 +13,8 @@ else:
     # Before the rest: the modules below need what an old Keras does not have.
     from smartfrz.adapters.keras import versions as _versions
 
-    _needed = _versions.private_attributes(_keras.backend.backend())
-    _versions.check_version(_keras.__version__, _versions.absent_attributes(_needed))
+    _needed = _versions.list_private_attributes(_keras.backend.backend())
+    _versions.check_version(_keras.__version__, _versions.find_absent_attributes(_needed))
 
 from smartfrz.adapters.keras.callback import SmartFRZ as SmartFRZ
 from smartfrz.adapters.keras.freezing import KerasAdapter as KerasAdapter

@@ -1,5 +1,6 @@
-"""Freezing layers of a Keras model in the middle of `fit`. The traps of Keras and of its backends live here."""
+"""Freezes layers of a Keras model in the middle of `fit`, around the traps of Keras and its backends."""
 
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -9,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smartfrz.adapters.keras.layers import Layer, find_variable, from_torch_positions, named_layers, torch_axes
+from smartfrz.control.norms import compute_old_share, compute_recent_statistics
+from smartfrz.control.tailoring import split_positions
 from smartfrz.errors import UnsupportedModelError, UsageError
 
 _ADAPTER = "_smartfrz_adapter"
@@ -17,7 +20,7 @@ _ADAPTER = "_smartfrz_adapter"
 class KerasAdapter:
     """Reads, freezes and unfreezes the layers of one model.
 
-    Call `freeze` and `unfreeze` between two training steps; inside of `fit` from a callback.
+    Call `freeze` and `unfreeze` between two training steps, which inside of `fit` means from a callback.
 
     Args:
         model: The model, compiled and built.
@@ -41,7 +44,7 @@ class KerasAdapter:
         self._variables = {x.name: [find_variable(self._named, n) for n in x.parameters] for x in layers}
         # A partly frozen layer is frozen in its trainable part, and unfrozen in that part only.
         self._trainable = {name: [v for v in vs if v.trainable] for name, vs in self._variables.items()}
-        # Only layers without layers inside: the setter of a container would freeze all that it holds.
+        # Only layers without layers inside: the setter of a container would freeze everything that it holds.
         self._members = {
             x.name: [
                 member
@@ -54,7 +57,7 @@ class KerasAdapter:
         for layer in layers:
             trained = {id(v) for v in self._trainable[layer.name]}
             matrices = [(n, find_variable(self._named, n)) for n in layer.weights]
-            # It is judged by what is trained: what the user froze does not move, and would pass for converged.
+            # It is judged by what is trained: what the user froze does not move, and would look converged.
             judged = [(n, v) for n, v in matrices if id(v) in trained] or matrices
             self._read[layer.name] = [
                 (v, torch_axes(self._named[n.rpartition(":")[0]], len(v.shape))) for n, v in judged
@@ -71,28 +74,28 @@ class KerasAdapter:
         self._frozen: set[str] = set()
         self._watched: dict[str, NDArray[np.float32]] = {}
         self._lists: list[_OptimizerLists] = []
-        self.num_batches = 0  # of training so far; who trains counts them, since Keras does not
+        self._num_batches = 0
         self._snapshots: dict[str, tuple[NDArray[np.float64], NDArray[np.float64], int]] = {}
 
     def layers(self) -> list[str]:
-        """Names of the layers that the user did not freeze, in execution order."""
+        """Return the names of the layers that the user did not freeze, in execution order."""
         return [name for name in self._layers if self._trainable[name]]
 
     def all_layers(self) -> list[str]:
-        """Names of all layers, those that the user froze included, in execution order."""
+        """Return the names of all layers in execution order, even if the user froze them."""
         return list(self._layers)
 
     def num_weights(self, layer: str) -> int:
-        """How many weights the layer has."""
+        """Return the number of weights that the layer is judged by."""
         return sum(int(np.prod(v.shape)) for v, _ in self._read[layer])
 
     def weights(self, layer: str, indices: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The layer's flattened weights at `indices`, as a copy.
+        """Return a copy of the layer's flattened weights at `indices`.
 
         Args:
             layer: Name of the layer.
-            indices: Positions in the layer's weights, flattened in PyTorch's order of axes, int64
-                `[n]`, ascending. Pass the same array at every call: its translation is then kept.
+            indices: Positions in the layer's weights, flattened in PyTorch's order of axes, int64 `[n]`, ascending. Pass
+                the same array at every call, so that it is translated only once.
 
         Returns:
             float32 `[n]`, whatever the dtype of the weights.
@@ -100,11 +103,11 @@ class KerasAdapter:
         return self.tailored({layer: indices})[layer]
 
     def tailored(self, positions: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[np.float32]]:
-        """As `weights`, of several layers at once: a GPU is waited for once, not for every layer."""
+        """Return what `weights` does for several layers, and wait for the GPU only once."""
         return self._gather({layer: self._split(layer, indices) for layer, indices in positions.items()})
 
     def _gather(self, parts: Mapping[str, list[tuple[Any, Any]]]) -> dict[str, NDArray[np.float32]]:
-        """The values of variables at positions, for each layer."""
+        """Return the values of variables at positions, for each layer."""
         self.sync()
         picked = [
             keras.ops.cast(keras.ops.take(keras.ops.reshape(keras.ops.stop_gradient(v.value), (-1,)), where), "float32")
@@ -117,15 +120,14 @@ class KerasAdapter:
         return dict(zip(parts, np.split(joined, ends[:-1]), strict=True))
 
     def _split(self, layer: str, indices: NDArray[np.int64]) -> list[tuple[Any, Any]]:
-        """Each of the layer's variables, with the positions in it."""
+        """Return each of the layer's variables with the positions in it."""
         known, parts = self._parts.get(layer, (None, []))
         if known is indices:
             return parts
-        parts, start = [], 0
-        for variable, axes in self._read[layer]:
-            size = int(np.prod(variable.shape))
-            inside = indices[(indices >= start) & (indices < start + size)] - start
-            start += size
+        read = self._read[layer]
+        positions = split_positions(indices, [math.prod(variable.shape) for variable, _ in read])
+        parts = []
+        for (variable, axes), inside in zip(read, positions, strict=True):
             if len(inside):
                 where = from_torch_positions(inside, tuple(variable.shape), axes)
                 parts.append((variable, keras.ops.convert_to_tensor(where.astype(np.int32))))
@@ -133,16 +135,15 @@ class KerasAdapter:
         return parts
 
     def sync(self) -> None:
-        """Have the model's variables hold their values.
+        """Write current values to the model's variables.
 
-        On JAX the values are in `fit` during an epoch: reading a variable raises "'NoneType' object
-        is not callable".
+        On JAX, `fit` holds the values during an epoch, and reading a variable raises "'NoneType' object is not callable".
         """
         if keras.backend.backend() == "jax":
             self._model.jax_state_sync()
 
     def freeze(self, layers: list[str]) -> None:
-        """Stop training these layers: from the next step on their weights and statistics stay bit-identical."""
+        """Stop training these layers. From the next step on their weights and statistics stay bit-identical."""
         new = [layer for layer in layers if layer not in self._frozen]
         if not new:
             return
@@ -154,18 +155,18 @@ class KerasAdapter:
         self._watched |= self._gather({layer: self._pieces(layer) for layer in new})
 
     def unfreeze(self, layers: list[str]) -> None:
-        """Train these layers again. Their momenta are those of the moment at which they froze."""
+        """Train these layers again, with the momenta that they had when they froze."""
         old = [layer for layer in layers if layer in self._frozen]
         if old:
             self._switch(old, True)
         for layer in old:
             self._watched.pop(layer, None)
 
-    def moved(self) -> list[str]:
-        """Layers that have moved since they were frozen. Each is looked at once, at the first call after `freeze`.
+    def find_moved(self) -> list[str]:
+        """Return the frozen layers that have moved. Each is checked once, in the first call after `freeze`.
 
-        They should not, and Keras' own training step does not touch them. One of the user's may do,
-        if it keeps its own list of variables; it would be taken for frozen and be trained.
+        Keras' own training step does not touch them. A training step of the user's might, if it has its own list of
+        variables: the layers would then count as frozen, and be trained.
         """
         if not self._watched:
             return []
@@ -174,27 +175,27 @@ class KerasAdapter:
         return [layer for layer, values in then.items() if values.tobytes() != now[layer].tobytes()]
 
     def _pieces(self, layer: str) -> list[tuple[Any, Any]]:
-        """Some values of everything that must not move while the layer is frozen: weights and statistics."""
+        """Return positions in everything that must not move while the layer is frozen: weights and statistics."""
         norms = [self._named[name] for name in dict.fromkeys(self._layers[layer].norms)]
         statistics = [v for norm in norms for v in (norm.moving_mean, norm.moving_variance)]
         watched = self._variables[layer] + statistics + [wrapper.vector_u for wrapper in self._spectral[layer]]
-        return [(v, _spread(int(np.prod(v.shape)))) for v in watched if 0 not in v.shape]
+        return [(v, _spread_positions(int(np.prod(v.shape)))) for v in watched if 0 not in v.shape]
 
     def frozen_layers(self) -> list[str]:
-        """What `freeze` has frozen."""
+        """Return the names of the layers that `freeze` has frozen."""
         return [layer for layer in self._layers if layer in self._frozen]
 
-    def trained_by(self, optimizer: Any) -> bool:
-        """Whether this is the optimizer for which the layers were frozen."""
+    def is_trained_by(self, optimizer: Any) -> bool:
+        """Return whether the layers were frozen for this optimizer."""
         return any(lists.belongs_to(optimizer) for lists in self._lists)
 
     def set_flags(self, layers: Iterable[str], trainable: bool) -> None:
-        """Set `trainable` of layers and variables, without telling `fit`; see `SmartFRZ.thawed`."""
+        """Set `trainable` of layers and variables, without `fit` noticing; see `SmartFRZ.thawed`."""
         for layer in layers:
             for member in self._members[layer]:
-                # A batch norm goes to inference mode by this flag alone. Without it its statistics go on moving.
+                # This flag alone puts a batch norm into inference mode. Without it, its statistics go on moving.
                 member.trainable = trainable
-            for variable in self._variables[layer]:  # the setter above thaws all that a layer owns
+            for variable in self._variables[layer]:  # the setter above thaws everything that a layer owns
                 variable.trainable = trainable and any(variable is v for v in self._trainable[layer])
             for wrapper in self._spectral[layer]:
                 _hold_spectral(wrapper, not trainable)
@@ -202,96 +203,91 @@ class KerasAdapter:
     def _switch(self, layers: list[str], trainable: bool) -> None:
         model, optimizer = self._model, self._model.optimizer
         jax = keras.backend.backend() == "jax"
-        # JAX keeps the values in two lists, trained or not, matched to variables by position. Flags
-        # that change first silently move weights from one layer into another.
+        # JAX keeps the values in two lists, of trained and untrained ones, and matches them to variables by position. If
+        # the flags changed first, weights would silently move from one layer into another.
         self.sync()
-        # An optimizer that is built after layers froze has no slots for them, and refuses them later.
+        # An optimizer that is built after layers froze has no slots for them, and would refuse them later.
         if not optimizer.built:
-            with _scope(model):
+            with _enter_scope(model):
                 optimizer.build(model.trainable_variables)
         if not self._lists:
-            self._lists = [_OptimizerLists(o) for o in _with_inner(optimizer)]
+            self._lists = [_OptimizerLists(o) for o in _list_optimizers(optimizer)]
         self.set_flags(layers, trainable)
         self._frozen = self._frozen.difference(layers) if trainable else self._frozen.union(layers)
-        # JAX applies gradients to exactly the variables of the optimizer's list, and raises if there
-        # are fewer; so does an optimizer of several optimizers, on any backend. An EMA writes its
-        # averages into every variable of that list, on any backend.
+        # JAX applies gradients to exactly the variables in the optimizer's list, and raises if there are fewer. On any
+        # backend an optimizer of several optimizers does so, too, and an EMA writes its averages into every variable in
+        # that list.
         if jax or hasattr(optimizer, "optimizers") or any(lists.averages is not None for lists in self._lists):
             live = {id(v) for v in model.trainable_variables}
             for lists in self._lists:
-                lists.keep(live)
-        # TensorFlow goes on training what is in its traced function. No error, no difference to be seen.
+                lists.restrict(live)
+        # Without this, TensorFlow silently goes on training the variables in its traced function.
         model.make_train_function(force=True)
         if jax:
-            # Else the end of the epoch writes the values back, paired by the lists of before.
+            # Otherwise the end of the epoch would write the values back in the order of the previous lists.
             model._jax_state = None
         if self._frozen:
-            # A callback that takes the place of one that was interrupted finds here what to thaw.
-            # Not by plain assignment: Keras would track it as a part of the model.
+            # The callback after an interrupted one finds here what to thaw. Keras would track a plain assignment as a part
+            # of the model.
             object.__setattr__(model, _ADAPTER, self)
         else:
             vars(model).pop(_ADAPTER, None)
 
+    def add_batches(self, number: int) -> None:
+        """Count batches that were trained. Keras does not."""
+        self._num_batches += number
+
     def snapshot_statistics(self) -> None:
-        """Remember the moving statistics, so that `freeze` can tell what was added since.
+        """Remember the moving statistics, so that `freeze` can compute them for the batches since.
 
         Call it a few batches before a freezing stage.
         """
         self.sync()
         self._snapshots = {
-            name: (*self._statistics(name), self.num_batches)
+            name: (*self._read_statistics(name), self._num_batches)
             for layer in self.layers()
             if layer not in self._frozen
             for name in self._layers[layer].norms
             if self._named[name].trainable
         }
 
-    def _statistics(self, norm: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def _read_statistics(self, norm: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         layer = self._named[norm]
-        mean, variance = (_replicas(v).mean(axis=0) for v in (layer.moving_mean, layer.moving_variance))
+        mean, variance = (_stack_replicas(v).mean(axis=0) for v in (layer.moving_mean, layer.moving_variance))
         return mean, variance
 
     def _correct_statistics(self, norm: str) -> None:
-        """Make the moving statistics those of the batches since the snapshot.
-
-        A norm of momentum 0.99 lags hundreds of batches behind its weights: in inference mode the
-        layer suddenly computes something else, and training on top of it suffers. A moving average
-        that was `old` and is `new` after n batches is `m^n old + (1 - m^n) recent`, where Keras'
-        momentum m is the share of the old value, so `recent` follows from two snapshots.
-        """
+        """Replace the moving statistics by those of the batches since the snapshot: see `control.norms`."""
         layer = self._named[norm]
         if norm not in self._snapshots or not layer.trainable:
             return
-        mean, variance, batches_before = self._snapshots[norm]
+        mean, variance, before = self._snapshots[norm]
         calls = sum(x.norms.count(norm) for x in self._layers.values())  # in one step
-        old_share = float(layer.momentum) ** (calls * (self.num_batches - batches_before))
-        if not 0.0 <= old_share < 1.0:  # no batch since
-            return
-        recent = [
-            (new - old_share * old) / (1.0 - old_share)
-            for new, old in zip(self._statistics(norm), (mean, variance), strict=True)
-        ]
-        layer.moving_mean.assign(recent[0].astype(np.float32))
-        layer.moving_variance.assign(np.maximum(recent[1], 0.0).astype(np.float32))  # rounding
+        since = calls * (self._num_batches - before)
+        old_share = compute_old_share(float(layer.momentum), before=calls * before, since=since)
+        recent = compute_recent_statistics((mean, variance), self._read_statistics(norm), old_share)
+        if recent is not None:
+            layer.moving_mean.assign(recent[0].astype(np.float32))
+            layer.moving_variance.assign(recent[1].astype(np.float32))
 
     def norm_state(self) -> dict[str, Any]:
-        """The snapshot, for a saved state."""
+        """Return the snapshot, for a saved state."""
         return {
-            name: [mean, variance, self.num_batches - before]
+            name: [mean, variance, self._num_batches - before]
             for name, (mean, variance, before) in self._snapshots.items()
         }
 
     def load_norm_state(self, state: dict[str, Any]) -> None:
         """Restore what `norm_state` returned."""
         self._snapshots = {
-            name: (np.asarray(mean), np.asarray(variance), self.num_batches - int(ago))
+            name: (np.asarray(mean), np.asarray(variance), self._num_batches - int(ago))
             for name, (mean, variance, ago) in state.items()
             if name in self._named
         }
 
 
 def _require_one_process(model: keras.Model) -> None:
-    """Refuse what has not been tried: one process, with any number of devices, is what SmartFRZ knows."""
+    """Refuse a model that several processes train. One process may use any number of devices."""
     strategy = getattr(model, "distribute_strategy", None)
     backend = keras.backend.backend()
     found = None
@@ -313,33 +309,33 @@ def _require_one_process(model: keras.Model) -> None:
         )
 
 
-def _scope(model: keras.Model) -> Any:
-    """Where variables of this model have to be made, to be on all of its devices."""
+def _enter_scope(model: keras.Model) -> Any:
+    """Return the context in which variables are created on all devices of this model."""
     strategy = getattr(model, "distribute_strategy", None)
     return nullcontext() if strategy is None else strategy.scope()
 
 
-def _replicas(variable: Any) -> NDArray[np.float64]:
-    """The variable's value on every device that has its own, stacked.
+def _stack_replicas(variable: Any) -> NDArray[np.float64]:
+    """Stack the variable's values on the devices that have one of their own.
 
-    Under MirroredStrategy moving statistics differ from device to device, each from its part of the
-    batch, and reading the variable gives those of the first.
+    Under MirroredStrategy moving statistics differ between devices, since each sees its part of the batch, and reading
+    the variable gives those of the first device.
     """
     values = getattr(variable.value, "values", None)
     values = [variable.value] if values is None or callable(values) else values
     return np.stack([np.asarray(keras.ops.convert_to_numpy(value), np.float64) for value in values])
 
 
-def _spread(size: int, most: int = 256) -> NDArray[np.int32]:
-    """At most so many positions, from the first to the last."""
+def _spread_positions(size: int, most: int = 256) -> NDArray[np.int32]:
+    """Return at most `most` positions, evenly spread from the first to the last."""
     return np.unique(np.linspace(0, size - 1, min(size, most)).astype(np.int32))
 
 
 def _hold_spectral(wrapper: Any, hold: bool) -> None:
-    """Have a `SpectralNormalization` run as in inference, or as it is again.
+    """Make a `SpectralNormalization` run as in inference, or as before if `hold` is False.
 
-    In training mode it divides its weights by their spectral norm in every forward pass, whatever
-    `trainable` says: a frozen layer would go on moving.
+    In training mode it divides its weights by their spectral norm in every forward pass, whatever `trainable` says: a
+    frozen layer would go on moving.
     """
     if hold:
         object.__setattr__(wrapper, "call", lambda inputs, training=False: type(wrapper).call(wrapper, inputs))
@@ -348,39 +344,39 @@ def _hold_spectral(wrapper: Any, hold: bool) -> None:
 
 
 def thaw_leftovers(model: keras.Model) -> None:
-    """Thaw what a run that was interrupted has left frozen: it would pass for the user's own.
+    """Thaw what an interrupted run has left frozen. Otherwise the user would seem to have frozen it.
 
     Raises:
-        UsageError: If the model was compiled in between. The layers are thawed all the same.
+        UsageError: If the model was compiled in between. The layers are thawed nevertheless.
     """
     adapter = vars(model).get(_ADAPTER)
     if adapter is None:
         return
     frozen = adapter.frozen_layers()
-    if adapter.trained_by(model.optimizer):
+    if adapter.is_trained_by(model.optimizer):
         adapter.unfreeze(frozen)
         return
     adapter.set_flags(frozen, True)
     vars(model).pop(_ADAPTER)
-    # fit() has built the optimizer by now, and it takes no more variables.
+    # fit() has built the optimizer by now, and it accepts no more variables.
     raise UsageError(
-        f"compile() was called while {frozen} were frozen by a run that was interrupted, so that the new optimizer does "
-        "not know them. They can be trained again now. Call it again, and then fit()."
+        f"compile() was called while {frozen} were still frozen by an interrupted run, so the new optimizer does not "
+        "know them. They are trainable again now: call compile() again, and then fit()."
     )
 
 
-def _with_inner(optimizer: Any) -> list[Any]:
-    """The optimizer, and those that a `LossScaleOptimizer` (mixed_float16) or `MultiOptimizer` passes the work on to."""
+def _list_optimizers(optimizer: Any) -> list[Any]:
+    """Return the optimizer with the ones inside of a `LossScaleOptimizer` (mixed_float16) or `MultiOptimizer`."""
     inner = getattr(optimizer, "inner_optimizer", None)
     passed_to = getattr(optimizer, "optimizers", []) if inner is None else [inner]
-    return [optimizer, *(each for one in passed_to for each in _with_inner(one))]
+    return [optimizer, *(each for one in passed_to for each in _list_optimizers(one))]
 
 
 class _OptimizerLists:
     """An optimizer's lists of the variables that it trains, as they were when it was built.
 
-    Slots stay in `optimizer.variables`, and their numbers in the index do not change: momenta,
-    iterations and learning rate of what is still trained go on as if nothing had happened.
+    Slots stay in `optimizer.variables`, and their numbers in the index do not change. So momenta, iterations and learning
+    rate of what is still trained are not affected.
     """
 
     def __init__(self, optimizer: Any):
@@ -391,11 +387,11 @@ class _OptimizerLists:
         self.averages = list(averages) if optimizer.use_ema and averages is not None else None
 
     def belongs_to(self, optimizer: Any) -> bool:
-        """Whether they are this optimizer's."""
+        """Return whether they are this optimizer's."""
         return self._optimizer is optimizer
 
-    def keep(self, live: set[int]) -> None:
-        """Cut the lists down to the variables with these ids."""
+    def restrict(self, live: set[int]) -> None:
+        """Restrict the lists to the variables with these ids."""
         kept = [i for i, v in enumerate(self.variables) if id(v) in live]
         keys = [self._optimizer._var_key(self.variables[i]) for i in kept]
         changes: dict[str, Any] = {
@@ -405,6 +401,6 @@ class _OptimizerLists:
         if self.averages is not None:
             changes["_model_variables_moving_average"] = [self.averages[i] for i in kept]
         for name, value in changes.items():
-            # Plain assignment is tracked: it appends every model variable in the list to
-            # optimizer.variables, and JAX then raises "Attempt to donate the same buffer twice".
+            # Keras tracks a plain assignment: it would append every model variable in the list to optimizer.variables,
+            # and JAX would raise "Attempt to donate the same buffer twice".
             object.__setattr__(self._optimizer, name, value)

@@ -1,9 +1,9 @@
-"""Which parts of a Keras model are frozen as one unit, in which order they run, and how their weights are read."""
+"""Finds the layers of a Keras model, in the order in which they run, and the axes of their weights."""
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import wraps
 from typing import Any
 
@@ -11,9 +11,10 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
+from smartfrz.control.grouping import Module, Weight, find_containers, group_modules
 from smartfrz.errors import StateError, UnsupportedModelError
 
-# Their scales may have several dimensions; they are no layers of their own, as in the PyTorch adapter.
+# Their scales may have several dimensions, but they are no layers of their own.
 _NORMS = (
     keras.layers.BatchNormalization,
     keras.layers.GroupNormalization,
@@ -26,13 +27,13 @@ _NORMS = (
 
 @dataclass(frozen=True)
 class Layer:
-    """What is frozen as one unit: a Keras layer that owns weights, with what belongs to it.
+    """A unit of freezing: a Keras layer that owns weights, with everything that belongs to it.
 
     Attributes:
-        name: The layer's name; in a nested model behind the names of the models around it: `backbone/conv1`.
+        name: The layer's name, in a nested model after the names of the models around it: `backbone/conv1`.
         members: Names of the Keras layers that are frozen with it, itself included.
         parameters: Every variable that is frozen with it: a layer's name, a colon, and an index.
-        weights: The variables that tailoring reads: those with two or more dimensions.
+        weights: The variables that tailoring reads, with two or more dimensions each.
         norms: Members that are batch norms with moving statistics, each as often as it runs in a step.
         forward_flops: Floating point operations of the forward pass of one example.
     """
@@ -45,24 +46,24 @@ class Layer:
     forward_flops: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for a saved state."""
+        """Return the layer as plain data, for a saved state."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Layer":
-        """The layer that `to_dict` described."""
+        """Make the layer that `to_dict` described."""
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         return cls(**values)
 
 
 @dataclass
 class Run:
-    """Which layers ran in a forward pass.
+    """The layers that ran in a forward pass.
 
     Attributes:
-        calls: Keras layers in the order in which they first ran, and how often each did.
-        shapes: By the layer's id, the shape of its first output, batch included; unknown sizes are None.
-        sources: By the layer's id, what feeds it, if that is one operation and a graph tells.
+        calls: How often each Keras layer ran, in the order in which they first did.
+        shapes: Shape of each layer's first output, batch included, by the layer's id. Unknown sizes are None.
+        sources: The operation that feeds each layer, by the layer's id, if it is a single one and the graph is known.
     """
 
     calls: dict[Any, float]
@@ -71,10 +72,10 @@ class Run:
 
 
 def named_layers(model: keras.Model) -> dict[str, Any]:
-    """Every Keras layer inside of the model by its name; the model itself is the empty name.
+    """Return every Keras layer inside of the model by its name. The model itself has the empty name.
 
-    Layers of sequential and functional models go by their own names. Those inside of a subclassed
-    layer go by the attribute that holds them, since Keras numbers unnamed ones anew at every start.
+    Layers of sequential and functional models have their own names. Layers inside of a subclassed layer are named after
+    the attribute that holds them, since the names that Keras makes up differ between processes.
     """
     names: dict[str, Any] = {"": model}
     seen = {id(model)}
@@ -107,7 +108,7 @@ def _children(parent: Any) -> Iterator[tuple[str, Any]]:
             continue
         if isinstance(value, keras.layers.Layer):
             attributes.setdefault(id(value), name.lstrip("_"))
-        elif isinstance(value, (list, tuple, dict)) and not name.startswith("_"):  # not the books of a backend
+        elif isinstance(value, (list, tuple, dict)) and not name.startswith("_"):  # private ones are the backend's
             pairs = value.items() if isinstance(value, dict) else enumerate(value)
             for key, item in pairs:
                 if isinstance(item, keras.layers.Layer):
@@ -117,7 +118,7 @@ def _children(parent: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_graph(layer: Any) -> bool:
-    """Whether it is a sequential or functional model that runs as its graph says."""
+    """Return whether the layer is a sequential or functional model that runs as its graph says."""
     kind: Any = type(layer)
     if isinstance(layer, keras.Sequential):
         return kind.call is keras.Sequential.call
@@ -127,10 +128,11 @@ def _is_graph(layer: Any) -> bool:
     return functional is not None and kind.call is functional.call
 
 
-def graph_run(model: keras.Model) -> Run | None:
-    """The order in which the layers run, if a graph tells it; else None.
+def trace_graph(model: keras.Model) -> Run | None:
+    """Return the layers in the order in which they run, if a graph shows it.
 
-    None for subclassed models and layers with layers inside, and for models that are not built yet.
+    Returns:
+        None if the model is not built yet, subclassed, or has a subclassed layer with layers inside.
     """
     run = Run({}, {})
     return run if model.built and _walk(model, run, 1) else None
@@ -162,12 +164,12 @@ def _walk(model: Any, run: Run, times: int) -> bool:
 
 
 class CallRecorder:
-    """Watches which layers run, where no graph tells. Use it as a context manager, or `start` and `stop`.
+    """Records which layers run, if no graph shows it. Use it as a context manager, or call `start` and `stop`.
 
-    TensorFlow and JAX run Python code only while they trace a function: watch a step that is traced.
+    TensorFlow and JAX run Python code only while they trace a function, so record a step that is traced.
 
     Args:
-        model: Its calls are counted, so that one knows how often a layer runs in each.
+        model: The model. The calls of a layer are counted for each call of the model.
     """
 
     def __init__(self, model: keras.Model):
@@ -177,11 +179,11 @@ class CallRecorder:
         self._original: Callable[..., Any] | None = None
 
     def start(self) -> "CallRecorder":
-        """Begin to watch."""
+        """Begin to record."""
         original = self._original = keras.layers.Layer.__call__
         recorder = self
 
-        # On the class: layers may be made as late as in build(), and an instance's __call__ is not looked up.
+        # The class is patched: layers may be made as late as in build(), and Python ignores an instance's __call__.
         @wraps(original)
         def recording(layer: Any, *args: Any, **kwargs: Any) -> Any:
             if recorder._original is None:
@@ -198,13 +200,13 @@ class CallRecorder:
         return self
 
     def stop(self) -> None:
-        """Watch no more."""
+        """Stop recording."""
         if self._original is not None and keras.layers.Layer.__call__ is self._recording:
             keras.layers.Layer.__call__ = self._original
-        self._original = None  # if somebody else has wrapped the method since, ours only passes on
+        self._original = None  # if the method has been wrapped again since, ours only passes calls on
 
     def run(self) -> Run:
-        """What ran since `start`."""
+        """Return what has run since `start`."""
         passes = max(1, self._calls.get(self._model, 1))
         return Run({layer: calls / passes for layer, calls in self._calls.items()}, self._shapes)
 
@@ -216,12 +218,12 @@ class CallRecorder:
 
 
 def trace_layers(model: keras.Model, *example: Any, **keywords: Any) -> list[Layer]:
-    """The model's layers in execution order.
+    """Return the model's layers in execution order.
 
     Args:
         model: The model.
-        *example: Positional arguments of a call, an example batch. Needed for subclassed models
-            and models that are not built: then the model is called once, in inference mode.
+        *example: Positional arguments of a call, such as an example batch. Needed for subclassed models and models that
+            are not built, which are then called once in inference mode.
         **keywords: Keyword arguments of that call.
 
     Returns:
@@ -231,7 +233,7 @@ def trace_layers(model: keras.Model, *example: Any, **keywords: Any) -> list[Lay
         UnsupportedModelError: If the model has no layer with weights, or its order is unknown
             without an example.
     """
-    run = graph_run(model)
+    run = trace_graph(model)
     if run is None:
         if not example and not keywords:
             raise UnsupportedModelError(
@@ -241,25 +243,24 @@ def trace_layers(model: keras.Model, *example: Any, **keywords: Any) -> list[Lay
         with CallRecorder(model) as recorder:
             model(*example, **keywords)
         run = recorder.run()
-    return group(model, run)
+    return group_layers(model, run)
 
 
 def own_variables(layer: Any) -> list[Any]:
-    """The variables that a layer itself holds and that are made to be trained, frozen ones included."""
+    """Return the variables that a layer itself holds and that can be trained, frozen ones included."""
     return list(getattr(layer, "_trainable_variables", []))
 
 
-def _is_matrix(layer: Any, variable: Any) -> bool:
-    """Whether this variable of the layer is one that tailoring reads."""
-    # The biases of attention and of a GRU have two dimensions in Keras.
-    return len(variable.shape) >= 2 and variable is not getattr(layer, "bias", None)
+def _is_bias(layer: Any, variable: Any) -> bool:
+    """Return whether the variable is the layer's bias. Biases of attention and of a GRU have two dimensions in Keras."""
+    return variable is getattr(layer, "bias", None)
 
 
 def find_variable(layers: dict[str, Any], name: str) -> Any:
-    """The variable that `Layer.parameters` names.
+    """Return the variable that `Layer.parameters` names.
 
     Raises:
-        StateError: If there is none.
+        StateError: If the model does not have it.
     """
     path, _, index = name.rpartition(":")
     try:
@@ -267,142 +268,105 @@ def find_variable(layers: dict[str, Any], name: str) -> Any:
     except LookupError:
         raise StateError(
             f"The layers name variable {name!r}, which the model does not have. Use the state of a run of this same "
-            "model; build it first, and give its layers names: Keras numbers unnamed ones anew at every start."
+            "model; build it first, and give its layers names: the ones that Keras makes up differ between processes."
         ) from None
 
 
-def group(model: keras.Model, run: Run) -> list[Layer]:
+def group_layers(model: keras.Model, run: Run) -> list[Layer]:
     """Join Keras layers to units that are frozen together.
 
     Raises:
         UnsupportedModelError: If no layer with weights ran.
     """
     layers = named_layers(model)
-    paths = {id(layer): path for path, layer in layers.items()}
-    ran: list[str] = []
-    for layer in run.calls:
-        path = paths.get(id(layer))
-        # A recurrent layer may or may not call its cell, as the backend likes: it is one layer with it.
-        if path is not None and not any(isinstance(layers[a], keras.layers.RNN) for a in _ancestors(path, layers)):
-            ran.append(path)
-    ran_set = set(ran)
-    # A layer whose descendants own variables and run is a container, not a layer.
-    containers = {a for path in ran if own_variables(layers[path]) for a in _ancestors(path, layers)}
-    # What a wrapper holds of the layer inside (SpectralNormalization its kernel), or a model of its layers in a
-    # list of variables, is the inner layer's, though Keras tracks it as the outer one's.
-    inside = {id(v) for path in ran if path not in containers for v in own_variables(layers[path])}
-    belongs: dict[str, list[str]] = {path: [path] for path in ran}
-    for path in layers:
-        if path not in ran_set:  # used by the layer around it, without being called
-            around = next((a for a in _ancestors(path, layers) if a in ran_set), None)
-            if around is not None and around not in containers:
-                belongs[around].append(path)
-
-    holder: dict[int, _Draft] = {}
-    drafts: list[_Draft] = []
-    of_layer: dict[int, _Draft] = {}
-    waiting = _Draft("")  # what containers own, and what runs before the first layer, joins the next one
-    for path in ran:
-        layer = layers[path]
-        variables = [
-            (f"{p}:{i}", v, layers[p])
-            for p in belongs[path]
-            for i, v in enumerate(own_variables(layers[p]))
-            if path not in containers or id(v) not in inside
-        ]
-        owned = [(name, v) for name, v, _ in variables]
-        matrices = {name for name, v, owner in variables if _is_matrix(owner, v)}
-        norm = isinstance(layer, keras.layers.BatchNormalization)
-        if not owned and not norm:
-            continue
-        draft = next((holder[id(v)] for _, v in owned if id(v) in holder), None)  # tied weights
-        if draft is None:
-            draft = waiting
-            if drafts and path not in containers:
-                draft = _feeding(layer, run, of_layer) or drafts[-1]
-            if path not in containers and not isinstance(layer, _NORMS) and matrices:
-                draft = _Draft(path)
-                drafts.append(draft)
-                draft.take(waiting)
-                holder.update({id(v): draft for _, v in waiting.parameters})
-                of_layer.update({key: draft for key, other in of_layer.items() if other is waiting})
-                waiting = _Draft("")
-        of_layer[id(layer)] = draft
-        draft.members += belongs[path]
-        new = [(name, v) for name, v in owned if id(v) not in holder]
-        draft.parameters += new
-        draft.matrices |= matrices
-        holder.update({id(v): draft for _, v in new})
-        if norm:
-            draft.norms += [path] * round(run.calls[layer])
-        draft.flops += _forward_flops(layer, run.shapes.get(id(layer)))
-    if drafts:
-        drafts[-1].take(waiting)
-    if not drafts:
+    ran = list(_list_run_layers(layers, run))
+    units = group_modules(_leave_variables_inside(_describe_layers(layers, run), ran), ran)
+    if not units:
         raise UnsupportedModelError(
-            f"SmartFRZ found no layer to freeze in {type(model).__name__} {model.name!r}: none of the {len(ran)} layers "
-            "that ran owns a weight of two or more dimensions. Pass the callback to fit() of the model that holds the "
-            "layers."
+            f"SmartFRZ found no layer to freeze in {type(model).__name__} {model.name!r}: none of the "
+            f"{len(ran)} layers that ran owns a weight of two or more dimensions. Pass the callback to fit() of "
+            "the model that holds the layers."
         )
-    return [draft.layer() for draft in drafts]
+    return [
+        Layer(
+            unit.name,
+            tuple(unit.members),
+            tuple(weight.name for weight in unit.weights),
+            tuple(weight.name for weight in unit.judged),
+            tuple(unit.statistics),
+            unit.flops,
+        )
+        for unit in units
+    ]
 
 
-def _feeding(layer: Any, run: Run, of_layer: dict[int, "_Draft"]) -> "_Draft | None":
-    """The unit whose output a layer gets, by way of layers without weights; None if that is not known, or several.
+def _list_run_layers(layers: Mapping[str, Any], run: Run) -> Iterator[str]:
+    """Yield the names of the layers that ran, in execution order."""
+    names = {id(layer): name for name, layer in layers.items()}
+    for layer in run.calls:
+        name = names.get(id(layer))
+        # A recurrent layer may or may not call its cell, as the backend likes: the two are one layer.
+        if name is not None and not any(isinstance(layers[a], keras.layers.RNN) for a in _ancestors(name, layers)):
+            yield name
 
-    In a graph the convolution of a shortcut may run just before the one beside it, and both norms after them.
+
+def _describe_layers(layers: Mapping[str, Any], run: Run) -> list[Module]:
+    """Describe a model's Keras layers to the grouping rule."""
+    names = {id(layer): name for name, layer in layers.items()}
+    return [
+        Module(
+            name,
+            next(_ancestors(name, layers), None),
+            tuple(
+                Weight(f"{name}:{index}", id(variable), tuple(variable.shape), is_bias=_is_bias(layer, variable))
+                for index, variable in enumerate(own_variables(layer))
+            ),
+            # Each as often as it runs in a step.
+            (name,) * round(run.calls.get(layer, 0)) if isinstance(layer, keras.layers.BatchNormalization) else (),
+            is_norm=isinstance(layer, _NORMS),
+            flops=_estimate_flops(layer, run.shapes.get(id(layer))) if layer in run.calls else 0,
+            source=_find_source(layer, run, names),
+        )
+        for name, layer in layers.items()
+    ]
+
+
+def _leave_variables_inside(modules: list[Module], ran: list[str]) -> list[Module]:
+    """Take from containers the variables that belong to layers inside of them.
+
+    Keras tracks the kernel that `SpectralNormalization` assigns to an attribute of its own as the wrapper's, too, and
+    variables that a model keeps in a list as the model's.
     """
+    known = {module.name: module for module in modules}
+    containers = find_containers(known, ran)
+    inside = {weight.key for name in ran if name not in containers for weight in known[name].weights}
+    return [
+        replace(module, weights=tuple(weight for weight in module.weights if weight.key not in inside))
+        if module.name in containers
+        else module
+        for module in modules
+    ]
+
+
+def _find_source(layer: Any, run: Run, names: Mapping[int, str]) -> str | None:
+    """Return the name of the layer that feeds this one, by way of operations that are no layers; None if unknown."""
     source = run.sources.get(id(layer))
-    while source is not None and id(source) not in of_layer:
-        if getattr(source, "_layers", None):
-            return None  # which of the layers in it was the last, only their graph knows
+    while source is not None and id(source) not in names:
         source = run.sources.get(id(source))
-    return of_layer.get(id(source))
+    return None if source is None else names[id(source)]
 
 
-def _ancestors(path: str, layers: dict[str, Any]) -> Iterator[str]:
-    """Names of the layers around a layer, nearest first, the model last."""
-    while path:
-        path = path.rpartition("/")[0]
-        if path in layers:
-            yield path
+def _ancestors(name: str, layers: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the names of the layers around a layer, the nearest first, the model last."""
+    while name:
+        name = name.rpartition("/")[0]
+        if name in layers:
+            yield name
 
 
-class _Draft:
-    """A layer while its parts are being collected."""
-
-    def __init__(self, name: str):
-        self.name = name
-        self.members: list[str] = []
-        self.parameters: list[tuple[str, Any]] = []
-        self.matrices: set[str] = set()
-        self.norms: list[str] = []
-        self.flops = 0
-
-    def take(self, other: "_Draft") -> None:
-        """Take over all that another draft holds."""
-        self.members += other.members
-        self.parameters += other.parameters
-        self.matrices |= other.matrices
-        self.norms += other.norms
-
-    def layer(self) -> Layer:
-        matrices = [name for name, _ in self.parameters if name in self.matrices]
-        # Embeddings that joined from a container are not what the layer is judged by.
-        inside = [n for n in matrices if n.rpartition(":")[0] == self.name or n.startswith(f"{self.name}/")]
-        return Layer(
-            self.name,
-            tuple(dict.fromkeys(self.members)),
-            tuple(name for name, _ in self.parameters),
-            tuple(inside or matrices),
-            tuple(self.norms),
-            self.flops,
-        )
-
-
-def _forward_flops(layer: Any, shape: tuple[int | None, ...] | None) -> int:
-    """Of one example: two for each weight at each place where it is used. Unknown sizes count as one."""
-    matrices = [v for v in own_variables(layer) if _is_matrix(layer, v)]
+def _estimate_flops(layer: Any, shape: tuple[int | None, ...] | None) -> int:
+    """Estimate the operations for one example: two for each use of a weight. Unknown sizes count as one."""
+    matrices = [v for v in own_variables(layer) if len(v.shape) >= 2 and not _is_bias(layer, v)]
     if not matrices or isinstance(layer, keras.layers.Embedding):
         return 0
     places = 1
@@ -420,7 +384,7 @@ def _forward_flops(layer: Any, shape: tuple[int | None, ...] | None) -> int:
 
 
 def _output_axes(layer: Any) -> list[int]:
-    """Axes of the kernel of an `EinsumDense` that its output has."""
+    """Return the axes of the kernel of an `EinsumDense` that its output has, too."""
     output = layer.equation.partition("->")[2]
     return [axis for axis, letter in enumerate(_kernel_letters(layer)) if letter in output]
 
@@ -430,15 +394,15 @@ def _kernel_letters(layer: Any) -> str:
 
 
 def torch_axes(layer: Any, rank: int) -> tuple[int, ...]:
-    """The order of a weight's axes in which PyTorch would have them.
+    """Return the axes of a weight in the order that PyTorch would have them.
 
-    Keras has outputs last, PyTorch first. The predictor was trained on PyTorch's order: the sampled
-    positions are spread over the output channels, and one entry of a tailored vector follows another.
+    Outputs come last in Keras and first in PyTorch. The predictor was trained on PyTorch's order: the sampled positions
+    are spread over the output channels, in their order.
     """
     axes = list(range(rank))
     name = type(layer).__name__
     if isinstance(layer, keras.layers.EinsumDense):
-        # The factors that LoRA adds have other axes than the kernel.
+        # The factors that LoRA adds have different axes from the kernel.
         outputs = _output_axes(layer) if rank == len(_kernel_letters(layer)) else axes[-1:]
         return (*outputs, *(axis for axis in axes if axis not in outputs))
     if isinstance(layer, (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)):
@@ -451,7 +415,7 @@ def torch_axes(layer: Any, rank: int) -> tuple[int, ...]:
 def from_torch_positions(
     positions: NDArray[np.int64], shape: tuple[int, ...], axes: tuple[int, ...]
 ) -> NDArray[np.int64]:
-    """Positions in the flattened weight as PyTorch has it, as positions in the one that Keras has."""
+    """Translate positions in a weight that is flattened in PyTorch's order of axes to Keras' order."""
     coordinates = np.unravel_index(positions, [shape[axis] for axis in axes])
     by_axis = dict(zip(axes, coordinates, strict=True))
     return np.ravel_multi_index([by_axis[axis] for axis in range(len(shape))], shape).astype(np.int64)

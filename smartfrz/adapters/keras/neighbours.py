@@ -1,4 +1,4 @@
-"""The other callbacks of a `fit`, as far as they have to know of frozen layers: those that save, and `TensorBoard`."""
+"""Helps the other callbacks of a `fit` to deal with frozen layers: callbacks that save, and `TensorBoard`."""
 
 import logging
 import os
@@ -21,21 +21,21 @@ _SAVE = "_save_model"
 
 
 def come_first(callback: keras.callbacks.Callback) -> list[Any]:
-    """Move a callback to the front of those of the `fit` that is calling it.
+    """Move a callback to the front of the callbacks of the `fit` that is calling it.
 
-    What the others save, log or read at the end of a batch is then what it was to freeze there, and
-    what it adds to the logs all of them see.
+    At the end of a batch the others then save, log and read the model after this one froze layers, and
+    all of them see what it adds to the logs.
 
     Returns:
-        All callbacks of this `fit`; only this one if it is not Keras that calls.
+        All callbacks of this `fit`; only this one if the caller is not Keras.
     """
-    # Keras tells a callback of its model, but not of the other callbacks. Their list is what calls us.
+    # Keras gives a callback its model, but not the other callbacks. Their list is what calls us.
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")
         if isinstance(caller, keras.callbacks.CallbackList):
             callbacks: list[Any] = caller.callbacks
-            # Keras is iterating: those behind us stay where they are, so that nobody is called twice or not at all.
+            # Keras is iterating: callbacks behind us stay where they are, so that each is called exactly once.
             callbacks.remove(callback)
             callbacks.insert(0, callback)
             return list(callbacks)
@@ -44,17 +44,17 @@ def come_first(callback: keras.callbacks.Callback) -> list[Any]:
 
 
 class Saving:
-    """Has `ModelCheckpoint` and `BackupAndRestore` save the model as if nothing were frozen.
+    """Makes `ModelCheckpoint` and `BackupAndRestore` save the model as if nothing were frozen.
 
-    A model that is saved while layers are frozen is loaded with an optimizer for the others only,
-    which Keras then leaves without momenta and iterations, with nothing but a warning. Beside the
-    file of a `BackupAndRestore` the freezer's own state is written.
+    A model that is saved while layers are frozen is loaded with an optimizer for the other layers only,
+    which Keras then leaves without momenta and iterations, with nothing but a warning. The freezer's own
+    state is written next to the file of a `BackupAndRestore`.
 
     Args:
-        callbacks: All those of the `fit`.
-        thawed: In its context the model looks unfrozen.
+        callbacks: All callbacks of the `fit`.
+        thawed: Makes a context in which the model looks unfrozen.
         write: Writes the freezer's state to a file.
-        iterations: Batches that the optimizer has seen.
+        iterations: Returns the number of batches that the optimizer has seen.
     """
 
     def __init__(
@@ -67,12 +67,12 @@ class Saving:
         kinds = (keras.callbacks.ModelCheckpoint, keras.callbacks.BackupAndRestore)
         self._savers = [c for c in callbacks if isinstance(c, kinds) and hasattr(c, _SAVE)]
         for callback in self._savers:
-            vars(callback).pop(_SAVE, None)  # of a run that was interrupted
+            vars(callback).pop(_SAVE, None)  # left over from a run that was interrupted
             folder = _folder(callback)
             setattr(callback, _SAVE, _saving(getattr(callback, _SAVE), thawed, folder, write, iterations))
 
     def find_state(self, iterations: int) -> Path | None:
-        """The state that belongs to the model which a `BackupAndRestore` has just restored, if it did."""
+        """Return the state that belongs to the model that a `BackupAndRestore` has just restored; None if it did not."""
         for callback in self._savers:
             folder = _folder(callback)
             if folder is not None and iterations and (path := _state_file(folder, iterations)).exists():
@@ -80,7 +80,7 @@ class Saving:
         return None
 
     def close(self) -> None:
-        """Leave the callbacks as they were found."""
+        """Restore the callbacks."""
         for callback in self._savers:
             vars(callback).pop(_SAVE, None)
 
@@ -98,13 +98,13 @@ def _saving(
             if folder is None:
                 save(*args, **kwargs)
                 return
-            # Ours first, and named by the moment: whenever the process dies, there is one for the file that is there.
+            # Ours first, and named after the iteration: whenever the process dies, there is one for the backup.
             older = list(folder.glob("smartfrz-*.npz"))
             folder.mkdir(parents=True, exist_ok=True)
             path = _state_file(folder, iterations())
             write(path)
             save(*args, **kwargs)
-            # The newest of them stays, for `double_checkpoint`.
+            # The newest older one stays, for `double_checkpoint`.
             older = sorted((p for p in older if p != path), key=lambda p: p.stat().st_mtime)
             for file in older[:-1]:
                 file.unlink(missing_ok=True)
@@ -113,14 +113,14 @@ def _saving(
 
 
 def _folder(callback: Any) -> Path | None:
-    """Where a `BackupAndRestore` saves, if that is on this machine."""
+    """Return where a `BackupAndRestore` saves, if that is a local folder."""
     folder = getattr(callback, "backup_dir", None)
     if folder is None:
         return None
     if "://" in str(folder):
         logger.warning(
             "BackupAndRestore saves to %s, where SmartFRZ cannot write its state: a run that is restored from it will "
-            "freeze anew. Back up to a local folder.",
+            "start freezing from the beginning. Back up to a local folder.",
             folder,
         )
         return None
@@ -132,10 +132,10 @@ def _state_file(folder: Path, iterations: int) -> Path:
 
 
 class Board:
-    """Scalars and a picture for TensorBoard, in the run that the user's `TensorBoard` callback writes.
+    """Writes scalars and a picture for TensorBoard, into the run of the user's `TensorBoard` callback.
 
     Args:
-        callbacks: All those of the `fit`. Without a `TensorBoard` among them nothing is written.
+        callbacks: All callbacks of the `fit`. Without a `TensorBoard` among them nothing is written.
     """
 
     def __init__(self, callbacks: list[Any]):
@@ -145,7 +145,7 @@ class Board:
             import tensorflow as tf  # the callback needs it as well, on every backend
 
             self._summary = tf.summary
-            # A file of our own beside that of the callback: TensorBoard shows both as one run.
+            # A file of our own, next to the file of the callback: TensorBoard shows both as one run.
             self._writer = tf.summary.create_file_writer(os.path.join(board.log_dir, "train"))
 
     def stage(self, decisions: list[FreezeDecision], report: Report) -> None:
@@ -175,7 +175,7 @@ class Board:
 
             from smartfrz.plots import plot_report
         except ImportError:
-            return  # scalars need no matplotlib; who wants the picture installs it
+            return  # scalars need no matplotlib
         canvas = FigureCanvasAgg(plot_report(report))
         canvas.draw()
         pixels = np.asarray(canvas.buffer_rgba())[None, :, :, :3]

@@ -1,4 +1,4 @@
-"""Which versions of Keras the adapter works with: freezing inside of `fit` needs private attributes of Keras."""
+"""Checks the version of Keras, since freezing inside of `fit` needs private attributes of Keras."""
 
 import inspect
 import warnings
@@ -7,9 +7,9 @@ from importlib import import_module
 
 from smartfrz.errors import MissingDependencyError
 
-OLDEST, NEWEST = (3, 12), (3, 15)  # that were tested; pyproject.toml has the same bounds
+OLDEST, NEWEST = (3, 12), (3, 15)  # the tested versions; pyproject.toml has the same bounds
 
-# Where they are looked for, and what the other modules use there.
+# The attributes that the other modules use, by the class in which to look for them.
 _EVERYWHERE = {
     "keras.layers.Layer": ("_layers", "_trainable_variables"),
     "keras.Model": ("make_train_function",),
@@ -27,32 +27,32 @@ _EVERYWHERE = {
     "keras.callbacks.ModelCheckpoint": ("_save_model",),
     "keras.callbacks.BackupAndRestore": ("_save_model", "backup_dir"),
 }
-_OF_BACKEND = {"jax": {"keras.src.backend.jax.trainer.JAXTrainer": ("jax_state_sync", "_jax_state")}}
+_BY_BACKEND = {"jax": {"keras.src.backend.jax.trainer.JAXTrainer": ("jax_state_sync", "_jax_state")}}
 
 
-def private_attributes(backend: str) -> dict[str, tuple[str, ...]]:
-    """The attributes that the adapter needs on this backend, by the full name of their class."""
-    return _EVERYWHERE | _OF_BACKEND.get(backend, {})
+def list_private_attributes(backend: str) -> dict[str, tuple[str, ...]]:
+    """Return the attributes that the adapter needs on this backend, by the full name of their class."""
+    return _EVERYWHERE | _BY_BACKEND.get(backend, {})
 
 
-def absent_attributes(needed: Mapping[str, tuple[str, ...]]) -> list[str]:
-    """Those of the needed attributes that the installed Keras does not have, as `Class.attribute`.
+def find_absent_attributes(needed: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Return the needed attributes that the installed Keras does not have, as `Class.attribute`.
 
-    Nothing is made: a first layer or optimizer would have the backend take its devices.
+    No layer or optimizer is made: the first one would make the backend claim its devices.
     """
     absent = []
     for path, attributes in needed.items():
         module, _, name = path.rpartition(".")
         try:
-            known = _attributes(getattr(import_module(module), name))
+            known = _list_attributes(getattr(import_module(module), name))
         except (ImportError, AttributeError):
             known = set()
         absent += [f"{name}.{attribute}" for attribute in attributes if attribute not in known]
     return absent
 
 
-def _attributes(kind: type) -> set[str]:
-    """Names of a class, and those that its methods use: attributes of instances are set in there."""
+def _list_attributes(kind: type) -> set[str]:
+    """Return the names that a class has or that its methods use, since methods set the attributes of instances."""
     names: set[str] = set()
     for base in kind.__mro__:
         for name, value in vars(base).items():
@@ -63,11 +63,11 @@ def _attributes(kind: type) -> set[str]:
 
 
 def check_version(found: str, absent: list[str]) -> None:
-    """Refuse a Keras that lacks what freezing needs; warn of one that was not tested.
+    """Refuse a version of Keras that lacks what freezing needs, and warn of one that was not tested.
 
     Args:
-        found: The version of Keras, as in `"3.15.1"`.
-        absent: What `absent_attributes` returned.
+        found: The version of Keras, such as `"3.15.1"`.
+        absent: From `find_absent_attributes`.
 
     Raises:
         MissingDependencyError: If anything is absent.
@@ -77,11 +77,11 @@ def check_version(found: str, absent: list[str]) -> None:
     if absent:
         raise MissingDependencyError(
             f"smartfrz.adapters.keras needs private attributes that Keras {found} does not have: {', '.join(absent)}. "
-            f"It was tested with Keras {oldest} to {newest}. Install one of these: {install}"
+            f"It was tested with Keras {oldest} to {newest}. Install one of these versions: {install}"
         )
     if not OLDEST <= tuple(int(part) for part in found.split(".")[:2]) <= NEWEST:
         warnings.warn(
             f"smartfrz.adapters.keras was tested with Keras {oldest} to {newest}; found {found}, which has the private "
-            f"attributes that freezing needs, but may use them in another way. To be safe: {install}",
+            f"attributes that freezing needs, but may use them differently. To be safe: {install}",
             stacklevel=2,
         )

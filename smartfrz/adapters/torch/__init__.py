@@ -9,11 +9,11 @@ except ImportError as error:
         'smartfrz.adapters.torch needs PyTorch, which is not installed. Install it with: pip install "smartfrz[torch]"'
     ) from error
 
-from smartfrz.adapters.torch.cache.prefix import PrefixCache as PrefixCache
+from smartfrz.adapters.torch.cache.options import PrefixCache as PrefixCache
 from smartfrz.adapters.torch.freezer import SmartFRZ as SmartFRZ
 from smartfrz.adapters.torch.freezing import TorchAdapter as TorchAdapter
 from smartfrz.adapters.torch.layers import Layer as Layer
 from smartfrz.adapters.torch.layers import trace_layers as trace_layers
-from smartfrz.adapters.torch.report import Report as Report
+from smartfrz.control.report import Report as Report
 
 __all__ = ["Layer", "PrefixCache", "Report", "SmartFRZ", "TorchAdapter", "trace_layers"]

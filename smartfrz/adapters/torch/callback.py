@@ -2,16 +2,17 @@
 
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from smartfrz import zoo
-from smartfrz.adapters.torch import Report, SmartFRZ
+from smartfrz.adapters.torch.freezer import SmartFRZ
 from smartfrz.control.learned import AsksPredictor
 from smartfrz.control.policy import Policy
+from smartfrz.control.report import Report
 from smartfrz.errors import StateError
 
 
@@ -19,12 +20,17 @@ class FreezingCallback:
     """Makes a `SmartFRZ` when training begins and leaves the model as it was found when it ends.
 
     Args:
-        predictor: As for `SmartFRZ`.
-        allow_missing_state: Whether training may resume from a checkpoint that holds no state.
-        **options: Keyword arguments of `SmartFRZ`.
+        predictor: A predictor or policy, as for `SmartFRZ`.
+        allow_missing_state: Whether training may resume from a checkpoint that was made without this callback. It
+            then starts to watch at that step. By default that raises a `StateError`.
+        **options: Other keyword arguments of `SmartFRZ`. `total_steps` comes from the framework.
 
     Attributes:
         freezer: The `SmartFRZ` of the current or the last run; None before the first.
+
+    Raises:
+        TypeError: If an option is unknown.
+        UnknownPredictorError: If the zoo has no predictor of that name.
     """
 
     freezer: SmartFRZ | None = None
@@ -37,7 +43,7 @@ class FreezingCallback:
         allow_missing_state: bool = False,
         **options: Any,
     ):
-        # What is misspelled is an error now, not after the model and the data have been loaded.
+        # A misspelled option is an error now, not after the model and the data have been loaded.
         try:
             inspect.signature(SmartFRZ).bind(None, None, predictor, **options)
         except TypeError as error:
@@ -48,11 +54,16 @@ class FreezingCallback:
         self._allow_missing_state = allow_missing_state
 
     def report(self) -> Report:
-        """What froze when, what that saved, and what deciding cost."""
+        """Report what froze when, what that saved, and what deciding cost."""
         return self.freezer.report() if self.freezer else Report()
 
+    @property
+    def _needs_length(self) -> bool:
+        """True if the length of the run has to come from the framework."""
+        return self._options.get("total_steps") is None and self._options.get("record_every") is None
+
     def _logs(self) -> dict[str, float]:
-        """What joins the logs of the framework."""
+        """Return what joins the logs of the framework."""
         return self.report().scalars()
 
     def _begin(
@@ -62,8 +73,9 @@ class FreezingCallback:
         total_steps: int | None,
         saved: dict[str, Any] | None,
         steps_done: int,
-    ) -> SmartFRZ:
-        """The freezer of a run that starts, or goes on from what was `saved`."""
+        find_entry: Callable[[], nn.Module | None] | None = None,
+    ) -> None:
+        """Make the freezer of a run that starts, or continues from the state `saved`."""
         self._end()
         if steps_done and saved is None and not self._allow_missing_state:
             raise StateError(
@@ -72,22 +84,22 @@ class FreezingCallback:
                 "again. Resume from a checkpoint that was made with SmartFRZ, or pass allow_missing_state=True to "
                 "watch from here on."
             )
-        schedule = {} if "record_every" in self._options else {"total_steps": total_steps}
-        freezer = SmartFRZ(model, optimizers, self._predictor, **schedule | self._options)
+        options = dict(self._options)
+        if self._needs_length:
+            options["total_steps"] = total_steps
+        freezer = SmartFRZ(model, optimizers, self._predictor, **options)
+        if find_entry is not None:
+            freezer.set_entry(find_entry)
         if saved is not None:
             freezer.load_state_dict(saved)
         self.freezer, self._training = freezer, True
-        return freezer
 
     def _end(self) -> None:
         """Thaw what this callback froze.
 
-        A layer that stayed frozen would pass for the user's own in the next run: never trained
-        again, and missing from an optimizer that is made of what requires a gradient.
+        A layer that stayed frozen would pass for one that the user froze in the next run: never trained
+        again, and missing from an optimizer that is made for the parameters that require a gradient.
         """
         self._training = False
-        if self.freezer is None:
-            return
-        self.freezer.close()
-        if self.freezer._adapter is not None:
-            self.freezer._adapter.unfreeze(self.freezer.frozen_layers)
+        if self.freezer is not None:
+            self.freezer.close(unfreeze=True)

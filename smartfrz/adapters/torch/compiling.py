@@ -1,4 +1,4 @@
-"""Living with `torch.compile`: what it must not see, and what it costs."""
+"""Keeps `torch.compile` from what it must not see, and measures what it costs."""
 
 import logging
 import sys
@@ -16,11 +16,14 @@ class EagerHold:
     """While held, compiled functions run eagerly.
 
     A model that is traced through hooks and a dispatch mode must not be compiled meanwhile: the
-    compiler would give up on it, for the rest of the process and without a word.
+    compiler would silently give up on it for the rest of the process.
+
+    Attributes:
+        holders: Number of objects that hold, in this process.
     """
 
     _lock = threading.RLock()  # the garbage collector may end another hold in this thread while one is taken
-    _holders = 0
+    holders = 0
     _stance: Any = None
 
     def __init__(self) -> None:
@@ -32,18 +35,18 @@ class EagerHold:
             if self._held:
                 return
             self._held = True
-            EagerHold._holders += 1
-            if EagerHold._holders == 1:
+            EagerHold.holders += 1
+            if EagerHold.holders == 1:
                 EagerHold._stance = torch.compiler.set_stance("force_eager")
 
     def release(self) -> None:
-        """Let go; the last one to do so gives the compiler back as it was found."""
+        """Let go. When the last object lets go, the compiler is as it was before."""
         with EagerHold._lock:
             if not self._held:
                 return
             self._held = False
-            EagerHold._holders -= 1
-            if EagerHold._holders == 0:
+            EagerHold.holders -= 1
+            if EagerHold.holders == 0:
                 EagerHold._stance.__exit__(None, None, None)
                 EagerHold._stance = None
 
@@ -53,7 +56,7 @@ class EagerHold:
 
 
 class _Clock:
-    """Counts all compilations of this process, and their seconds."""
+    """Counts all compilations in this process, and their seconds."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -61,7 +64,7 @@ class _Clock:
         self._started: float | None = None
 
     def listen(self) -> None:
-        """Be told of compilations; needed again after `torch._dynamo.reset()`."""
+        """Register with the compiler; needed again after `torch._dynamo.reset()`."""
         if self._start not in callback_handler.start_callbacks:
             callback_handler.register_start_callback(self._start)
             callback_handler.register_end_callback(self._end)
@@ -81,7 +84,7 @@ _clock = _Clock()
 
 
 class CompileWatch:
-    """What compiling costs one run, before and after its layers began to freeze."""
+    """Measures what compiling costs one run, before and after its layers began to freeze."""
 
     def __init__(self) -> None:
         _clock.listen()
@@ -90,12 +93,12 @@ class CompileWatch:
 
     @property
     def compiled(self) -> bool:
-        """Whether anything was compiled since the watch began."""
+        """True if anything was compiled since the watch began."""
         return _clock.count > self._from[0]
 
     @property
     def total(self) -> tuple[int, float]:
-        """Compilations and their seconds since the watch began."""
+        """Number of compilations, and their seconds, since the watch began."""
         return _clock.count - self._from[0], _clock.seconds - self._from[1]
 
     @property
@@ -109,8 +112,8 @@ class CompileWatch:
         """Make room for one more compilation of each compiled function.
 
         The compiler keeps `recompile_limit` variants of a function (8 today) and then runs it
-        eagerly for ever. The variants of earlier frozen sets are never used again, so each change
-        of the set is given one more, and the user's own limit stays what it was.
+        eagerly from then on. The variants for earlier frozen sets are never used again, so each change
+        of the set raises the limit by one: the user's own variants have as much room as before.
         """
         _clock.listen()
         if self._frozen_from is None:

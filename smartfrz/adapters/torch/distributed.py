@@ -1,4 +1,4 @@
-"""Several processes that train one model: agreeing on what to freeze, and telling PyTorch what froze."""
+"""Makes the processes that train one model agree on what to freeze, and tells PyTorch what froze."""
 
 import gc
 import itertools
@@ -22,21 +22,21 @@ from smartfrz.errors import DistributedError, UnsupportedModelError
 
 logger = logging.getLogger("smartfrz")
 RANK_TIMEOUT = 300.0
-# The first process needs some time, after it has given up on another one, to tell the rest.
+# After the first process has given up on another one, it needs some time to inform the rest.
 GRACE = 10.0
 _numbers = itertools.count()
-_c10d: Any = dist  # much of it is not in its type stubs
+_c10d: Any = dist  # its type stubs are incomplete
 
 
 class StoreRanks:
     """`Ranks` that meet through a key-value store.
 
-    Not through collectives: a process that never comes would be answered by whatever collective it
-    runs instead, or hang for as long as that takes, and nobody could say which process it is.
+    Collectives would not do: they would pair with whatever collective a missing process runs instead, or hang, and could
+    not say which process is missing.
 
     Args:
-        store: A store that all processes reach, empty of keys of others.
-        rank: Of this process.
+        store: A store that all processes reach and that nothing else writes to.
+        rank: Rank of this process.
         world_size: Number of processes.
         timeout: Seconds to wait for another process.
     """
@@ -47,13 +47,13 @@ class StoreRanks:
         self._world_size = world_size
         self._timeout = timeout
         self._count = 0
-        self._read_by_all: list[str] = []  # once all have come to the next meeting
+        self._read_by_all: list[str] = []  # deleted once all have come to the next meeting
 
     def meet(self, moment: str, facts: Mapping[str, Any]) -> None:
         """Wait until every process is at this moment with the same facts (plain data).
 
         Raises:
-            DistributedError: If one does not come, or comes with other facts.
+            DistributedError: If a process does not come, or comes with different facts.
         """
         self._count += 1
         mine = {"moment": moment, "facts": json.loads(_json(facts))}
@@ -62,7 +62,7 @@ class StoreRanks:
             raise DistributedError(complaint)
 
     def share(self, make: Callable[[], Any]) -> Any:
-        """What `make` returned on the first process, plain data, on every process."""
+        """Call `make` on the first process, and return its answer, which is plain data, on every process."""
         self._count += 1
         key = f"{self._count}/word"
         if self._rank == 0:
@@ -87,7 +87,7 @@ class StoreRanks:
         return word["answer"]
 
     def _lead(self, mine: dict[str, Any]) -> str:
-        """The first process: says where it is, hears the others, and tells all of them the outcome."""
+        """Meet as the first process: post where it is, read what the others post, and post the verdict."""
         number = self._count
         self._post(f"{number}/word", mine)
         others = {f"{number}/{rank}": rank for rank in range(1, self._world_size)}
@@ -130,7 +130,7 @@ class StoreRanks:
         self._post(f"{self._count}/read by {self._rank}", True)
 
     def _linger(self, ranks: Iterable[int]) -> None:
-        """Let others read what went wrong: the store may end with this process."""
+        """Wait until the other ranks have read what went wrong, since the store may end with this process."""
         self._missing([f"{self._count}/read by {rank}" for rank in ranks], GRACE)
 
     def _no_show(self, ranks: list[int], what: str) -> str:
@@ -142,10 +142,10 @@ class StoreRanks:
         )
 
     def _missing(self, keys: list[str], seconds: float) -> list[str]:
-        """Those keys that nobody has posted when time is up."""
+        """Return the keys that are still missing at the deadline."""
         deadline = time.monotonic() + seconds
         pause = 0.0002
-        # Not store.wait(): nothing can interrupt it, and it prints warnings when time is up.
+        # store.wait() cannot be interrupted, and prints warnings at its timeout.
         with self._reaching():
             while keys := [key for key in keys if not self._store.check([key])]:
                 if time.monotonic() > deadline:
@@ -179,7 +179,7 @@ def _json(value: Any) -> str:
 
 
 def _differences(rank: int, mine: dict[str, Any], theirs: dict[str, Any]) -> str:
-    """What a rank does differently from the first one, in words; empty if nothing."""
+    """Describe what a rank does differently from the first one; empty if nothing."""
     if mine["moment"] != theirs.get("moment"):
         where = theirs.get("moment", "a decision")
         return f"Rank {rank} is at {mine['moment']}, rank 0 at {where}; expected both at the same."
@@ -214,7 +214,7 @@ class TrainingProcesses(StoreRanks):
     Args:
         model: The model of this process, not wrapped.
         timeout: Seconds to wait for another process.
-        wrappers: Modules that wrap the model, as far as they are known.
+        wrappers: The known modules that wrap the model.
 
     Raises:
         DistributedError: If the model is wrapped in a way in which layers cannot be frozen.
@@ -235,7 +235,7 @@ class TrainingProcesses(StoreRanks):
 
     def average(self, tensors: list[torch.Tensor]) -> None:
         """Replace each tensor by its mean over all processes, in place."""
-        # A collective that only some processes enter would be answered by another one of the others.
+        # If only some processes entered this collective, it would pair with a different one of the others.
         self.meet("averaging batch norm statistics", {"sizes": [tensor.numel() for tensor in tensors]})
         for device in dict.fromkeys(tensor.device for tensor in tensors):
             here = [tensor for tensor in tensors if tensor.device == device]
@@ -247,11 +247,11 @@ class TrainingProcesses(StoreRanks):
                 tensor.copy_(mean.view_as(tensor))
 
     def parameters_changed(self) -> None:
-        """Some parameters begin or cease to have gradients; every process calls it at the same moment."""
+        """Prepare for other parameters having gradients. Every process calls it between the same two steps."""
         reshard(self._model)
         for wrapper in self._wrappers():
             has_gradients = any(parameter.requires_grad for parameter in wrapper.module.parameters())
-            if not has_gradients:  # PyTorch makes no reducer of nothing
+            if not has_gradients:  # PyTorch makes no reducer without parameters
                 self._idle.add(wrapper)
                 wrapper.require_backward_grad_sync = False
                 continue
@@ -261,17 +261,17 @@ class TrainingProcesses(StoreRanks):
             refresh(wrapper)
 
     def _wrappers(self) -> list[DistributedDataParallel]:
-        """Every DistributedDataParallel that has parameters of the model.
+        """Return every DistributedDataParallel that has parameters of the model.
 
-        The user may have passed the inner model, and the state of a resumed run freezes layers
-        before the first forward pass, which would show the wrapper. So the garbage collector is asked.
+        The user may have passed the inner model, and the state of a resumed run freezes layers before the first forward
+        pass, which would show the wrapper. So the garbage collector is asked.
         """
         own = {id(parameter) for parameter in self._model.parameters()}
         known = [w for w in self._known if own & _parameter_ids(w)]
         if any(own <= _parameter_ids(w) for w in known):
-            return known  # going through all objects takes a tenth of a second and more
+            return known  # searching all objects takes a tenth of a second or more
         classes = [DistributedDataParallel]
-        for each in classes:  # grows meanwhile
+        for each in classes:  # grows in the loop
             classes += each.__subclasses__()
         # objects refer to their class
         found = [w for w in gc.get_referrers(*classes) if type(w) in classes and "module" in w._modules]
@@ -286,9 +286,9 @@ def _parameter_ids(wrapper: DistributedDataParallel) -> set[int]:
 def processes_of(
     model: nn.Module, timeout: float, wrappers: Iterable[nn.Module | None] = ()
 ) -> TrainingProcesses | None:
-    """The processes that train this model together; None without a process group.
+    """Return the processes that train this model together; None without a process group.
 
-    A group of one counts: DistributedDataParallel waits for gradients of frozen layers there, too.
+    A group of one process counts, too: DistributedDataParallel waits for gradients of frozen layers there as well.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return None
@@ -296,11 +296,11 @@ def processes_of(
 
 
 def refresh(wrapper: DistributedDataParallel) -> None:
-    """Have the wrapper reduce the gradients of those parameters that require one now, and no others.
+    """Make the wrapper reduce exactly the gradients of the parameters that now require one.
 
-    Without it, DistributedDataParallel waits for gradients that never come: the ranks are not
-    synchronised in the next backward pass, and the forward pass after it raises. Every rank has to
-    call it between the same two steps. The wrapper stays the same object, with its hooks.
+    Otherwise DistributedDataParallel waits for gradients that never come: the ranks are not synchronised in the next
+    backward pass, and the forward pass after it raises. Every rank has to call this between the same two steps. The
+    wrapper stays the same object, with its hooks.
 
     Raises:
         DistributedError: If this version of PyTorch does not allow it.
@@ -308,7 +308,7 @@ def refresh(wrapper: DistributedDataParallel) -> None:
     hooks = list(getattr(wrapper, "_comm_hooks", ()))
     try:
         _rebuild_reducer(wrapper)
-    except (AttributeError, TypeError) as error:  # PyTorch's private methods are not what they were
+    except (AttributeError, TypeError) as error:  # PyTorch's private methods have changed
         logger.warning(
             "Rebuilding DistributedDataParallel as if it were unpickled, since its methods changed: %s", error
         )
@@ -321,7 +321,7 @@ def refresh(wrapper: DistributedDataParallel) -> None:
 
 
 def _rebuild_reducer(wrapper: Any) -> None:
-    """What the constructor and the unpickling of DistributedDataParallel do."""
+    """Rebuild the reducer as the constructor and the unpickling of DistributedDataParallel do."""
     wrapper._remove_autograd_hooks()
     parameters, sparse = wrapper._build_params_for_reducer()
     names = wrapper._build_debug_param_to_name_mapping(parameters)
@@ -333,7 +333,7 @@ def _rebuild_reducer(wrapper: Any) -> None:
 
 
 def _unpickle(wrapper: Any, reason: Exception) -> None:
-    """Wrap anew in place, through the protocol of pickle alone."""
+    """Rebuild the wrapper in place, by nothing but the pickle protocol."""
     try:
         state = wrapper.__getstate__()
         wrapper.__setstate__(state)
@@ -342,12 +342,12 @@ def _unpickle(wrapper: Any, reason: Exception) -> None:
     except Exception as error:
         raise DistributedError(
             f"PyTorch {torch.__version__} does not let DistributedDataParallel be rebuilt in place ({reason}; {error}); "
-            "expected a version that does, as 2.13. Train without SmartFRZ, or with dry_run=True."
+            "expected a version that does, such as 2.13. Train without SmartFRZ, or with dry_run=True."
         ) from error
 
 
 def _forget_buckets(state: Any) -> None:
-    """PowerSGD keeps matrices for each bucket; the buckets are others now, and once more after the first step."""
+    """Clear the matrices that PowerSGD keeps for each bucket: the buckets change now, and again after the first step."""
     kept = [getattr(state, name, None) for name in ("error_dict", "p_memory_dict", "q_memory_dict")]
     if all(isinstance(buckets, dict) for buckets in kept) and hasattr(state, "start_powerSGD_iter"):
         for buckets in kept:
@@ -356,15 +356,16 @@ def _forget_buckets(state: Any) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Have fully sharded modules show their shards.
+    """Make fully sharded modules show their shards.
 
-    After a forward pass without a backward pass, an evaluation say, some show whole parameters,
-    which are not those that the optimizer trains.
+    After a forward pass without a backward pass, such as an evaluation, some show whole parameters, which are not the
+    ones that the optimizer trains.
 
     Raises:
         UnsupportedModelError: If the model is wrapped in FullyShardedDataParallel, which hides the layers.
     """
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # no module is of its classes if nobody imported it
+    # If the package was never imported, no module is of its classes.
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
         return
     for module in model.modules():
@@ -378,7 +379,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def _default_store() -> Any:
-    """The store with which the process group was made, through a connection of its own."""
+    """Return the store of the process group, through a new connection."""
     try:
         from torch.distributed.distributed_c10d import _get_default_store
 

@@ -1,4 +1,4 @@
-"""Freezing layers of a PyTorch model in the middle of training. PyTorch's traps live here."""
+"""Freezes layers of a PyTorch model in the middle of training, around the traps of PyTorch."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -11,18 +11,19 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from smartfrz.adapters.torch.layers import Layer, LayerReader
 from smartfrz.adapters.torch.optimizer_steps import OptimizerSteps
+from smartfrz.control.norms import compute_old_share, compute_recent_statistics
 from smartfrz.errors import UnsupportedModelError
 
 
 class Processes(Protocol):
-    """The processes that train copies, or parts, of the model together."""
+    """The processes that together train copies or shards of the model."""
 
     def average(self, tensors: list[torch.Tensor]) -> None:
         """Replace each tensor by its mean over all processes, in place."""
         ...
 
     def parameters_changed(self) -> None:
-        """Some parameters begin or cease to have gradients; every process calls it at the same moment."""
+        """Prepare for other parameters having gradients. Every process calls it between the same two steps."""
         ...
 
 
@@ -36,12 +37,11 @@ class TorchAdapter(LayerReader):
         optimizers: Every optimizer that holds parameters of the model.
         layers: The model's layers, in execution order. Layers that the user has frozen are left
             out of `layers()`, and are never unfrozen.
-        processes: Told when parameters freeze, where several processes train together.
+        processes: The processes that train the model together, if there are several. They are notified of every
+            change of what is frozen.
         reentrant: Whether the model uses reentrant gradient checkpointing.
-        previous: The adapter of the same model that this one will take the place of: what it has
-            frozen was not frozen by the user.
-        steps: Hooks of the optimizers, for `set_lr_scale` and `gradient_norm`; made when first needed
-            by default.
+        previous: The adapter that this one replaces. What it froze does not count as frozen by the user.
+        steps: Hooks of the optimizers, for `set_lr_scale` and `gradient_norm`. Made on first use by default.
 
     Raises:
         UnsupportedModelError: If the model's weights have no data.
@@ -77,7 +77,7 @@ class TorchAdapter(LayerReader):
             for layer in layers
         }
         for name, trained in self._trainable.items():
-            # It is also judged by that part: what the user froze does not move, and would pass for converged.
+            # It is also judged by that part: what the user froze does not move, and would look converged.
             ids = {id(p) for p in trained}
             judged = [p for p in self._tensors[name] if id(p) in ids] or [p for p in trained if p.dim() >= 2] or trained
             self._tensors[name] = judged or self._tensors[name]
@@ -86,23 +86,23 @@ class TorchAdapter(LayerReader):
         self._reentrant = reentrant
         self._outputs = {layer.name: model.get_submodule(layer.output) for layer in layers}
         self._gradient_hooks: dict[str, Any] = {}
-        # With the user's own override of `train`, or None, and whether it was trained before
-        self._kept_in_eval: dict[nn.Module, tuple[Any, bool]] = {}
+        # The user's own override of `train`, or None, and whether the norm was in training mode
+        self._held_in_eval: dict[nn.Module, tuple[Any, bool]] = {}
         self._snapshots: dict[_NormBase, tuple[torch.Tensor, torch.Tensor, int]] = {}
 
     def layers(self) -> list[str]:
-        """Names of the layers that the user did not freeze, in execution order."""
+        """Return the names of the layers that the user did not freeze, in execution order."""
         return [name for name in super().layers() if self._trainable[name]]
 
     def all_layers(self) -> list[str]:
-        """Names of all layers, those that the user froze included, in execution order."""
+        """Return the names of all layers in execution order, even if the user froze them."""
         return super().layers()
 
     def _frozen_parameters(self) -> list[nn.Parameter]:
         return [p for trainable in self._trainable.values() for p in trainable if not p.requires_grad]
 
     def layers_of_each_optimizer(self) -> list[list[str]]:
-        """For each optimizer the names of the layers that it trains."""
+        """Return, for each optimizer, the names of the layers that it trains."""
         owned = [{id(p) for group in o.param_groups for p in group["params"]} for o in self._optimizers]
         return [[name for name in self.layers() if any(id(p) in ids for p in self._trainable[name])] for ids in owned]
 
@@ -113,13 +113,13 @@ class TorchAdapter(LayerReader):
         return self._given_steps
 
     def set_lr_scale(self, layer: str, scale: float) -> None:
-        """Multiply the learning rate of a layer by `scale`, until another one is set, or the layer freezes.
+        """Multiply the learning rate of a layer by `scale`, until the next call or until the layer freezes.
 
-        The optimizer's groups stay as they are: schedulers set the rate that is multiplied.
+        The optimizer's groups stay as they are: schedulers go on setting the rate that is multiplied.
 
         Args:
             layer: Name of the layer.
-            scale: At least 0. With 0 its weights stay where they are, but its momentum goes on.
+            scale: At least 0. With 0 the weights do not move, but the momentum is still updated.
 
         Raises:
             ValueError: If the scale is negative or not finite.
@@ -129,15 +129,15 @@ class TorchAdapter(LayerReader):
         self._steps.scale(self._trainable[layer], float(scale))
 
     def gradient_norm(self, layer: str) -> float:
-        """L1 norm of the sum of the layer's gradients over the optimizer steps since this was last asked.
+        """Return the L1 norm of the layer's gradients, added up over the optimizer steps since the last call.
 
-        The sum begins with the first call, or with the `steps` that this adapter was given. Gradients count as the
-        optimizer gets them: averaged over processes, unscaled, clipped.
+        Adding up begins with the first call, unless `steps` already did so. Gradients count as the optimizer sees them:
+        averaged over processes, unscaled and clipped.
         """
         return self._steps.take_norm(self._trainable[layer])
 
     def gradient_state(self) -> dict[str, torch.Tensor]:
-        """The sums of gradients, for a saved state: by the name of the parameter."""
+        """Return the sums of gradients by the name of the parameter, for a saved state."""
         if self._given_steps is None:
             return {}
         sums = self._given_steps.sums()
@@ -149,33 +149,33 @@ class TorchAdapter(LayerReader):
             self._steps.load_sums({self._parameters[name]: gradient for name, gradient in state.items()})
 
     def freeze(self, layers: list[str]) -> None:
-        """Stop training these layers: from now on their weights and statistics stay bit-identical."""
+        """Stop training these layers. From now on their weights and statistics stay bit-identical."""
         for layer in layers:
             if self._given_steps is not None:
                 self._given_steps.forget(self._trainable[layer])
             for parameter in self._trainable[layer]:
                 parameter.requires_grad_(False)
-                # Not merely zeroed: with a zero gradient momentum and weight decay go on moving the
-                # weight. Without one every optimizer skips it.
+                # Zeroing it would not do: with a zero gradient, momentum and weight decay still move the weight.
+                # Every optimizer skips a parameter that has no gradient.
                 parameter.grad = None
-                # It stays in its param group. Removed from there, optimizer.state_dict() raises
-                # KeyError and schedulers and checkpoints lose count.
+                # The parameter stays in its group. If it were removed, optimizer.state_dict() would raise KeyError, and
+                # schedulers and checkpoints would lose count.
                 for optimizer in self._optimizers:
-                    _forget(optimizer, parameter)
+                    _drop_state(optimizer, parameter)
             if self._reentrant and layer not in self._gradient_hooks:
                 self._gradient_hooks[layer] = self._outputs[layer].register_forward_hook(_let_gradients_pass)
-        self._freeze_norms([norm for layer in layers for norm in self._norms[layer] if norm not in self._kept_in_eval])
+        self._freeze_norms([norm for layer in layers for norm in self._norms[layer] if norm not in self._held_in_eval])
         if self._processes is not None and layers:
             self._processes.parameters_changed()
 
     def unfreeze(self, layers: list[str]) -> None:
-        """Train these layers again; their optimizer state starts anew."""
+        """Train these layers again. Their optimizer state starts from scratch."""
         for layer in layers:
             for parameter in self._trainable[layer]:
                 parameter.requires_grad_(True)
             for norm in self._norms[layer]:
-                if norm in self._kept_in_eval:
-                    override, was_trained = self._kept_in_eval.pop(norm)
+                if norm in self._held_in_eval:
+                    override, was_trained = self._held_in_eval.pop(norm)
                     del norm.__dict__["train"]
                     if override is not None:
                         norm.__dict__["train"] = override
@@ -191,61 +191,51 @@ class TorchAdapter(LayerReader):
             if isinstance(norm, _NormBase):
                 self._correct_statistics(norm)
                 statistics += [t for t in (norm.running_mean, norm.running_var) if t is not None]
-            self._kept_in_eval[norm] = norm.__dict__.get("train"), norm.training or not self._model.training
+            self._held_in_eval[norm] = norm.__dict__.get("train"), norm.training or not self._model.training
             norm.eval()
-            # model.train() at the start of each epoch would undo eval(). Not a forward hook: the
-            # compiler would see the flag change within the pass and compile twice.
-            norm.__dict__["train"] = partial(_stay_in_eval, norm, _batches(norm) > 0)
+            # model.train() at the start of each epoch would undo eval(). A forward hook is no alternative: the compiler
+            # would see the flag change within the pass, and compile twice.
+            norm.__dict__["train"] = partial(_stay_in_eval, norm, _count_batches(norm) > 0)
         if self._processes is not None and statistics:
-            # Each process has seen its own batches; from now on all of them compute the same.
+            # Each process has seen batches of its own; from now on all of them have to compute the same.
             self._processes.average(statistics)
 
     def snapshot_statistics(self) -> None:
-        """Remember the running statistics, so that `freeze` can tell what was added since.
+        """Remember the running statistics, so that `freeze` can compute them for the batches since.
 
         Call it a few batches before a freezing stage.
         """
         self._snapshots = {
-            norm: (norm.running_mean.clone(), norm.running_var.clone(), _batches(norm))
+            norm: (norm.running_mean.clone(), norm.running_var.clone(), _count_batches(norm))
             for name in self.layers()
             for norm in self._norms[name]
-            if isinstance(norm, _NormBase) and norm not in self._kept_in_eval
+            if isinstance(norm, _NormBase) and norm not in self._held_in_eval
             if norm.running_mean is not None and norm.running_var is not None
         }
         if self._processes is not None and self._snapshots:
-            # Then the state that one process saves is that of all.
+            # One process saves the state for all of them.
             self._processes.average([t for *statistics, _ in self._snapshots.values() for t in statistics])
 
     def _correct_statistics(self, norm: _NormBase) -> None:
-        """Make the running statistics those of the batches since the snapshot.
-
-        A norm of momentum 0.01 lags hundreds of batches behind its weights: in eval mode the layer
-        suddenly computes something else, and training on top of it suffers. A running average that
-        was `old` and is `new` after n batches is `(1 - m)^n old + (1 - (1 - m)^n) recent`, so the
-        recent average follows from two snapshots, at no cost in the forward pass.
-        """
-        if norm not in self._snapshots or norm.num_batches_tracked is None:
+        """Replace the running statistics by those of the batches since the snapshot: see `control.norms`."""
+        if norm not in self._snapshots or norm.running_mean is None or norm.running_var is None:
             return
-        mean, variance, batches_before = self._snapshots[norm]
-        batches = int(norm.num_batches_tracked)
-        if batches == batches_before:
+        mean, variance, before = self._snapshots[norm]
+        # A momentum of None is a plain average over all batches.
+        kept = None if norm.momentum is None else 1.0 - norm.momentum
+        old_share = compute_old_share(kept, before=before, since=_count_batches(norm) - before)
+        running = norm.running_mean, norm.running_var
+        recent = compute_recent_statistics(
+            (mean.double(), variance.double()), (running[0].double(), running[1].double()), old_share
+        )
+        if recent is None:
             return
-        if norm.momentum is None:  # a plain average over all batches
-            old_share = batches_before / batches
-        else:
-            old_share = (1.0 - norm.momentum) ** (batches - batches_before)
-        if old_share >= 1.0:
-            return
-        for new, old in ((norm.running_mean, mean), (norm.running_var, variance)):
-            if new is not None:
-                recent = (new.double() - old_share * old.double()) / (1.0 - old_share)
-                if new is norm.running_var:
-                    recent.clamp_(min=0.0)  # rounding
-                # .data: a backward pass under way holds the statistics, though it does not use them
-                new.data.copy_(recent)
+        for statistic, value in zip(running, recent, strict=True):
+            # .data: a backward pass in progress has saved the statistics, though it does not use them.
+            statistic.data.copy_(value)
 
     def norm_state(self) -> dict[str, Any]:
-        """The snapshot, for a saved state."""
+        """Return the snapshot, for a saved state."""
         names = {module: name for name, module in self._model.named_modules()}
         return {names[norm]: list(values) for norm, values in self._snapshots.items()}
 
@@ -257,13 +247,13 @@ class TorchAdapter(LayerReader):
         }
 
 
-def _forget(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
-    """Drop what the optimizer remembers of a parameter that is to stay where it is."""
+def _drop_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
+    """Drop what the optimizer remembers of a parameter that freezes."""
     if not isinstance(optimizer, torch.optim.LBFGS):
         optimizer.state.pop(parameter, None)
         return
-    # It has one state for all parameters. Directions of the past would move a frozen weight although
-    # its gradient is taken for zero. After a resumed run has frozen again, they are zero already.
+    # LBFGS has one state for all parameters. Past directions would move a frozen weight, though its gradient counts as
+    # zero. When a resumed run freezes its layers again, the directions are zero already, and the state is kept.
     parameters: list[nn.Parameter] = optimizer.param_groups[0]["params"]
     direction = optimizer.state.get(parameters[0], {}).get("d")
     start = 0
@@ -273,36 +263,35 @@ def _forget(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
         start += other.numel()
 
 
-def _batches(norm: nn.Module) -> int:
-    """How many batches a norm's running statistics have seen; 0 if it does not count."""
+def _count_batches(norm: nn.Module) -> int:
+    """Return how many batches the running statistics of a norm have seen; 0 if it does not count them."""
     tracked = getattr(norm, "num_batches_tracked", None)
     return 0 if tracked is None else int(tracked)
 
 
 def _stay_in_eval(norm: nn.Module, has_statistics: bool, mode: bool = True) -> nn.Module:
-    """Takes the place of a frozen norm's `train`. Bound by `partial`, which copies and pickles with the norm.
+    """Replace a frozen norm's `train`. Bound by `partial`, which is copied and pickled with the norm.
 
-    A norm whose statistics were reset is let go until it has new ones: `swa_utils.update_bn`
-    gathers them anew for averaged weights, those of a copy of the frozen model included.
+    A norm whose statistics were reset may train until it has new ones: `swa_utils.update_bn` collects them for averaged
+    weights, also in a copy of the frozen model.
     """
-    norm.training = mode and has_statistics and _batches(norm) == 0
+    norm.training = mode and has_statistics and _count_batches(norm) == 0
     return norm
 
 
 def _let_gradients_pass(module: nn.Module, args: Any, output: Any) -> Any:
-    """Have the output of a frozen layer require a gradient.
+    """Make the output of a frozen layer require a gradient.
 
-    A reentrant checkpoint none of whose inputs requires one yields no gradient at all, that of live
-    layers inside of it included. Where the layer itself runs inside of a checkpoint, gradients are
-    disabled and nothing is done.
+    A reentrant checkpoint gives no gradient at all if none of its inputs requires one, not even to live layers inside of
+    it. Where the layer itself runs inside of a checkpoint, gradients are disabled, and nothing is done.
     """
     tensors = [value for value in tree_leaves(output) if isinstance(value, torch.Tensor)]
     if any(tensor.requires_grad for tensor in tensors) or not torch.is_grad_enabled():
         return None
-    return tree_map(_requiring_gradient, output)
+    return tree_map(_require_gradient, output)
 
 
-def _requiring_gradient(value: Any) -> Any:
+def _require_gradient(value: Any) -> Any:
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return value
-    return value.detach().requires_grad_().clone()  # a leaf itself must not be altered in place
+    return value.detach().requires_grad_().clone()  # cloned, since a leaf must not be changed in place

@@ -33,11 +33,10 @@ class SmartFRZCallback(FreezingCallback, TrainerCallback, ExportableState):
     `requires_grad` is again what it was before.
 
     Args:
-        predictor: A name of the zoo, the path or address of an ONNX file, the address of a predictor on a
-            server (`http://host:port/NAME`), or a loaded `Predictor`.
-        allow_missing_state: Whether training may resume from a checkpoint that was made without
-            this callback. It then begins to watch at that step. Else that is a `StateError`.
-        **options: Keyword arguments of `SmartFRZ`. `total_steps` comes from the Trainer.
+        predictor: A predictor or policy, as for `SmartFRZ`.
+        allow_missing_state: Whether training may resume from a checkpoint that was made without this callback. It
+            then starts to watch at that step. By default that raises a `StateError`.
+        **options: Other keyword arguments of `SmartFRZ`. `total_steps` comes from the Trainer.
 
     Attributes:
         freezer: The `SmartFRZ` of the current or the last run; None before the first.
@@ -55,13 +54,13 @@ class SmartFRZCallback(FreezingCallback, TrainerCallback, ExportableState):
     """
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Thaw what an interrupted run left frozen: the optimizer takes what requires a gradient."""
+        """Thaw what an interrupted run left frozen: the optimizer only takes parameters that require a gradient."""
         self._end()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Model and optimizer are made by now, and restored if training resumes."""
+        """Make the freezer: model and optimizer exist by now, and are restored if training resumes."""
         name = type(self).__name__
         kept: Any = state.stateful_callbacks  # a dict by now
         entry = kept.get(name) or {}
@@ -77,12 +76,12 @@ class SmartFRZCallback(FreezingCallback, TrainerCallback, ExportableState):
         kept.setdefault(name, {})
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """After each optimizer step, not after each batch that is accumulated."""
+        """Act after each optimizer step, not after each accumulated batch."""
         if self.freezer is not None:
             self.freezer.step()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Join the training logs: their history, and callbacks that come after this one."""
+        """Add the scalars to the training logs: to their history, and for the callbacks after this one."""
         logs: dict[str, Any] = kwargs.get("logs") or {}
         if self._training and "loss" in logs:
             logs.update(self._logs())
@@ -95,10 +94,10 @@ class SmartFRZCallback(FreezingCallback, TrainerCallback, ExportableState):
         self._end()
 
     def state(self) -> dict[str, Any]:
-        """What the Trainer keeps in `trainer_state.json`.
+        """Return what the Trainer keeps in `trainer_state.json`.
 
-        A callback is not told which folder training resumes from, and that folder may have been
-        moved; what lies in the Trainer's own state is found wherever the Trainer found it.
+        A callback does not learn which folder training resumes from, and that folder may have been
+        moved. What is part of the Trainer's own state is found wherever the Trainer finds that.
         """
         args = {k: v.item() if isinstance(v, np.generic) else v for k, v in self._options.items()}
         if isinstance(self._predictor, (str, os.PathLike)):
@@ -111,7 +110,7 @@ class SmartFRZCallback(FreezingCallback, TrainerCallback, ExportableState):
 
 
 def _pack(state: dict[str, Any]) -> str:
-    """Text for JSON: some 160 KB a layer."""
+    """Return the state as text for JSON: about 160 KB for each layer."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,6 +1,7 @@
-"""Which parts of a PyTorch model are frozen as one unit, and how their weights are read."""
+"""Finds the layers of a PyTorch model, in the order in which they run, and reads their weights."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -18,18 +20,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from smartfrz.adapters.torch.sharding import positions_in, sum_shards
+from smartfrz.adapters.torch.sharding import locate, sum_shards
+from smartfrz.control.grouping import Module, Weight, group_modules
+from smartfrz.control.tailoring import split_positions
 from smartfrz.errors import StateError, UnsupportedModelError
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What is frozen as one unit: a module that owns weights, with what belongs to it.
+    """A unit of freezing: a module that owns weights, with everything that belongs to it.
 
     Attributes:
         name: The module's name, as in `model.named_modules()`.
         parameters: Names of every parameter that is frozen with the layer.
-        weights: The parameters that tailoring reads: those with two or more dimensions.
+        weights: The parameters that tailoring reads, with two or more dimensions each.
         norms: Modules of the layer that change in a forward pass in training mode: batch norms with
             running statistics, and the power iteration of a spectral norm.
         output: The module whose output is the layer's output: its batch norm if it has one.
@@ -44,28 +48,33 @@ class Layer:
     forward_flops: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for a saved state."""
+        """Return the layer as plain data, for a saved state."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Layer":
-        """The layer that `to_dict` described."""
+        """Make the layer that `to_dict` described."""
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         return cls(**values)
 
 
 class LayerTracer:
-    """Watches one forward pass to learn the layers in the order in which they run.
+    """Watches one forward pass to find the layers in the order in which they run.
 
-    Registration order is not execution order in many models, and only execution order tells which
-    frozen layers form a prefix that the backward pass need not enter.
+    In many models modules are not registered in the order in which they run. Only the latter tells which frozen layers
+    form a prefix that the backward pass need not enter.
 
     Args:
-        model: The model. Its modules get hooks until the first forward pass that can be traced has
-            ended.
-        training_only: Ignore forward passes in eval mode, in which some modules take other paths,
-            and those without gradients, which show no checkpointing.
+        model: The model. Its modules have hooks until the first forward pass that can be traced has ended.
+        training_only: Ignore forward passes in eval mode, since some modules then take other paths, and without
+            gradients, since they show no checkpointing.
         on_done: Called once the pass has been watched.
+
+    Attributes:
+        total_flops: Floating point operations of the forward pass.
+        done: Whether a pass has been watched.
+        wrapper: The DistributedDataParallel that ran the model, if any.
+        reentrant: Whether parts of the model ran under reentrant checkpointing.
     """
 
     def __init__(self, model: nn.Module, *, training_only: bool = True, on_done: Callable[[], None] | None = None):
@@ -76,18 +85,18 @@ class LayerTracer:
         self._flops: dict[str, int] = {}
         self._stack: list[str] = []
         self._mode: _FlopMode | None = None
-        self._depth = 0  # of calls of the model by itself
+        self._depth = 0  # how many calls deep the model calls itself
         self._handles: list[Any] = []
         self.total_flops = 0
         self.done = False
-        self.wrapper: nn.Module | None = None  # the DistributedDataParallel that runs the model
-        self.reentrant = False  # whether parts of it run under reentrant checkpointing
+        self.wrapper: nn.Module | None = None
+        self.reentrant = False
         for name, module in model.named_modules():
             if module is model:
                 continue
             self._handles.append(module.register_forward_pre_hook(Uncopied(self._enter(name))))
             self._handles.append(module.register_forward_hook(Uncopied(self._leave), always_call=True))
-        # prepend: the root starts and stops the count around everything else
+        # Prepended, so that the root starts the count before everything else.
         self._handles.append(model.register_forward_pre_hook(Uncopied(self._start), prepend=True))
         self._handles.append(model.register_forward_hook(Uncopied(self._stop), always_call=True))
 
@@ -138,45 +147,45 @@ class LayerTracer:
         self._handles = []
 
     def layers(self) -> list[Layer]:
-        """The layers, in execution order.
+        """Return the layers in execution order.
 
         Raises:
             UnsupportedModelError: If no module with weights ran.
         """
-        return _group(self._model, list(dict.fromkeys(self._ran)), self._flops)
+        return _group_modules(self._model, self._ran, self._flops)
 
 
 class Uncopied:
-    """A hook that copies of the model do without.
+    """A hook that is left out of copies of the model.
 
-    An averaged model is a deep copy, made at any moment. It must neither be traced itself nor end
-    the trace of the model that is trained; and a hook that is a closure could not be pickled.
+    An averaged model is a deep copy, made at any moment. It must neither be traced itself nor end the trace of the model
+    that is trained. Besides, a hook that is a closure could not be pickled.
     """
 
     def __init__(self, hook: Callable[..., Any]):
         self._hook = hook
 
     def __call__(self, *args: Any) -> Any:
-        """What the hook returns."""
+        """Call the hook."""
         return self._hook(*args)
 
     def __deepcopy__(self, memo: Any) -> Callable[..., None]:
-        return _nothing
+        return _do_nothing
 
     def __reduce__(self) -> Any:
-        return _no_hook, ()
+        return _make_empty_hook, ()
 
 
-def _nothing(*args: Any) -> None:
-    """Takes the place of a hook in a copy."""
+def _do_nothing(*args: Any) -> None:
+    """Replace a hook in a copy."""
 
 
-def _no_hook() -> Callable[..., None]:
-    return _nothing
+def _make_empty_hook() -> Callable[..., None]:
+    return _do_nothing
 
 
 def _is_behind(output: Any, node: str) -> bool:
-    """Whether the graph that made the output has a node of this name."""
+    """Return whether a node of this name is in the graph that made the output."""
     values = [value for leaf in tree_leaves(output) for value in (leaf, *tree_leaves(getattr(leaf, "__dict__", None)))]
     waiting = [value.grad_fn for value in values if isinstance(value, torch.Tensor)]
     seen = set()
@@ -192,7 +201,7 @@ def _is_behind(output: Any, node: str) -> bool:
 
 
 class _FlopMode(TorchDispatchMode):
-    """Adds up PyTorch's own operation counts, per innermost running module."""
+    """Adds up PyTorch's own operation counts for each innermost running module."""
 
     def __init__(self, stack: list[str], flops: dict[str, int]):
         super().__init__()
@@ -213,7 +222,7 @@ def trace_layers(model: nn.Module, *example: Any, **keywords: Any) -> list[Layer
     """Run the model once, without gradients, and return its layers in execution order.
 
     Args:
-        model: The model, in the mode in which it shall be traced.
+        model: The model, in the mode in which to trace it.
         *example: Positional arguments of its forward pass.
         **keywords: Keyword arguments of its forward pass.
 
@@ -232,135 +241,90 @@ def trace_layers(model: nn.Module, *example: Any, **keywords: Any) -> list[Layer
         tracer.close()
 
 
-def _group(model: nn.Module, ran: list[str], flops: dict[str, int]) -> list[Layer]:
-    """Join modules and parameters to layers; `ran` holds module names by first execution."""
-    # What computes a module's weight (weight norm, spectral norm, LoRA as a parametrization) is part of that module.
-    modules = {n: module for n, module in model.named_modules() if n == _around_parametrizations(n)}
-    ran = list(dict.fromkeys(map(_around_parametrizations, ran)))
-    counts, flops = flops, {}
-    for name, count in counts.items():
-        flops[_around_parametrizations(name)] = flops.get(_around_parametrizations(name), 0) + count
-    ran_set = set(ran)
-    first_name = {id(p): name for name, p in model.named_parameters()}  # one name per tied parameter
+def _group_modules(model: nn.Module, ran: Iterable[str], flops: Mapping[str, int]) -> list[Layer]:
+    """Join the model's modules to layers.
 
-    def owned(name: str) -> list[str]:
-        own = [modules[name], *(m for _, m in _parametrizations(modules[name]))]
-        return list(dict.fromkeys(first_name[id(p)] for m in own for p in m.parameters(recurse=False)))
-
-    # A module whose descendants own parameters and run is a container, not a layer.
-    containers = {ancestor for name in ran if owned(name) for ancestor in _ancestors(name)}
-    belongs: dict[str, list[str]] = {name: owned(name) for name in ran}
-    for name, module in modules.items():
-        if name in ran_set or not owned(name):
-            continue
-        # nn.MultiheadAttention never calls its out_proj; a ParameterList has no forward at all.
-        # Their parameters are used by the module around them. Anything else that did not run is
-        # unused in training (an auxiliary head, say) and no layer.
-        around = next((a for a in _ancestors(name) if a in ran_set), None)
-        lists = isinstance(module, (nn.ParameterList, nn.ParameterDict))
-        if around is not None and (lists or around not in containers):
-            belongs[around] += owned(name)
-
-    drafts: list[_Draft] = []
-    waiting: list[str] = []  # parameters of containers: they join the next layer that runs
-    waiting_norms: list[str] = []
-    holder: dict[str, _Draft] = {}
-    for name in ran:
-        names, module = belongs[name], modules[name]
-        norms = _norms_of(name, module)
-        tied = next((holder[n] for n in names if n in holder), None)
-        names = [n for n in names if n not in holder]  # a module may be tied to several layers
-        if name in containers:
-            waiting += names
-            continue
-        if tied is not None:
-            draft = tied
-        # a norm over several dimensions has weights of as many, and is no layer of its own
-        elif not isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and any(
-            model.get_parameter(n).dim() >= 2 for n in names
-        ):
-            draft = _Draft(name)
-            drafts.append(draft)
-            names, waiting = [n for n in dict.fromkeys(waiting + names) if n not in holder], []
-            draft.norms, waiting_norms = waiting_norms, []
-        elif names or norms:  # vectors only: a norm, a layer scale, a learned slope
-            if not drafts:
-                waiting += names
-                waiting_norms += norms
-                continue
-            draft = drafts[-1]
-            if isinstance(module, _NormBase):
-                draft.output = name
-        else:
-            continue
-        draft.parameters += names
-        draft.norms += norms
-        draft.flops += flops.get(name, 0)
-        holder.update(dict.fromkeys(names, draft))
-    if drafts:
-        drafts[-1].parameters += [n for n in dict.fromkeys(waiting) if n not in holder]
-        drafts[-1].norms += waiting_norms
-    if not drafts:
+    Args:
+        model: The model.
+        ran: Names of its modules by first execution.
+        flops: Floating point operations of the modules, without the modules inside.
+    """
+    ran = list(dict.fromkeys(map(strip_parametrizations, ran)))
+    units = group_modules(_describe_modules(model, flops), ran)
+    if not units:
         raise UnsupportedModelError(
             f"SmartFRZ found no layer to freeze in {type(model).__name__}: none of the {len(ran)} modules that ran in "
             "its forward pass owns a weight of two or more dimensions. Pass the model that holds the layers, and run "
             "its forward pass through the model itself."
         )
-    return [draft.layer(model) for draft in drafts]
+    return [
+        Layer(
+            unit.name,
+            tuple(weight.name for weight in unit.weights),
+            tuple(weight.name for weight in unit.judged),
+            tuple(unit.statistics),
+            unit.output,
+            unit.flops,
+        )
+        for unit in units
+    ]
 
 
-def _around_parametrizations(name: str) -> str:
-    """The module whose weight is computed, if `name` is a module that computes it."""
+def _describe_modules(model: nn.Module, flops: Mapping[str, int]) -> list[Module]:
+    """Describe the model's modules to the grouping rule.
+
+    What computes a module's weight (weight norm, spectral norm, LoRA as a parametrization) is part of that module.
+    """
+    counts: Counter[str] = Counter()
+    for name, count in flops.items():
+        counts[strip_parametrizations(name)] += count
+    names = {id(parameter): name for name, parameter in model.named_parameters()}  # one for tied parameters
+    return [
+        Module(
+            name,
+            name.rpartition(".")[0] if name else None,
+            tuple(_list_weights(module, names)),
+            tuple(_list_changing_modules(name, module)),
+            # A norm over several dimensions has weights with as many.
+            is_norm=isinstance(module, (nn.LayerNorm, nn.RMSNorm)),
+            ends_layer=isinstance(module, _NormBase),
+            is_list=isinstance(module, (nn.ParameterList, nn.ParameterDict)),
+            flops=counts[name],
+        )
+        for name, module in model.named_modules()
+        if name == strip_parametrizations(name)
+    ]
+
+
+def strip_parametrizations(name: str) -> str:
+    """Return the name of the module whose weight is computed, if `name` is a module that computes it."""
     return f".{name}".partition(".parametrizations.")[0][1:]
 
 
-def _parametrizations(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that compute a module's weights, by their names inside of it."""
+def _list_parametrizations(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that compute a module's weights, with their names inside of it."""
     if is_parametrized(module):
         yield from module.parametrizations.named_modules(prefix="parametrizations")  # type: ignore[union-attr]
 
 
-def _norms_of(name: str, module: nn.Module) -> list[str]:
-    """Names of what a forward pass in training mode changes in this module."""
-    found = [
-        f"{name}.{inner}" if name else inner for inner, m in _parametrizations(module) if isinstance(m, _SpectralNorm)
-    ]
-    running = isinstance(module, _NormBase) and module.running_mean is not None
-    # the older torch.nn.utils.spectral_norm, a hook
-    if running or any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values()):
-        found.append(name)
-    return found
+def _list_weights(module: nn.Module, names: Mapping[int, str]) -> Iterator[Weight]:
+    """Yield the parameters that a module owns itself, by the names of their ids."""
+    for owner in (module, *(inner for _, inner in _list_parametrizations(module))):
+        for parameter in owner.parameters(recurse=False):
+            # A lazy module that never ran has no shapes.
+            shape = () if is_lazy(parameter) else tuple(parameter.shape)
+            yield Weight(names[id(parameter)], id(parameter), shape)
 
 
-def _ancestors(name: str) -> Iterator[str]:
-    """Names of the modules around a module, nearest first, the root last."""
-    while name:
-        name = name.rpartition(".")[0]
+def _list_changing_modules(name: str, module: nn.Module) -> Iterator[str]:
+    """Yield names of everything in this module that a forward pass in training mode changes."""
+    for inner, parametrization in _list_parametrizations(module):
+        if isinstance(parametrization, _SpectralNorm):
+            yield f"{name}.{inner}" if name else inner
+    has_running_statistics = isinstance(module, _NormBase) and module.running_mean is not None
+    # The older torch.nn.utils.spectral_norm is a hook.
+    if has_running_statistics or any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values()):
         yield name
-
-
-class _Draft:
-    """A layer while its parts are being collected."""
-
-    def __init__(self, name: str):
-        self.name = self.output = name
-        self.parameters: list[str] = []
-        self.norms: list[str] = []
-        self.flops = 0
-
-    def layer(self, model: nn.Module) -> Layer:
-        own = self.name + "." if self.name else ""
-        matrices = [n for n in self.parameters if model.get_parameter(n).dim() >= 2]
-        # Embeddings that joined from a container (`cls_token`) are not what the layer is judged by.
-        inside = [n for n in matrices if n.startswith(own)]
-        return Layer(
-            self.name,
-            tuple(self.parameters),
-            tuple(inside or matrices),
-            tuple(self.norms),
-            self.output,
-            self.flops,
-        )
 
 
 class LayerReader:
@@ -387,20 +351,20 @@ class LayerReader:
         self._parts: dict[str, tuple[NDArray[np.int64], list[Any]]] = {}
 
     def layers(self) -> list[str]:
-        """Names of the layers, in execution order."""
+        """Return the names of the layers in execution order."""
         return list(self._layers)
 
     def num_weights(self, layer: str) -> int:
-        """How many weights the layer has."""
+        """Return the number of weights that the layer is judged by."""
         return sum(t.numel() for t in self._tensors[layer])
 
     def weights(self, layer: str, indices: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The layer's flattened weights at `indices`, as a copy.
+        """Return a copy of the layer's flattened weights at `indices`.
 
         Args:
             layer: Name of the layer.
-            indices: Positions in the layer's flattened weights, int64 `[n]`, ascending. Pass the
-                same array at every call: it is then kept on the weights' device.
+            indices: Positions in the layer's flattened weights, int64 `[n]`, ascending. Pass the same array at every
+                call, so that it is moved to the weights' device only once.
 
         Returns:
             float32 `[n]`, whatever the dtype of the weights.
@@ -408,9 +372,9 @@ class LayerReader:
         return self.tailored({layer: indices})[layer]
 
     def tailored(self, positions: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[np.float32]]:
-        """As `weights`, of several layers at once: a GPU is waited for once, not for every layer.
+        """Return what `weights` does for several layers, and wait for the GPU only once.
 
-        Where the weights are spread over processes, every process has to call it, and it costs one message.
+        If the weights are spread over processes, every process has to call it, and it costs one message.
         """
         parts = {layer: self._split(layer, indices) for layer, indices in positions.items()}
         read = {layer: [part.read() for part in of_layer] for layer, of_layer in parts.items()}
@@ -423,41 +387,38 @@ class LayerReader:
         return dict(zip(picked, np.split(joined, ends[:-1]), strict=True))
 
     def _split(self, layer: str, indices: NDArray[np.int64]) -> list[Any]:
-        """The positions in each of the layer's tensors."""
+        """Return the positions in each of the layer's tensors."""
         known, parts = self._parts.get(layer, (None, []))
         if known is indices:
             return parts
-        parts, start = [], 0
-        for tensor in self._tensors[layer]:
-            inside = indices[(indices >= start) & (indices < start + tensor.numel())] - start
-            start += tensor.numel()
-            if len(inside):
-                parts.append(positions_in(tensor, torch.from_numpy(inside)))
+        tensors = self._tensors[layer]
+        inside = split_positions(indices, [tensor.numel() for tensor in tensors])
+        parts = [locate(t, torch.from_numpy(where)) for t, where in zip(tensors, inside, strict=True) if len(where)]
         self._parts[layer] = indices, parts
         return parts
 
 
 @contextmanager
-def layer_outputs(model: nn.Module, layers: list[Layer]) -> Iterator[dict[str, torch.Tensor]]:
-    """Collect each layer's output during forward passes inside the block; hooks are removed after.
+def collect_outputs(model: nn.Module, layers: list[Layer]) -> Iterator[dict[str, torch.Tensor]]:
+    """Collect the output of each layer during forward passes inside the block.
 
     Yields:
-        A dict that a forward pass fills: layer name to its output, a copy on the CPU. Where a
+        A dict that a forward pass fills with a copy of each layer's output on the CPU, by the name of the layer. If a
         module returns several values, the first tensor counts.
     """
     outputs: dict[str, torch.Tensor] = {}
     modules = dict(model.named_modules())
 
-    def keep(name: str) -> Any:
+    def make_hook(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             while isinstance(output, (tuple, list)):
                 output = output[0]
-            # a copy: an in-place activation behind the layer would overwrite its output
+            # A copy, since an in-place activation after the layer would overwrite its output.
             outputs[name] = output.detach().to("cpu", copy=True)
 
         return hook
 
-    handles = [modules[layer.output].register_forward_hook(keep(layer.name)) for layer in layers]
+    handles = [modules[layer.output].register_forward_hook(make_hook(layer.name)) for layer in layers]
     try:
         yield outputs
     finally:

@@ -37,11 +37,10 @@ class SmartFRZCallback(FreezingCallback, Callback):
     again what it was before.
 
     Args:
-        predictor: A name of the zoo, the path or address of an ONNX file, the address of a predictor on a
-            server (`http://host:port/NAME`), or a loaded `Predictor`.
-        allow_missing_state: Whether fitting may resume from a checkpoint that was made without this
-            callback. It then begins to watch at that step. Else that is a `StateError`.
-        **options: Keyword arguments of `SmartFRZ`. `total_steps` comes from the Trainer.
+        predictor: A predictor or policy, as for `SmartFRZ`.
+        allow_missing_state: Whether training may resume from a checkpoint that was made without this callback. It
+            then starts to watch at that step. By default that raises a `StateError`.
+        **options: Other keyword arguments of `SmartFRZ`. `total_steps` comes from the Trainer.
 
     Attributes:
         freezer: The `SmartFRZ` of the current or the last run; None before the first.
@@ -64,7 +63,7 @@ class SmartFRZCallback(FreezingCallback, Callback):
         self._global_step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Before the checkpoint is read and the optimizers are made."""
+        """Keep the state of a fit that this one continues; the checkpoint is read, and the optimizers made, later."""
         if stage != "fit":
             return
         self._end()
@@ -73,7 +72,7 @@ class SmartFRZCallback(FreezingCallback, Callback):
         self._saved = self.freezer.state_dict() if goes_on and self.freezer else None
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Forget what went before, even if the checkpoint has nothing of ours."""
+        """Forget the state of an earlier fit, even if the checkpoint has none of this callback."""
         self._saved = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -81,23 +80,27 @@ class SmartFRZCallback(FreezingCallback, Callback):
         self._saved = state_dict
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed fit needs to go on as an uninterrupted one."""
+        """Return all that a resumed fit needs to continue as an uninterrupted one."""
         if self.freezer is not None:
             return self.freezer.state_dict()
         return self._saved or {"started": False}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The optimizers are made by now, and restored if fitting resumes."""
+        """Make the freezer: the optimizers exist by now, and are restored if fitting resumes."""
         saved, self._saved = self._saved, None
-        needs_total = not {"total_steps", "record_every"} & set(self._options)
         self._step = _TrainingStep(pl_module)
         self._begin(
-            self._step, trainer.optimizers, _steps_left(trainer) if needs_total else None, saved, trainer.global_step
+            self._step,
+            trainer.optimizers,
+            _steps_left(trainer) if self._needs_length else None,
+            saved,
+            trainer.global_step,
+            self._step.entry,
         )
         self._global_step = trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Show SmartFRZ the training step, as long as it watches."""
+        """Let SmartFRZ watch the training step, as long as it learns the layers."""
         if self._step is not None and self._step.is_watched:
             self._step.take_next()
 
@@ -117,13 +120,13 @@ class SmartFRZCallback(FreezingCallback, Callback):
         self._end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the model as it was found; not where other processes wait in vain for this one."""
+        """Leave the model as it was found, unless other processes would have to take part."""
         if trainer.world_size == 1:
             self._end()
 
 
 def _steps_left(trainer: Trainer) -> int:
-    """Batches after which an optimizer steps, until the end."""
+    """Return the number of batches, until the end, after which an optimizer steps."""
     total = trainer.estimated_stepping_batches
     if not math.isfinite(total) or total < 1:
         raise UsageError(
@@ -138,15 +141,15 @@ def _steps_left(trainer: Trainer) -> int:
 
 
 class _TrainingStep(nn.Module):
-    """A LightningModule, with its training step for a forward pass.
+    """A LightningModule whose forward pass is its training step.
 
-    SmartFRZ learns the layers from the first forward pass. Many a training step never calls the
-    LightningModule itself: it calls `self.net(x)`, or an encoder and then a decoder.
+    SmartFRZ learns the layers from the first forward pass. Many training steps never call the
+    LightningModule itself, but `self.net(x)`, or an encoder and then a decoder.
     """
 
     def __init__(self, pl_module: LightningModule):
         super().__init__()
-        # The very same dicts: names are those of the LightningModule, and what changes there changes here.
+        # The very same dicts: names stay the same, and a change in the LightningModule is a change here.
         self._parameters, self._buffers, self._modules = pl_module._parameters, pl_module._buffers, pl_module._modules
         self.__dict__["lightning_module"] = pl_module  # not as a submodule: its names would change
         self.__dict__["step"] = pl_module.training_step
@@ -159,12 +162,11 @@ class _TrainingStep(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.called.clear()
         with register_module_forward_pre_hook(lambda module, args: self.called.append(module)):
-            # A tuple: a step that optimizes by hand may return None, as a forward pass that raises does to its hooks.
+            # A tuple: a step that optimizes by hand may return None, which hooks would take for a pass that raised.
             return (self.step(*args, **kwargs),)
 
-    @property
     def entry(self) -> nn.Module | None:
-        """The outermost module called that has more than half of the weights: this one, or the network in it."""
+        """Return the outermost module that the last step called and that has more than half of the weights."""
         total = sum(parameter.numel() for parameter in self.parameters())
         for module in self.called:
             if 2 * sum(parameter.numel() for parameter in module.parameters()) > total:
@@ -173,13 +175,13 @@ class _TrainingStep(nn.Module):
 
     @property
     def is_watched(self) -> bool:
-        """Whether there are hooks on the forward pass."""
+        """True if the forward pass has hooks."""
         return bool(self._forward_pre_hooks or self._forward_hooks)
 
     def take_next(self) -> None:
-        """Send the LightningModule's next training step through this module; those after it go the usual way."""
+        """Send the LightningModule's next training step through this module; later steps take the usual way."""
         pl_module: Any = self.lightning_module
-        own = pl_module.__dict__.get("training_step")  # compiled, say
+        own = pl_module.__dict__.get("training_step")  # a compiled one, for example
 
         def once(*args: Any, **kwargs: Any) -> Any:
             del pl_module.training_step
@@ -187,6 +189,6 @@ class _TrainingStep(nn.Module):
                 pl_module.training_step = own
             return self(*args, **kwargs)[0]
 
-        # Lightning passes what the signature asks for; it looks behind one decorator, not behind two.
+        # Lightning passes what the signature asks for, and looks behind one decorator only.
         once.__wrapped__ = getattr(self.step, "__wrapped__", self.step)  # type: ignore[attr-defined]
         pl_module.training_step = once

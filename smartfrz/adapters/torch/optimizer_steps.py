@@ -1,4 +1,4 @@
-"""What happens inside of an optimizer's step: learning rates of single layers, and gradients added up."""
+"""Sets the learning rates of single layers, and adds up gradients, inside of an optimizer's step."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -14,21 +14,19 @@ _REMEDY = "Or pass a policy that leaves learning rates alone, such as LinearFree
 
 
 class OptimizerSteps:
-    """Hooks around the steps of some optimizers.
+    """Hooks around the steps of optimizers.
 
-    PyTorch has one learning rate for each parameter group. Splitting the user's groups for good would break
-    schedulers, which count them, and checkpoints. So groups of one learning rate each take their place for the
-    duration of a step, with the rate that the user's scheduler has set times the layer's factor; after it the
-    user's own groups are back. An optimizer's state belongs to parameters, not to groups: nothing is copied,
-    and the result is bit for bit that of an optimizer with one group a layer, whatever its rule.
+    PyTorch has one learning rate for each parameter group. Splitting the user's groups for good would break checkpoints
+    and schedulers, which count the groups. So during a step they are replaced by groups of one learning rate each: the
+    rate that the user's scheduler has set, times the layer's factor. After the step the user's own groups are back. The
+    state of an optimizer belongs to parameters, not to groups. So nothing is copied, and the result is bit-identical to
+    that of an optimizer with one group for each layer, whatever its rule.
 
     Args:
-        optimizers: Those of the model's parameters.
+        optimizers: The optimizers of the model's parameters.
         before_step: Called before each step.
-        accumulate: Whether to add up gradients from the first step on: a copy of the gradients, in float32 at least.
-
-    Attributes:
-        seconds: That accumulating gradients and splitting groups took, on the CPU's clock.
+        accumulate: Whether to add up gradients from the first step on. This takes memory for a copy of the gradients, in
+            float32 at least.
     """
 
     def __init__(
@@ -43,18 +41,23 @@ class OptimizerSteps:
         self._scales: dict[nn.Parameter, float] = {}
         self._sums: dict[nn.Parameter, torch.Tensor] = {}
         self._whole: dict[torch.optim.Optimizer, list[dict[str, Any]]] = {}
-        self.seconds = 0.0
+        self._seconds = 0.0
         self._handles: list[Any] = []
-        for optimizer in map(_inside, optimizers):
+        for optimizer in map(_unwrap, optimizers):
             self._handles += [
                 optimizer.register_step_pre_hook(self._enter),
                 optimizer.register_step_post_hook(self._leave),
-                # No post hook runs after a step that raised, or was interrupted; a checkpoint may be written then.
+                # No post hook runs after a step that raised or was interrupted, but a checkpoint may be written.
                 optimizer.register_state_dict_pre_hook(self._restore),
             ]
 
+    def take_seconds(self) -> float:
+        """Return the seconds that accumulating gradients and splitting groups took since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
     def close(self) -> None:
-        """Remove the hooks: from now on every layer has its group's learning rate."""
+        """Remove the hooks. From now on every layer has the learning rate of its group."""
         for optimizer in list(self._whole):
             self._restore(optimizer)
         for handle in self._handles:
@@ -68,54 +71,54 @@ class OptimizerSteps:
         self._sums = {}
 
     def forget(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Forget factors and gradients of these parameters."""
+        """Forget the factors and gradients of these parameters."""
         for parameter in parameters:
             self._scales.pop(parameter, None)
             self._sums.pop(parameter, None)
 
     def scale(self, parameters: Iterable[nn.Parameter], factor: float) -> None:
-        """Multiply the learning rate of these parameters by the factor, from the next step on."""
+        """Multiply the learning rate of these parameters by a factor, from the next step on."""
         self._scales.update(dict.fromkeys(parameters, factor))
 
     def take_norm(self, parameters: Iterable[nn.Parameter]) -> float:
-        """L1 norm of the gradients added up since this was last asked; 0 without gradients."""
+        """Return the L1 norm of the gradients that were added up since the last call; 0 without gradients."""
         self._accumulates = True
         sums = [self._sums.pop(parameter) for parameter in parameters if parameter in self._sums]
         norms = [torch.linalg.vector_norm(gradient, 1, dtype=torch.float64) for gradient in sums]
         return float(sum(norm.item() for norm in norms))
 
     def sums(self) -> dict[nn.Parameter, torch.Tensor]:
-        """The gradients added up so far, as they are now."""
+        """Return a copy of the gradients that were added up so far."""
         return {parameter: gradient.clone() for parameter, gradient in self._sums.items()}
 
     def load_sums(self, sums: dict[nn.Parameter, torch.Tensor]) -> None:
-        """Replace what was added up."""
+        """Replace the gradients that were added up so far."""
         self._sums = {p: gradient.to(p.device, copy=True) for p, gradient in sums.items()}
 
     def _enter(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._before_step is not None:
             self._before_step()
         start = time.perf_counter()
-        self._restore(optimizer)  # a step inside of a step, of a subclass, or one that was interrupted
+        self._restore(optimizer)  # after an interrupted step, or in a step of a subclass inside of another step
         if self._accumulates:
             self._accumulate(optimizer)
         if self._scales:
             self._split(optimizer)
-        self.seconds += time.perf_counter() - start
+        self._seconds += time.perf_counter() - start
 
     def _accumulate(self, optimizer: torch.optim.Optimizer) -> None:
-        """Here, and not after the step, when the user may have dropped the gradients."""
-        # A GradScaler leaves it to a fused optimizer to unscale, and to skip a step whose gradients overflowed.
+        """Add up gradients before the step: users may clear them afterwards."""
+        # A GradScaler leaves unscaling, and skipping a step whose gradients overflowed, to a fused optimizer.
         scale, overflowed = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None or not parameter.requires_grad:
                     continue
                 if is_sharded(parameter):
-                    # One process could not save the sums of all, as it does everything else.
+                    # One process saves the whole state, and does not hold the sums of the others.
                     raise UnsupportedModelError(
-                        "Gradients of a model in fully_shard were to be added up, for AutoFreeze; expected whole "
-                        "parameters. Use DistributedDataParallel, or another policy."
+                        "AutoFreeze adds up gradients, and this model is in fully_shard; expected whole parameters. Use "
+                        "DistributedDataParallel, or another policy."
                     )
                 gradient = parameter.grad.detach()
                 if scale is not None:
@@ -130,8 +133,8 @@ class OptimizerSteps:
     def _split(self, optimizer: torch.optim.Optimizer) -> None:
         if isinstance(optimizer, torch.optim.LBFGS):
             raise UsageError(
-                f"LBFGS takes one step for all parameters together, and layers were to have learning rates of their own; "
-                f"expected one such as SGD or AdamW. {_REMEDY}"
+                f"LBFGS takes one step for all parameters together, so layers cannot have learning rates of their own; "
+                f"expected an optimizer such as SGD or AdamW. {_REMEDY}"
             )
         parts: list[dict[str, Any]] = []
         for group in optimizer.param_groups:
@@ -152,7 +155,7 @@ class OptimizerSteps:
             raise UsageError(
                 f"{type(optimizer).__name__} took a step without reading the learning rate of each of its parameter "
                 "groups, or wrote to them; expected it to read them only, as the optimizers of torch.optim do, since "
-                f"layers were to have learning rates of their own. Pass the optimizer inside of it. {_REMEDY}"
+                f"layers have learning rates of their own. Pass the optimizer inside of it. {_REMEDY}"
             )
 
     def _restore(self, optimizer: torch.optim.Optimizer) -> None:
@@ -160,18 +163,18 @@ class OptimizerSteps:
             optimizer.param_groups = self._whole.pop(optimizer)
 
 
-def _inside(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer that takes the steps: that of Accelerate is a shell around it, and has no hooks."""
+def _unwrap(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer that takes the steps. Accelerate wraps it in one that has no hooks."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner
     return optimizer
 
 
 class _Part(dict[str, Any]):
-    """A part of a parameter group, which notices what a step does with it."""
+    """A part of a parameter group that notices what a step does with it."""
 
     rate_was_read = False
-    was_written = False  # what is written would be lost
+    was_written = False  # anything written would be lost
 
     def __getitem__(self, key: str) -> Any:
         self.rate_was_read = self.rate_was_read or key == "lr"

@@ -1,4 +1,4 @@
-"""Reading single weights of parameters that are spread over processes (`fully_shard`, tensor parallelism)."""
+"""Reads single weights of parameters that are spread over processes (`fully_shard`, tensor parallelism)."""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -11,7 +11,7 @@ from smartfrz.errors import UnsupportedModelError
 
 
 class Positions:
-    """Positions of a flattened weight.
+    """Positions in a flattened weight.
 
     Args:
         tensor: The weight.
@@ -21,18 +21,18 @@ class Positions:
     def __init__(self, tensor: torch.Tensor, indices: torch.Tensor):
         self._tensor = tensor
         where = indices.to(tensor.device)
-        # .view needs no copy of the whole weight; channels_last kernels are not viewable flat
+        # .view copies nothing, but a channels_last kernel has no flat view.
         self._where = (where,) if tensor.is_contiguous() else torch.unravel_index(where, tensor.shape)
 
     def read(self) -> torch.Tensor:
-        """What lies there now: float32 `[n]`, a copy on the weight's device."""
+        """Return a copy of the values at the positions, float32 `[n]` on the weight's device."""
         data = self._tensor.detach()
         picked = data.view(-1)[self._where[0]] if len(self._where) == 1 else data[self._where]
         return picked.float()
 
 
 class ShardPositions:
-    """Positions of a flattened weight of which each process holds a part; no process gathers all of it.
+    """Positions in a flattened weight of which each process holds a part. No process gathers all of it.
 
     Args:
         tensor: The weight, a DTensor.
@@ -40,6 +40,10 @@ class ShardPositions:
 
     Raises:
         UnsupportedModelError: If the weight is not divided as PyTorch documents it.
+
+    Attributes:
+        mesh: The processes over which the weight is spread.
+        dims: Dimensions of the mesh over which the values that `read` returns have to be summed.
     """
 
     def __init__(self, tensor: Any, indices: torch.Tensor):
@@ -47,8 +51,8 @@ class ShardPositions:
 
         self._tensor = tensor
         self.mesh = tensor.device_mesh
-        self.dims: tuple[int, ...] = ()  # of the mesh: over these `read` is to be summed
-        # Of this exact type: a strided shard, from tensor parallelism below fully_shard, lies elsewhere.
+        self.dims: tuple[int, ...] = ()
+        # The exact type counts: a strided shard, from tensor parallelism below fully_shard, holds other positions.
         self._gathered = not all(type(p) in (Shard, Replicate) for p in tensor.placements)
         if self._gathered:
             self._indices = indices
@@ -58,7 +62,7 @@ class ShardPositions:
             if isinstance(placement, Shard):
                 self.dims += (dim,)
                 axis = placement.dim % tensor.dim()
-                chunk = -(-sizes[axis] // self.mesh.size(dim))  # the last ones are smaller, or empty
+                chunk = -(-sizes[axis] // self.mesh.size(dim))  # the last chunks are smaller, or empty
                 start = min(chunk * self.mesh.get_local_rank(dim), sizes[axis])
                 sizes[axis] = min(chunk, sizes[axis] - start)
                 starts[axis] += start
@@ -77,7 +81,10 @@ class ShardPositions:
         self._where = tuple(axis[inside].to(local.device) for axis in where)
 
     def read(self) -> torch.Tensor:
-        """What lies there now, float32 `[n]`: 0 where another process holds it, so that the sum is the answer."""
+        """Return the values at the positions, float32 `[n]`.
+
+        A value that another process holds is 0 here, so that the sum over the processes is the answer.
+        """
         data = self._tensor.detach()
         if self._gathered:
             return Positions(data.full_tensor(), self._indices).read()
@@ -88,30 +95,31 @@ class ShardPositions:
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether it is a DTensor."""
-    sharded: Any = sys.modules.get("torch.distributed.tensor")  # no tensor is a DTensor if nobody imported it
+    """Return whether the tensor is a DTensor."""
+    # If the module was never imported, no tensor is a DTensor.
+    sharded: Any = sys.modules.get("torch.distributed.tensor")
     return sharded is not None and isinstance(tensor, sharded.DTensor)
 
 
-def positions_in(tensor: torch.Tensor, indices: torch.Tensor) -> Positions | ShardPositions:
-    """Positions of a weight of either kind."""
+def locate(tensor: torch.Tensor, indices: torch.Tensor) -> Positions | ShardPositions:
+    """Make the positions in a weight, which may be sharded."""
     if is_sharded(tensor):
         return ShardPositions(tensor, indices)
     return Positions(tensor, indices)
 
 
 def sum_shards(read: Iterable[tuple[Positions | ShardPositions, torch.Tensor]]) -> None:
-    """Complete what was read in part, in place: one message for everything that is divided alike.
+    """Complete values that were read in part, in place, with one message for all that are divided alike.
 
     Args:
-        read: Positions, and what `read` returned for them; in the same order on every process.
+        read: Positions with what `read` returned for them, in the same order on every process.
     """
     alike: dict[Any, list[torch.Tensor]] = {}
     for where, values in read:
         if isinstance(where, ShardPositions) and where.dims:
             alike.setdefault((where.mesh, where.dims), []).append(values)
     for (mesh, dims), vectors in alike.items():
-        joined = torch.cat(vectors).to(mesh.device_type)  # offloaded weights lie on the CPU, and are sent from the GPU
+        joined = torch.cat(vectors).to(mesh.device_type)  # offloaded weights are on the CPU, but are sent from the GPU
         for dim in dims:
             dist.all_reduce(joined, group=mesh.get_group(dim))
         for vector, whole in zip(vectors, joined.split([len(vector) for vector in vectors]), strict=True):
@@ -122,8 +130,8 @@ class GradientWatch:
     """Calls a hook when any of the parameters gets a gradient.
 
     Args:
-        parameters: Parameters that require one.
-        hook: What to call, with a tensor.
+        parameters: Parameters that require a gradient.
+        hook: Called with a tensor.
     """
 
     def __init__(self, parameters: Iterable[torch.Tensor], hook: Callable[[torch.Tensor], None]):
@@ -131,13 +139,13 @@ class GradientWatch:
         divided: list[torch.Tensor] = []
         for parameter in parameters:
             (divided if is_sharded(parameter) else plain).append(parameter)
-        # fully_shard computes with whole copies and sets the gradients of the shards: only these hooks see them
+        # fully_shard computes with whole copies and sets the gradients of the shards, which only these hooks see.
         self._handles: list[Any] = [p.register_post_accumulate_grad_hook(hook) for p in divided]
         if plain:
             self._handles.append(torch.autograd.graph.register_multi_grad_hook(tuple(plain), hook, mode="any"))
 
     def remove(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -1,1 +1,1 @@
-"""Train a predictor, judge it, and export it. Needs PyTorch."""
+"""Training, judging and exporting predictors. Needs PyTorch."""

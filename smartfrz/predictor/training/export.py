@@ -1,10 +1,10 @@
-"""A trained predictor to one ONNX file that says all about itself, and back, to train it further."""
+"""Export of a trained predictor to one ONNX file with its metadata, and back to a network to train it further."""
 
 import dataclasses
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,33 +18,27 @@ from smartfrz.files import replacing
 from smartfrz.predictor.contract import (
     ATTENTION,
     CONFIDENCE,
-    ENCODING_SIZE,
     HISTORY,
-    KEYS,
     LENGTHS,
-    PAST_KEYS,
-    PAST_VALUES,
     POSITION,
     UNKNOWN_POSITION,
-    VALUES,
     PredictorInfo,
     seal,
 )
 from smartfrz.predictor.runtime import Prediction, Predictor
-from smartfrz.predictor.sorting import replace_sorts
 from smartfrz.predictor.training.model import FreezePredictor
 
 TOLERANCE = 1e-5
-_MATRIX = 1024  # values from which a matrix is worth storing in 8 bits
+_MATRIX = 1024  # smallest number of values for which storing a matrix in 8 bits pays
 _COMPACT_TOLERANCE = 0.1
 
 
 def export(model: FreezePredictor, info: PredictorInfo, path: str | os.PathLike[str]) -> float:
-    """Write the predictor file, after comparing ONNX Runtime's answers with PyTorch's.
+    """Write the predictor file, after comparing the answers of ONNX Runtime with those of PyTorch.
 
     Args:
         model: The trained network.
-        info: What goes into the metadata.
+        info: Facts for the metadata.
         path: The ONNX file; replaced only when all checks have passed.
 
     Returns:
@@ -54,120 +48,116 @@ def export(model: FreezePredictor, info: PredictorInfo, path: str | os.PathLike[
         PredictorFileError: If the exported file answers differently from the network.
         OSError: If the file cannot be written.
     """
-    return _write(
+    return _write_checked(
         serialise(model, info),
         path,
-        difference=lambda written: parity(model, written),
-        most=TOLERANCE,
+        measure=lambda written: parity(model, written),
+        limit=TOLERANCE,
         failure="The exported predictor differs from the trained network",
         advice="Check the versions of torch, onnx and onnxruntime.",
     )
 
 
-def _write(
+def _write_checked(
     content: bytes,
     path: str | os.PathLike[str],
     *,
-    difference: Callable[[Predictor], float],
-    most: float,
+    measure: Callable[[Predictor], float],
+    limit: float,
     failure: str,
     advice: str,
 ) -> float:
-    """Write a predictor file, and keep it if its answers differ by no more than allowed; by how much they do."""
+    """Write a predictor file; return the largest difference of its answers, or raise if it exceeds the limit."""
     with replacing(path) as temporary:
         temporary.write_bytes(seal(content))
-        found = difference(Predictor(temporary, device="cpu"))
-        if not found <= most:  # NaN neither
-            raise PredictorFileError(f"{failure} by up to {found:.2g}; expected at most {most}. {advice}")
+        found = measure(Predictor(temporary, device="cpu"))
+        if not found <= limit:  # also refuses NaN
+            raise PredictorFileError(f"{failure} by up to {found:.2g}; expected at most {limit}. {advice}")
     return found
 
 
 def serialise(model: FreezePredictor, info: PredictorInfo) -> bytes:
-    """The ONNX file's content, with an empty checksum."""
+    """Return the content of the ONNX file, with an empty checksum."""
+    proto = _convert(model, info.tailored_size)
+    _remove_traces(proto)
+    if model.positional:
+        _make_position_optional(proto.graph)
+    proto.graph.name = "predictor"
+    proto.producer_version = ""  # so that the same weights give the same file with any version of PyTorch
+    return _finish(proto, info)
+
+
+def _finish(proto: onnx.ModelProto, info: PredictorInfo) -> bytes:
+    """Write the metadata into a model and return its bytes."""
+    onnx.helper.set_model_props(proto, dict(sorted(info.to_metadata().items())))
+    onnx.checker.check_model(proto, full_check=True)
+    return proto.SerializeToString(deterministic=True)
+
+
+def _convert(model: FreezePredictor, tailored_size: int) -> onnx.ModelProto:
     layers = torch.export.Dim("layers", min=1, max=65536)
     window = torch.export.Dim("window", min=1, max=4096)
-    model = model.eval()
     # Odd example sizes: 1 or 2 would be taken for constants.
-    example = [torch.randn(3, 7, info.tailored_size), torch.tensor([7, 4, 2])]
-    inputs, outputs = [HISTORY, LENGTHS], [CONFIDENCE, ATTENTION]
+    example = [torch.randn(3, 7, tailored_size), torch.tensor([7, 4, 2])]
+    inputs, named = [HISTORY, LENGTHS], {}
     shapes: dict[str, dict[int, torch.export.Dim]] = {"history": {0: layers, 1: window}, "lengths": {0: layers}}
-    if model.incremental:
-        past = torch.export.Dim("past", min=0, max=4096)
-        example += [torch.randn(3, 5, ENCODING_SIZE), torch.randn(3, 5, ENCODING_SIZE)]
-        inputs, outputs = [*inputs, PAST_KEYS, PAST_VALUES], [*outputs, KEYS, VALUES]
-        shapes |= {"past_keys": {0: layers, 1: past}, "past_values": {0: layers, 1: past}}
-    named = {}
     if model.positional:
         named = {"position": torch.tensor([0.0, 0.5, UNKNOWN_POSITION])}
         inputs, shapes = [*inputs, POSITION], shapes | {"position": {0: layers}}
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
-        warnings.simplefilter("ignore")  # the exporter's notes on its own internals
+        warnings.simplefilter("ignore")  # notes of the exporter on its own internals
         program = torch.onnx.export(
-            model,
+            model.eval(),
             tuple(example),
             kwargs=named,
             dynamo=True,
             input_names=inputs,
-            output_names=outputs,
+            output_names=[CONFIDENCE, ATTENTION],
             dynamic_shapes=shapes,
             external_data=False,
             verbose=False,
         )
         if program is None:
             raise PredictorFileError("torch.onnx.export made nothing; expected a program. Update torch and onnxscript.")
-        # Straight from memory the weights would still be held outside of the model.
+        # Without going through a file, the weights would still be kept outside of the model.
         program.save(str(Path(folder) / "predictor.onnx"), external_data=False)
-        proto = onnx.load(Path(folder) / "predictor.onnx")
+        return onnx.load(Path(folder) / "predictor.onnx")
+
+
+def _remove_traces(proto: onnx.ModelProto) -> None:
+    """Remove stack traces, which hold paths of this machine."""
     for node in proto.graph.node:
-        del node.metadata_props[:]  # stack traces with paths of this machine
+        del node.metadata_props[:]
         node.doc_string = ""
     for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output):
         del value.metadata_props[:]
     del proto.graph.metadata_props[:]
     del proto.metadata_props[:]
-    replace_sorts(proto.graph)
-    if model.incremental:
-        none = np.zeros((1, 0, ENCODING_SIZE), np.float32)
-        _make_optional(proto.graph, {PAST_KEYS: none, PAST_VALUES: none})
-    if model.positional:
-        _make_optional(proto.graph, {POSITION: np.full(1, UNKNOWN_POSITION, np.float32)})
-    proto.graph.name = "predictor"
-    proto.producer_version = ""  # the same weights give the same file under any patch release
-    onnx.helper.set_model_props(proto, dict(sorted(info.to_metadata().items())))
-    onnx.checker.check_model(proto, full_check=True)
-    return proto.SerializeToString(deterministic=True)
 
 
-def _make_optional(graph: onnx.GraphProto, defaults: dict[str, NDArray[np.float32]]) -> None:
-    """Give inputs a default: one row, which is repeated for any number of layers."""
-    nodes = [onnx.helper.make_node("Shape", [HISTORY], ["optional_layers"], start=0, end=1)]
-    ones = onnx.numpy_helper.from_array(
-        np.ones(len(next(iter(defaults.values())).shape) - 1, np.int64), "optional_ones"
-    )
-    graph.initializer.append(ones)
-    nodes.append(onnx.helper.make_node("Concat", ["optional_layers", ones.name], ["optional_shape"], axis=0))
-    for name, default in defaults.items():
-        (value,) = (value for value in graph.input if value.name == name)
-        value.type.tensor_type.shape.dim[0].dim_param = "optional_layers"  # 1 in the default
-        graph.initializer.append(onnx.numpy_helper.from_array(default, name))
-        for node in graph.node:
-            node.input[:] = [f"{name}_of_layers" if used == name else used for used in node.input]
-        nodes.append(onnx.helper.make_node("Expand", [name, "optional_shape"], [f"{name}_of_layers"]))
-    graph.node.reverse()
-    graph.node.extend(reversed(nodes))
-    graph.node.reverse()
+def _make_position_optional(graph: onnx.GraphProto) -> None:
+    """Give the input `position` a default of one value, which the graph repeats for any number of layers."""
+    (value,) = (value for value in graph.input if value.name == POSITION)
+    value.type.tensor_type.shape.dim[0].dim_param = "optional_layers"  # 1 in the default
+    default = np.full(1, UNKNOWN_POSITION, np.float32)
+    graph.initializer.append(onnx.numpy_helper.from_array(default, POSITION))
+    for node in graph.node:
+        node.input[:] = [f"{POSITION}_of_layers" if used == POSITION else used for used in node.input]
+    graph.node.insert(0, onnx.helper.make_node("Shape", [HISTORY], ["optional_layers"], start=0, end=1))
+    repeated = onnx.helper.make_node("Expand", [POSITION, "optional_layers"], [f"{POSITION}_of_layers"])
+    graph.node.insert(1, repeated)
 
 
 def compact(source: str | os.PathLike[str], path: str | os.PathLike[str], name: str) -> float:
-    """Write a predictor file again with weights of 8 bits: a quarter of the size, and nearly the same answers.
+    """Write a copy of a predictor file with weights of 8 bits: a quarter of the size, and nearly the same answers.
 
-    Matrices become int8 with one scale a column; the graph multiplies them out (`DequantizeLinear`, a standard
-    operator) and computes in float32 as before, so that a decision takes as long. Such a file cannot be trained further.
+    Matrices become int8 with one scale per column. The graph multiplies them out (`DequantizeLinear`, a standard
+    operator) and computes in float32 as before, so a decision takes as long. The copy cannot be trained further.
 
     Args:
         source: A predictor file.
-        path: The file to make; replaced only when all checks have passed.
-        name: Its name.
+        path: The file to write; replaced only when all checks have passed.
+        name: Name of the new predictor.
 
     Returns:
         The largest absolute difference of confidences, on random histories.
@@ -185,13 +175,11 @@ def compact(source: str | os.PathLike[str], path: str | os.PathLike[str], name: 
     info = dataclasses.replace(
         original.info, name=name, metrics=original.info.metrics | {"compact_of": original.sha256}
     )
-    onnx.helper.set_model_props(proto, dict(sorted(info.to_metadata().items())))
-    onnx.checker.check_model(proto, full_check=True)
-    return _write(
-        proto.SerializeToString(deterministic=True),
+    return _write_checked(
+        _finish(proto, info),
         path,
-        difference=lambda written: _difference(original, written),
-        most=_COMPACT_TOLERANCE,
+        measure=lambda written: compare(original, written),
+        limit=_COMPACT_TOLERANCE,
         failure=f"With weights of 8 bits the answers of {str(source)!r} differ",
         advice="Keep the file as it is.",
     )
@@ -208,31 +196,7 @@ def _store_as_int8(graph: onnx.GraphProto, tensor: onnx.TensorProto) -> None:
     graph.node.insert(0, onnx.helper.make_node("DequantizeLinear", [f"{name}_int8", f"{name}_scale"], [name], axis=1))
 
 
-def _difference(one: Predictor, other: Predictor) -> float:
-    """Largest difference of two predictors' confidences on random histories."""
-    return _largest(
-        one.predict(*question).confidence - other.predict(*question).confidence
-        for question in _random_questions(one, rounds=8, seed=0)
-    )
-
-
-def parity(model: FreezePredictor, predictor: Predictor, rounds: int = 8, seed: int = 0) -> float:
-    """Largest absolute difference between PyTorch and ONNX Runtime on random histories."""
-
-    def differences() -> Iterator[NDArray[np.float32]]:
-        for history, lengths, position in _random_questions(predictor, rounds, seed):
-            placed = {} if position is None else {"position": torch.from_numpy(position)}
-            with torch.no_grad():
-                expected = model.eval()(torch.from_numpy(history), torch.from_numpy(lengths), **placed)
-            answers = predictor.predict(history, lengths, position)
-            yield from (a - e.numpy() for a, e in zip(answers, expected, strict=True))
-            if predictor.incremental:
-                yield from (a - b for a, b in zip(_advanced(predictor, history, lengths), answers, strict=True))
-
-    return _largest(differences())
-
-
-class _Question(NamedTuple):
+class Question(NamedTuple):
     """Arguments of `Predictor.predict`."""
 
     history: NDArray[np.float32]
@@ -240,98 +204,103 @@ class _Question(NamedTuple):
     position: NDArray[np.float32] | None
 
 
-def _random_questions(predictor: Predictor, rounds: int, seed: int) -> Iterator[_Question]:
-    """What a predictor can be asked; if it reads positions, most have them, known for some of the layers."""
+def parity(model: FreezePredictor, predictor: Predictor, rounds: int = 8, seed: int = 0) -> float:
+    """Return the largest absolute difference between PyTorch and ONNX Runtime on random histories."""
+    model.eval()
+
+    def differ(question: Question) -> Iterable[NDArray[np.float32]]:
+        expected = _ask_network(model, question)
+        return [a - e for a, e in zip(predictor.predict(*question), expected, strict=True)]
+
+    return _largest_difference(predictor, differ, rounds, seed)
+
+
+def compare(one: Predictor, other: Predictor) -> float:
+    """Return the largest absolute difference of two predictors' confidences on random histories."""
+
+    def differ(question: Question) -> Iterable[NDArray[np.float32]]:
+        return [one.predict(*question).confidence - other.predict(*question).confidence]
+
+    return _largest_difference(one, differ, rounds=8, seed=0)
+
+
+def _ask_network(model: FreezePredictor, question: Question) -> Prediction:
+    position = None if question.position is None else torch.from_numpy(question.position)
+    with torch.no_grad():
+        answer = model(torch.from_numpy(question.history), torch.from_numpy(question.lengths), position)
+    return Prediction(*(tensor.numpy() for tensor in answer))
+
+
+def _largest_difference(
+    predictor: Predictor, differ: Callable[[Question], Iterable[NDArray[np.float32]]], rounds: int, seed: int
+) -> float:
+    """Return the largest absolute value that `differ` yields on random questions; NaN if there is one."""
     rng = np.random.default_rng(seed)
-    for _ in range(rounds):
-        history, lengths = _random_histories(predictor, rng)
-        position = None
-        if predictor.positional and rng.random() < 0.75:
-            position = rng.uniform(size=len(history)).astype(np.float32)
-            position[::3] = UNKNOWN_POSITION
-        yield _Question(history, lengths, position)
+    found = [np.abs(d).max() for _ in range(rounds) for d in differ(_random_question(predictor, rng))]
+    # np.max, since Python's max() drops NaN: a network that answers NaN must not pass
+    return float(np.max(found))
+
+
+def _random_question(predictor: Predictor, rng: np.random.Generator) -> Question:
+    """Draw a question. If the predictor reads positions, most questions have them, known for two thirds of the layers."""
+    history, lengths = _random_histories(predictor, rng)
+    position = None
+    if predictor.positional and rng.random() < 0.75:
+        position = rng.uniform(size=len(history)).astype(np.float32)
+        position[::3] = UNKNOWN_POSITION
+    return Question(history, lengths, position)
 
 
 def _random_histories(predictor: Predictor, rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     num_layers, window = int(rng.integers(1, 60)), int(rng.integers(1, predictor.info.window + 1))
     walk = rng.normal(size=(num_layers, window, predictor.info.tailored_size)) * 10.0 ** rng.uniform(-4, 0)
     history = (walk.cumsum(axis=1) + rng.normal(size=(num_layers, 1, 1))).astype(np.float32)
-    history[1:2] = 0.0  # a layer that starts at zero, as the last norm of many residual blocks
+    history[1:2] = 0.0  # a layer that starts at zero, like the last norm of many residual blocks
     return history, rng.integers(1, window + 1, num_layers)
-
-
-def _largest(differences: Iterable[NDArray[np.float32]]) -> float:
-    """Largest absolute value; NaN if there is one."""
-    # np.max, since Python's max() drops NaN: a network that answers NaN must not pass
-    return float(np.max([np.abs(difference).max() for difference in differences]))
-
-
-def _advanced(predictor: Predictor, history: NDArray[np.float32], lengths: NDArray[np.int64]) -> Prediction:
-    """The answer to the newest record, the others fed one by one before it."""
-    before = 1 if predictor.info.representation == "steps" else 0
-    kept = np.zeros((2, len(history), 0, ENCODING_SIZE), np.float32)
-    window = history.shape[1]
-    for now in range(before, window):
-        # Lengths as they were then; padding has none, and any will do.
-        then = np.clip(lengths - (window - now - 1), 1, now + 1)
-        answer = predictor.advance(np.ascontiguousarray(history[:, now - before : now + 1]), kept[0], kept[1], then)
-        kept = np.concatenate([kept, np.stack([answer.keys, answer.values])], axis=2)
-    return Prediction(answer.confidence, answer.attention) if window > before else predictor.predict(history, lengths)
-
-
-def restore(path: str | os.PathLike[str]) -> FreezePredictor:
-    """The network in a predictor file, in eval mode, after comparing its answers with the file's.
-
-    Args:
-        path: A file that `export` wrote, by any version of it.
-
-    Returns:
-        The network, float32; its `state_dict` is that of the network that was exported.
-
-    Raises:
-        PredictorFileError: If the file is no predictor, or its weights are not those of such a network: it was quantised,
-            say, or made by other software.
-    """
-    predictor = Predictor(path, device="cpu")
-    info = predictor.info
-    model = FreezePredictor(info.tailored_size, info.representation)
-    found = _weights(onnx.load(path).graph)
-    try:
-        model.load_state_dict({name: torch.from_numpy(values.copy()) for name, values in found.items()})
-        difference = parity(model, predictor)
-    except (RuntimeError, TypeError) as error:
-        raise PredictorFileError(f"{_not_restored(path)} ({error}). {_OTHER_BASE}") from error
-    if not difference <= TOLERANCE:
-        raise PredictorFileError(f"{_not_restored(path)}: the answers differ by {difference:.2g}. {_OTHER_BASE}")
-    return model.eval()
 
 
 _OTHER_BASE = "Continue from a file that smartfrz-build train made, or train from scratch."
 
 
-def _not_restored(path: str | os.PathLike[str]) -> str:
-    return f"The weights in {str(path)!r} cannot be read back into a network to be trained"
+def restore(path: str | os.PathLike[str]) -> FreezePredictor:
+    """Read the network of a predictor file, after comparing its answers with the file's.
+
+    Args:
+        path: A file that `export` wrote.
+
+    Returns:
+        The network, float32, in eval mode; its `state_dict` equals that of the network that was exported.
+
+    Raises:
+        PredictorFileError: If the file is no predictor, or its weights do not fit such a network, for example because it
+            was quantised or made by other software.
+    """
+    predictor = Predictor(path, device="cpu")
+    failure = f"The weights in {str(path)!r} cannot be read back into a network to be trained"
+    try:
+        model = FreezePredictor(predictor.info.tailored_size, predictor.info.representation)
+        found = _read_weights(onnx.load(path).graph)
+        model.load_state_dict({name: torch.from_numpy(values.copy()) for name, values in found.items()})
+        difference = parity(model, predictor)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise PredictorFileError(f"{failure} ({error}). {_OTHER_BASE}") from error
+    if not difference <= TOLERANCE:
+        raise PredictorFileError(f"{failure}: the answers differ by {difference:.2g}. {_OTHER_BASE}")
+    return model.eval()
 
 
-def _weights(graph: onnx.GraphProto) -> dict[str, NDArray[np.float32]]:
-    """The state_dict that was exported; the exporter keeps most names, and folds the rest.
+def _read_weights(graph: onnx.GraphProto) -> dict[str, NDArray[np.float32]]:
+    """Recover the state_dict that was exported; the exporter keeps most names and folds the rest.
 
-    A linear layer on a matrix keeps both names. On a batch of them it becomes `MatMul` with a nameless transposed weight,
-    and `Add` with the bias. The first layer of `Motion.through` becomes a `Split` of the weight, one part of which is
-    added to the nameless bias as a column.
+    A linear layer on a matrix keeps the names of weight and bias. On a batch of matrices it becomes `MatMul` with a
+    nameless transposed weight, and `Add` with the bias.
     """
     values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     state = {name: value for name, value in values.items() if name.endswith((".weight", ".bias"))}
     made_by = {output: node for node in graph.node for output in node.output}
-    for add in graph.node:
-        if add.op_type != "Add":
-            continue
-        for one, other in (add.input, add.input[::-1]):
-            before = made_by.get(other)
-            if one not in values or before is None:
-                continue
-            if before.op_type == "MatMul" and one in state and before.input[1] in values:
-                state[one.replace(".bias", ".weight")] = values[before.input[1]].T
-            elif before.op_type == "Split" and before.input[0] in state:
-                state[before.input[0].replace(".weight", ".bias")] = values[one].ravel()
+    for add in (node for node in graph.node if node.op_type == "Add"):
+        for bias, product in (add.input, add.input[::-1]):
+            before = made_by.get(product)
+            if bias in state and before is not None and before.op_type == "MatMul" and before.input[1] in values:
+                state[bias.replace(".bias", ".weight")] = values[before.input[1]].T
     return state

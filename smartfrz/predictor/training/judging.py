@@ -1,180 +1,241 @@
-"""Judging predictors on what they have not seen, beside baselines that see the same history."""
+"""Scores of a predictor on labelled runs, how good they are, and thresholds chosen from them."""
 
-import dataclasses
-import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
 
-from smartfrz.control.weight_change import CHANGE_RECORDS, relative_change
-from smartfrz.predictor.training import fit as training
-from smartfrz.predictor.training.fit import LabelledRun, Quality, Scores, TrainingOptions
-
-Group = Literal["architecture", "dataset"]
-METHODS = ("predictor", "weight_change", "weight_change_calibrated", "schedule", "logistic_regression")
-Features = Literal["statistics", "change", "schedule"]
-NUM_BINS = 10
-_LAGS = (1, CHANGE_RECORDS, 10)
-_SLOPE_RECORDS = 10
-_LEAST = 1e-7  # relative change that float32 weights can show
-STATISTICS = (
-    "progress",
-    *(f"change_{lag}" for lag in _LAGS),
-    "change_all",
-    "ratio_1_3",
-    "ratio_3_10",
-    "ratio_10_all",
-    "slope",
-    "position",
-    "position_and_progress",
+from smartfrz.control.learned import PATIENCE, RECORDS_PER_STAGE
+from smartfrz.predictor.runtime import Predictor
+from smartfrz.predictor.training.model import FreezePredictor
+from smartfrz.predictor.training.runs import (
+    LabelledRun,
+    Scores,
+    TrainingOptions,
+    decided_pairs,
+    is_decidable,
+    layer_positions,
 )
 
+NUM_BINS = 10
 
-def statistics(run: LabelledRun, window: int) -> NDArray[np.float64]:
-    """Simple statistics of each history, as far as the predictor sees it: what it has to be better than.
+
+def score(
+    model: FreezePredictor | Predictor,
+    runs: Sequence[LabelledRun],
+    options: TrainingOptions,
+    every: int = 1,
+) -> Scores:
+    """Ask a predictor, for every layer and timestamp of every run, how sure it is that freezing is right.
 
     Args:
-        run: The run.
-        window: Records that are looked at.
+        model: The network, or a loaded predictor file.
+        runs: The runs.
+        options: Window, tailored size and shortest history.
+        every: Number of timestamps between two scores, as between two freezing stages.
 
     Returns:
-        float64 `[num_layers, timestamps, len(STATISTICS)]`: the share of the window that is filled; log10 of the
-        relative change of the weights over 1, 3 and 10 records (or as many as there are) and since the first record of
-        the window; their differences; the slope, a record, of log10 of the steps of the last 10 records; where in the
-        network the layer stands, in [0, 1]; and that times the share.
+        One float32 `[num_layers, timestamps]` per run, NaN where nothing is decided.
     """
-    weights, timestamps = run.weights, run.weights.shape[1]
-    now = np.arange(timestamps)
-    first = np.maximum(now - (window - 1), 0)
-    befores = [np.maximum(now - lag, first) for lag in _LAGS] + [first]
-    changes = [_log_change(weights, before) for before in befores]
-    ratios = [earlier - later for earlier, later in itertools.pairwise(changes)]
-    progress = np.broadcast_to((now - first + 1) / window, changes[0].shape)
-    schedule = _schedule(run, window)
-    return np.stack(
-        [progress, *changes, *ratios, _slopes(changes[0], first), *np.moveaxis(schedule[..., 1:3], -1, 0)], -1
-    )
+    return [_score_run(model, run, options, every) for run in runs]
 
 
-def _schedule(run: LabelledRun, window: int) -> NDArray[np.float64]:
-    """What is known without a look at any weight: progress, position, their product, and the square of progress.
+def _score_run(
+    model: FreezePredictor | Predictor, run: LabelledRun, options: TrainingOptions, every: int
+) -> NDArray[np.float32]:
+    decidable = is_decidable(run, options)
+    confidence = np.full(run.labels.shape, np.nan, np.float32)
+    places = layer_positions(len(run.labels)) if model.positional and options.unplaced < 1 else None
+    # Any fixed samples will do; a stride spreads them over the layer.
+    samples = np.arange(options.tailored_size) * run.weights.shape[2] // options.tailored_size
+    for timestamp in range(options.min_records - 1, run.labels.shape[1]):
+        layers = np.flatnonzero(decidable[:, timestamp])
+        if (timestamp + 1) % every or not len(layers):
+            continue
+        length = min(timestamp + 1, options.window)
+        rows = run.weights[layers, timestamp + 1 - length : timestamp + 1][:, :, samples]
+        lengths = np.full(len(layers), length, np.int64)
+        position = None if places is None else places[layers]
+        confidence[layers, timestamp] = _ask(model, np.ascontiguousarray(rows), lengths, position)[:, 1]
+    return confidence
 
-    float64 `[num_layers, timestamps, 4]`.
-    """
-    shape = run.weights.shape[:2]
-    progress = np.broadcast_to(np.minimum(np.arange(shape[1]) + 1, window) / window, shape)
-    position = np.broadcast_to(training.places_of(shape[0])[:, None].astype(np.float64), shape)
-    return np.stack([progress, position, position * progress, progress**2], axis=-1)
 
-
-def _log_change(weights: NDArray[np.float32], before: NDArray[np.int64]) -> NDArray[np.float64]:
-    change = np.stack([relative_change(w, w[before]) for w in weights])  # a layer at a time: pools are large
-    return np.asarray(np.log10(np.maximum(change.astype(np.float64), _LEAST)))
-
-
-def _slopes(steps: NDArray[np.float64], first: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Of a straight line through each timestamp's last steps, float64 `[num_layers, timestamps]`; 0 with less than two."""
-    slopes = np.zeros_like(steps)
-    for now in range(2, steps.shape[1]):
-        start = max(int(first[now]) + 1, now - _SLOPE_RECORDS + 1)
-        if now - start >= 1:
-            x = np.arange(start, now + 1) - (start + now) / 2
-            slopes[:, now] = steps[:, start : now + 1] @ x / (x @ x)
-    return slopes
+def _ask(
+    model: FreezePredictor | Predictor,
+    history: NDArray[np.float32],
+    lengths: NDArray[np.int64],
+    position: NDArray[np.float32] | None,
+) -> NDArray[np.float32]:
+    if isinstance(model, Predictor):
+        return model.predict(history, lengths, position).confidence
+    placed = None if position is None else torch.from_numpy(position)
+    with torch.no_grad():
+        confidence, _ = model.eval()(torch.from_numpy(history), torch.from_numpy(lengths), placed)
+    answer: NDArray[np.float32] = confidence.numpy()
+    return answer
 
 
 @dataclass(frozen=True)
-class Regression:
-    """Logistic regression on features of each history.
+class Quality:
+    """Measures of how well scores separate labels.
 
     Attributes:
-        features: `statistics`; or `change`, the one number that weight change goes by, which makes a probability of it; or
-            `schedule`: progress and position, as a schedule from front to back has them, and no weights.
-        mean: Of each feature in training, float64 `[n]`.
-        scale: Their standard deviations, float64 `[n]`.
-        coefficients: Of the standardised features, float64 `[n]`.
-        intercept: Of them.
+        auc: Area under the ROC curve, mean of the runs; NaN if no run has both classes.
+        pooled_auc: Area under the ROC curve of the windows of all runs together, since one threshold has to serve all.
+        accuracy: Accuracy at the threshold.
+        precision: Share of right answers among the positive answers at the threshold; NaN without any.
+        recall: Share of the ready layers that are found at the threshold.
+        positive: Share of positive labels.
+        freeze_precision: Share of right freezes. A layer freezes once, at the freezing stage at which its
+            score has reached the threshold for the number of times in a row that patience demands.
+        frozen_share: Share of all layers' training time that comes after these freezes.
     """
 
-    features: Features
-    mean: NDArray[np.float64]
-    scale: NDArray[np.float64]
-    coefficients: NDArray[np.float64]
-    intercept: float
+    auc: float
+    pooled_auc: float
+    accuracy: float
+    precision: float
+    recall: float
+    positive: float
+    freeze_precision: float
+    frozen_share: float
 
-    @classmethod
-    def fit(cls, features: Features, runs: Sequence[LabelledRun], options: TrainingOptions) -> "Regression":
-        """Fit it; every run counts alike.
+    def to_dict(self) -> dict[str, float]:
+        """Return the measures by name, rounded to four digits."""
+        return {key: round(value, 4) for key, value in asdict(self).items()}
 
-        Args:
-            features: See the class.
-            runs: To train on.
-            options: Window and shortest history.
 
-        Raises:
-            ValueError: If all known labels are the same.
-        """
-        rows, labels, shares = [], [], []
-        for run in runs:
-            chosen = training.is_decidable(run, options)
-            rows.append(_features(features, run, options)[chosen])
-            labels.append(run.labels[chosen])
-            shares.append(np.full(len(rows[-1]), 1.0 / max(1, len(rows[-1]))))
-        x, y, share = (np.concatenate(parts) for parts in (rows, labels, shares))
-        if len(np.unique(y)) < 2:
-            raise ValueError(
-                f"Logistic regression received labels {np.unique(y).tolist()}; expected layers that are ready and "
-                "layers that are not. Change the tolerance, or record longer runs."
+def measure_quality(
+    scores: Scores,
+    runs: Sequence[LabelledRun],
+    threshold: float,
+    options: TrainingOptions,
+    stage: int = RECORDS_PER_STAGE,
+    patience: int = PATIENCE,
+) -> Quality:
+    """Measure how good scores are; every run has the same weight.
+
+    Args:
+        scores: Scores, for example from `score`.
+        runs: The runs that were scored.
+        threshold: Lowest score that counts as positive.
+        options: Window and shortest history.
+        stage: Records between two freezing stages, for `freeze_precision` and `frozen_share`.
+        patience: Stages in a row at which a layer must be confident, for the same two.
+    """
+    rows = []
+    for confidence, run in zip(scores, runs, strict=True):
+        ((s, y),) = decided_pairs([confidence], [run], options)
+        positive = s >= threshold
+        frozen = first_freezes(confidence, threshold, patience, stage)
+        rows.append(
+            (
+                _auc(s, y),
+                (positive == y).mean() if len(y) else np.nan,
+                y[positive].mean() if positive.any() else np.nan,
+                positive[y == 1].mean() if (y == 1).any() else np.nan,
+                y.mean() if len(y) else np.nan,
+                np.mean([run.labels[place] == 1 for place in frozen]) if frozen else np.nan,
+                sum(run.labels.shape[1] - t - 1 for _, t in frozen) / run.labels.size,
             )
-        mean, scale = x.mean(0), x.std(0)
-        scale[scale < 1e-6] = 1.0  # a feature that is always the same, such as a ratio of a short window
-        model = LogisticRegression(max_iter=1000).fit((x - mean) / scale, y, sample_weight=share / share.mean())
-        return cls(features, mean, scale, model.coef_[0], float(model.intercept_[0]))
-
-    def score(self, runs: Sequence[LabelledRun], options: TrainingOptions) -> Scores:
-        """Probability that freezing is right; as `smartfrz.predictor.training.fit.score`."""
-        scores = []
-        for run in runs:
-            x = (_features(self.features, run, options) - self.mean) / self.scale
-            ready = 1.0 / (1.0 + np.exp(-np.clip(x @ self.coefficients + self.intercept, -60, 60)))
-            scores.append(np.where(training.is_decidable(run, options), ready, np.nan).astype(np.float32))
-        return scores
-
-    def to_dict(self) -> dict[str, Any]:
-        """For the metadata of a predictor."""
-        numbers = {name: getattr(self, name).round(6).tolist() for name in ("mean", "scale", "coefficients")}
-        return {"features": self.features, **numbers, "intercept": round(self.intercept, 6)}
-
-    @classmethod
-    def from_dict(cls, known: Mapping[str, Any]) -> "Regression":
-        """What `to_dict` made."""
-        arrays = [np.array(known[name], np.float64) for name in ("mean", "scale", "coefficients")]
-        return cls(known["features"], arrays[0], arrays[1], arrays[2], float(known["intercept"]))
+        )
+    table = np.array(rows, dtype=float)
+    means = [float(np.nanmean(c)) if np.isfinite(c).any() else float("nan") for c in table.T]
+    pooled = [np.concatenate(parts) for parts in zip(*decided_pairs(scores, runs, options), strict=True)]
+    return Quality(means[0], _auc(*pooled), *means[1:])
 
 
-def _features(features: str, run: LabelledRun, options: TrainingOptions) -> NDArray[np.float64]:
-    with np.errstate(invalid="ignore"):  # weights that are not finite are not decided on
-        if features == "statistics":
-            made = statistics(run, options.window)
-        elif features == "schedule":
-            made = _schedule(run, options.window)
-        else:
-            made = -_log_change(run.weights, np.maximum(np.arange(run.weights.shape[1]) - CHANGE_RECORDS, 0))[..., None]
-    return np.nan_to_num(made, posinf=0.0, neginf=0.0)
+def mean_auc(scores: Scores, runs: Sequence[LabelledRun], options: TrainingOptions) -> float:
+    """Compute the mean of the AUCs of the runs, without runs that have only one class."""
+    aucs = [_auc(s, y) for s, y in decided_pairs(scores, runs, options)]
+    return float(np.nanmean(aucs)) if np.isfinite(aucs).any() else float("nan")
+
+
+def _auc(scores: NDArray[np.float32], labels: NDArray[np.int8]) -> float:
+    return float(roc_auc_score(labels, scores)) if len(np.unique(labels)) == 2 else float("nan")
+
+
+def first_freezes(
+    confidence: NDArray[np.float32], threshold: float, patience: int, stage: int
+) -> list[tuple[int, int]]:
+    """Find out when each layer would freeze: (layer, timestamp) of each layer that ever would.
+
+    Args:
+        confidence: float32 `[num_layers, timestamps]`, NaN where nothing is decided.
+        threshold: Confidence from which a layer is ready.
+        patience: Freezing stages in a row at which a layer must be ready.
+        stage: Records between two freezing stages.
+    """
+    stages = np.arange(stage - 1, confidence.shape[1], stage)
+    with np.errstate(invalid="ignore"):
+        ready = confidence[:, stages] >= threshold
+    frozen = []
+    for layer, row in enumerate(ready):
+        streak = 0
+        for timestamp, positive in zip(stages, row, strict=True):
+            streak = streak + 1 if positive else 0
+            if streak == patience:
+                frozen.append((layer, int(timestamp)))
+                break
+    return frozen
+
+
+def calibrate(scores: Scores, runs: Sequence[LabelledRun], options: TrainingOptions, precision: float) -> float:
+    """Find the lowest threshold at which the share of right freezes reaches the precision.
+
+    Every run has the same weight. Only the moment at which a layer freezes counts, not every window: a confidence
+    that is right nine times out of ten still freezes most layers too early, at the first error.
+
+    Args:
+        scores: Scores of the runs.
+        runs: The runs that were scored.
+        options: Window and shortest history.
+        precision: Share of freezes that have to be right, in [0, 1].
+
+    Returns:
+        The threshold; if none reaches the precision, the one with the highest precision.
+    """
+    values = np.concatenate([s for s, _ in decided_pairs(scores, runs, options)])
+    best, best_precision = float(values.max()), -1.0
+    for threshold in np.unique(np.quantile(values, np.linspace(0, 0.99, 100), method="nearest")):
+        rights = []
+        for confidence, run in zip(scores, runs, strict=True):
+            frozen = first_freezes(confidence, threshold, PATIENCE, RECORDS_PER_STAGE)
+            rights += [np.mean([run.labels[place] == 1 for place in frozen])] if frozen else []
+        reached = float(np.mean(rights)) if 2 * len(rights) >= len(runs) else -1.0  # too few runs mean nothing
+        if reached >= precision:
+            return float(threshold)
+        if reached > best_precision:
+            best, best_precision = float(threshold), reached
+    return best
+
+
+def best_accuracy_threshold(scores: Scores, runs: Sequence[LabelledRun], options: TrainingOptions) -> float:
+    """Find the threshold with the highest accuracy on the given runs; infinite if freezing nothing is best."""
+    pairs = list(decided_pairs(scores, runs, options))
+    values, labels = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+    order = np.argsort(-values, kind="stable")
+    gain = np.where(_ends_of_ties(values[order]), np.cumsum(np.where(labels[order] == 1, 1, -1)), -len(order))
+    best = int(np.argmax(gain))
+    return float(values[order][best]) if gain[best] > 0 else float("inf")
+
+
+def _ends_of_ties(descending: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Mark where a threshold can be: it takes all equal scores or none."""
+    return np.append(np.diff(descending) != 0, True)
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """How often what was said with some confidence was right: windows by their confidence, in ten equal bins.
+    """Share of right answers by confidence, with the windows in ten equal bins of confidence.
 
     Attributes:
-        counts: Windows in each bin, int64 `[10]`.
+        counts: Number of windows in each bin, int64 `[10]`.
         said: Sum of their confidences, float64 `[10]`.
-        ready: How many of them are labelled ready, int64 `[10]`.
+        ready: Number of windows in each bin that are labelled ready, int64 `[10]`.
     """
 
     counts: NDArray[np.int64]
@@ -183,8 +244,8 @@ class Reliability:
 
     @classmethod
     def of(cls, confidence: Scores, runs: Sequence[LabelledRun], options: TrainingOptions) -> "Reliability":
-        """From confidences in [0, 1], of all windows of all runs."""
-        pairs = list(training.decided_pairs(confidence, runs, options))
+        """Sort the windows of all runs by confidences in [0, 1]."""
+        pairs = list(decided_pairs(confidence, runs, options))
         said, ready = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
         places = np.minimum((said * NUM_BINS).astype(np.int64), NUM_BINS - 1)
         total = np.bincount(places, said, NUM_BINS).astype(np.float64)
@@ -199,157 +260,17 @@ class Reliability:
         return float(np.abs(self.ready - self.said).sum() / max(1, self.counts.sum()))
 
     def rows(self) -> list[tuple[float, float, int]]:
-        """Mean confidence, share that is ready, and windows of each bin; NaN where there are none."""
+        """Return mean confidence, share of ready windows and number of windows of each bin; NaN in empty bins."""
         with np.errstate(invalid="ignore"):
             columns = self.said / self.counts, self.ready / self.counts, self.counts
         return [(float(said), float(ready), int(count)) for said, ready, count in zip(*columns, strict=True)]
 
 
-class Judged(NamedTuple):
-    """What one method is worth on some runs."""
-
-    quality: Quality
-    reliability: Reliability
-
-
-def weight_change_confidence(runs: Sequence[LabelledRun], options: TrainingOptions, threshold: float) -> Scores:
-    """What the policy `smartfrz.baselines.WeightChange` says whose limit is 10 ** -threshold; as `training.score`."""
-    limit = np.float32(min(threshold, 30.0))  # infinite where it is right to freeze nothing
-    scores = training.weight_change(runs, options)
-    return [np.float32(1) / (1 + np.float32(10) ** np.clip(limit - score, -30, 30)) for score in scores]
-
-
-@dataclass(frozen=True)
-class Baselines:
-    """What a predictor is judged beside: fitted on the runs that it was trained on.
-
-    Attributes:
-        weight_change: The threshold of `training.weight_change` with the highest accuracy.
-        change: Makes a probability of weight change.
-        schedule: The logistic regression on progress and position alone: what a fixed schedule can know.
-        statistics: The logistic regression on simple statistics.
-    """
-
-    weight_change: float
-    change: Regression
-    schedule: Regression
-    statistics: Regression
-
-    @classmethod
-    def fit(
-        cls, train: Sequence[LabelledRun], everything: Sequence[LabelledRun], options: TrainingOptions
-    ) -> "Baselines":
-        """Fit them.
-
-        Args:
-            train: What the predictor is trained on.
-            everything: With what it is validated on: the threshold of weight change needs no other validation.
-            options: Those of the predictor.
-        """
-        threshold = training.best_accuracy_threshold(training.weight_change(everything, options), everything, options)
-        fitted = [Regression.fit(features, train, options) for features in ("change", "schedule", "statistics")]
-        return cls(threshold, *fitted)
-
-    def scores(self, method: str, runs: Sequence[LabelledRun], options: TrainingOptions) -> Scores:
-        """Of one of `METHODS` but the predictor: what is compared with a threshold."""
-        if method in ("schedule", "logistic_regression"):
-            return self.confidence(method, runs, options)
-        return training.weight_change(runs, options)
-
-    def confidence(self, method: str, runs: Sequence[LabelledRun], options: TrainingOptions) -> Scores:
-        """The same, in [0, 1]: of calibrated weight change, what its regression says."""
-        if method == "weight_change":
-            return weight_change_confidence(runs, options, self.weight_change)
-        known = {"weight_change_calibrated": self.change, "schedule": self.schedule}
-        return known.get(method, self.statistics).score(runs, options)
-
-    def judge(
-        self, test: Sequence[LabelledRun], validation: Sequence[LabelledRun], options: TrainingOptions
-    ) -> dict[str, Judged]:
-        """All of them; thresholds but that of `weight_change` are calibrated on the validation runs, as the predictor's."""
-        judged = {}
-        for method in METHODS[1:]:
-            threshold = self.weight_change
-            if method != "weight_change":
-                scores = self.scores(method, validation, options)
-                threshold = training.calibrate(scores, validation, options, options.precision)
-            quality = training.quality(self.scores(method, test, options), test, threshold, options)
-            judged[method] = Judged(quality, Reliability.of(self.confidence(method, test, options), test, options))
-        return judged
-
-
-def can_hold_out(groups: Sequence[str]) -> bool:
-    """Whether there are two groups, and without each two runs left: to train on and to validate on.
-
-    Args:
-        groups: Of each run.
-
-    Example:
-        >>> can_hold_out(["cnn", "cnn", "vit", "vit"]), can_hold_out(["cnn", "vit", "vit"])
-        (True, False)
-    """
-    rest = [len(groups) - list(groups).count(group) for group in set(groups)]
-    return len(rest) > 1 and min(rest) > 1
-
-
-def leave_one_out(
-    runs: Sequence[LabelledRun],
-    options: TrainingOptions,
-    group: Group = "architecture",
-    progress: Callable[[float, str], None] = lambda fraction, text: None,
-    num_seeds: int = 3,
-) -> dict[str, dict[str, list[Judged]]]:
-    """Train without one architecture, or data set, and judge on it; the same for each.
-
-    Args:
-        runs: All of them.
-        options: How to train.
-        group: What is held out together: an attribute of `LabelledRun`.
-        progress: Called with the fraction done, and what is being done.
-        num_seeds: Of the predictor and of the split into training and validation runs.
-
-    Returns:
-        What was held out to `METHODS` to one judgement a seed.
-
-    Raises:
-        ValueError: If there are fewer than two groups.
-    """
-    groups = sorted({getattr(run, group) for run in runs})
-    if len(groups) < 2:
-        raise ValueError(
-            f"Holding out {'an architecture' if group == 'architecture' else 'a data set'} needs at least two: received "
-            f"runs of {groups}. Record another one."
-        )
-    results: dict[str, dict[str, list[Judged]]] = {}
-    for index, held_out in enumerate(groups):
-        rest = [run for run in runs if getattr(run, group) != held_out]
-        test = [run for run in runs if getattr(run, group) == held_out]
-        methods = results[held_out] = {method: [] for method in METHODS}
-        for number in range(num_seeds):
-            seeded = dataclasses.replace(options, seed=options.seed + number)
-            train, validation = training.split(rest, seeded.seed)
-
-            def report(
-                done: float, text: str, done_before: int = index * num_seeds + number, a: str = held_out
-            ) -> None:
-                progress((done_before + done) / len(groups) / num_seeds, f"without {a}: {text}")
-
-            model = training.fit(train, validation, seeded, report)
-            scores = training.score(model, validation, seeded)
-            threshold = training.calibrate(scores, validation, seeded, seeded.precision)
-            said = training.score(model, test, seeded)
-            quality = training.quality(said, test, threshold, seeded)
-            methods["predictor"].append(Judged(quality, Reliability.of(said, test, seeded)))
-            for method, judged in Baselines.fit(train, rest, seeded).judge(test, validation, seeded).items():
-                methods[method].append(judged)
-    return results
-
-
 def reliability_table(judged: Mapping[str, Sequence[Reliability]]) -> list[str]:
-    """Markdown: of each method and bin, the share of windows that were ready; and the expected calibration error.
+    """Make a Markdown table: the share of ready windows in each bin, and the expected calibration error.
 
     Args:
-        judged: Method to what is pooled.
+        judged: Reliabilities of each method, which are pooled.
     """
     pooled = {method: sum(found[1:], found[0]) for method, found in judged.items() if found}
     rows = [f"| confidence | {' | '.join(method.replace('_', ' ') for method in pooled)} |"]

@@ -1,4 +1,4 @@
-"""Whether a sample is the same as last time: what a model's inputs are, and a number for their content."""
+"""Tell whether a sample is the same as last time: a description of a model's inputs, and numbers for their content."""
 
 from collections.abc import Iterable
 from functools import lru_cache
@@ -8,19 +8,19 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 _PLAIN_VALUES = (type(None), bool, int, float, str)
-# Keyword arguments that models use for their loss alone, behind every cut; they differ from batch to batch.
+# Keyword arguments that models use only for their loss, behind every cut. They differ from batch to batch.
 LOSS_ONLY = frozenset({"num_items_in_batch"})
 
 
 def signature(inputs: Any, batch: int) -> Any:
-    """All that the inputs of one batch have in common with those of another; compare it with ==.
+    """Describe what the inputs of all batches have in common; compare the result with ==.
 
     Args:
         inputs: Positional and keyword arguments of a model.
-        batch: Number of samples. Tensors of so many rows belong to the samples.
+        batch: Number of samples. Tensors with that many rows belong to the samples.
 
     Returns:
-        Shapes without the batch, dtypes, other values, and what autocast does.
+        Shapes without the batch, dtypes, other values, and the state of autocast.
 
     Raises:
         TypeError: If there is a value whose content cannot be compared.
@@ -43,20 +43,20 @@ def signature(inputs: Any, batch: int) -> Any:
 
 
 def batch_size(inputs: Any) -> int:
-    """The length of the first tensor among the inputs; 0 if there is none."""
+    """Return the length of the first tensor among the inputs; 0 if there is none."""
     leaves = tree_flatten(inputs)[0]
     return next((len(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim()), 0)
 
 
 def fingerprints(inputs: Any, batch: int, which: int = 0) -> list[int]:
-    """A number for the content of each sample's inputs, the same on every device.
+    """Return a number for the content of each sample's inputs, the same on every device.
 
-    Two samples of different content have the same one with a chance of about 2^-30.
+    Two samples with different content have the same number with a chance of about 2^-30.
 
     Args:
         inputs: Positional and keyword arguments of a model.
         batch: Number of samples.
-        which: Of several independent ones.
+        which: Which of several independent numbers.
     """
     total: torch.Tensor | None = None
     for leaf in tree_flatten(inputs)[0]:
@@ -68,7 +68,7 @@ def fingerprints(inputs: Any, batch: int, which: int = 0) -> list[int]:
 
 
 def content(tensors: Iterable[torch.Tensor]) -> int:
-    """A number for the values of all these tensors."""
+    """Return a number for the values of all these tensors."""
     total = 0
     for tensor in tensors:
         total = (total * 1_000_003 + int(_numbers(tensor.detach()[None]))) % 2**63
@@ -80,7 +80,7 @@ def _has_rows(tensor: torch.Tensor, batch: int) -> bool:
 
 
 def _numbers(tensor: torch.Tensor, which: int = 0) -> torch.Tensor:
-    """int64 `[rows]`: a sum of products modulo 2^64, which does not depend on the order of adding."""
+    """Return int64 `[rows]`: a sum of products modulo 2^64, which does not depend on the order of the terms."""
     flat = tensor.detach().contiguous().reshape(len(tensor), -1)
     if not flat.shape[1]:
         return torch.zeros(len(flat), dtype=torch.int64, device=flat.device)

@@ -1,4 +1,4 @@
-"""Data sets that say which sample is which, and whose augmentation comes back."""
+"""Data sets that name their samples, and whose augmentation repeats."""
 
 import random
 from collections.abc import Callable
@@ -12,18 +12,17 @@ from torch.utils.data import Dataset, IterableDataset
 class IndexedDataset(Dataset[tuple[Any, ...]]):
     """A data set whose samples come with an id: `(id, *sample)`.
 
-    With `views`, the random numbers that a sample is augmented with depend on the seed, the sample
-    and its view alone: the first time a sample is asked for it shows view 0, then view 1, and after
+    With `views`, the random numbers with which a sample is augmented depend only on the seed, the
+    sample and its view. The first time a sample is requested it shows view 0, then view 1, and after
     the last one view 0 again. Epoch e therefore shows view e mod `views`, with any number of workers.
-    The first random number of a sample's views lies in another part of [0, 1) for each of them: where
-    the augmentation begins with a flip, two views show both sides of every sample.
+    The first random number is in another part of [0, 1) for each view of a sample: where the
+    augmentation begins with a flip, two views show both sides of every sample.
 
     Args:
-        dataset: With `__len__` and `__getitem__`.
-        views: How often a sample is augmented anew before its views come back; 1 for data without
-            augmentation.
-        epoch: The first epoch; give it when a run is resumed.
-        seed: Of the views.
+        dataset: A data set with `__len__` and `__getitem__`.
+        views: The number of views of each sample; 1 for data without augmentation.
+        epoch: The first epoch; pass it when a run is resumed.
+        seed: Seed of the views.
 
     Raises:
         TypeError: If the data set has no `__len__` and `__getitem__`.
@@ -36,7 +35,7 @@ class IndexedDataset(Dataset[tuple[Any, ...]]):
         ):
             raise TypeError(
                 f"PrefixCache.indexed received a {type(dataset).__name__}; expected a data set with __len__ and "
-                "__getitem__. For others yield ids of your own, integers that name a sample at every epoch."
+                "__getitem__. For other data, yield your own ids: integers that stay the same in every epoch."
             )
         if views < 1 or epoch < 0:
             raise ValueError(
@@ -45,7 +44,7 @@ class IndexedDataset(Dataset[tuple[Any, ...]]):
         self.dataset = dataset
         self.views = views
         self.seed = int(seed)
-        # Shared with the workers of a DataLoader, which are new ones in every epoch.
+        # In shared memory, since each epoch of a DataLoader has new workers.
         self._times = torch.full((len(dataset),), epoch, dtype=torch.int32).share_memory_()
 
     def __len__(self) -> int:
@@ -61,12 +60,12 @@ class IndexedDataset(Dataset[tuple[Any, ...]]):
             view = int(self._times[index]) % self.views
             self._times[index] += 1
             key = index * self.views + view
-            sample = _drawn(self.dataset, index, view, self.views, self.seed)
+            sample = _draw(self.dataset, index, view, self.views, self.seed)
         return (key, *sample) if isinstance(sample, (tuple, list)) else (key, sample)
 
 
-def _drawn(dataset: Any, index: int, view: int, views: int, seed: int) -> Any:
-    """One sample, with random numbers of its own; those of the process go on as if nothing had happened."""
+def _draw(dataset: Any, index: int, view: int, views: int, seed: int) -> Any:
+    """Return one sample, drawn with random numbers of its own; the process's generators stay as they were."""
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
     part = (int(np.random.default_rng([abs(seed), index]).integers(views)) + view) % views
     numbers = np.random.default_rng([abs(seed), index, view])
@@ -84,7 +83,7 @@ def _drawn(dataset: Any, index: int, view: int, views: int, seed: int) -> Any:
 def _seed_within(
     part: int, parts: int, numbers: np.random.Generator, seed: Callable[[int], Any], first: Callable[[], float]
 ) -> None:
-    """Seed a generator so that its first number lies in this part of [0, 1)."""
+    """Seed a generator so that its first number is in this part of [0, 1)."""
     while True:
         number = int(numbers.integers(2**32))
         seed(number)

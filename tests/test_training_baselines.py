@@ -6,21 +6,32 @@ import pytest
 from builder_fixtures import SMALL, labelled_run, labelled_runs
 
 from smartfrz.baselines import WeightChange
-from smartfrz.dataset_builder.building import dataset_of
-from smartfrz.predictor.training.fit import LabelledRun, TrainingOptions, is_decidable, mean_auc, weight_change
-from smartfrz.predictor.training.judging import (
+from smartfrz.predictor.training.baselines import (
     METHODS,
     STATISTICS,
     Baselines,
     Regression,
-    Reliability,
-    leave_one_out,
-    reliability_table,
-    statistics,
+    compute_statistics,
+    score_weight_change,
     weight_change_confidence,
 )
+from smartfrz.predictor.training.fit import fit
+from smartfrz.predictor.training.judging import mean_auc, score
+from smartfrz.predictor.training.runs import LabelledRun, TrainingOptions, is_decidable
 
 ANY = TrainingOptions(min_records=1)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return fit(labelled_runs(), [labelled_run("unseen", "cnn", seed=50)], SMALL)
+
+
+def hand_made(labels, weights=None, name="hand", architecture="cnn"):
+    """A run of the given labels, `[num_layers][timestamps]`."""
+    labels = np.array(labels, np.int8)
+    weights = np.ones((*labels.shape, 4), np.float32) if weights is None else np.array(weights, np.float32)
+    return LabelledRun(name, architecture, weights, labels)
 
 
 def still_then_moving(timestamps=12):
@@ -32,7 +43,7 @@ def still_then_moving(timestamps=12):
 
 def test_statistics_of_a_hand_made_history():
     run = still_then_moving()
-    found = statistics(run, window=8)
+    found = compute_statistics(run, window=8)
     assert found.shape == (1, 12, len(STATISTICS))
     at = dict(zip(STATISTICS, found[0, -1], strict=True))
     assert at["progress"] == 1.0
@@ -53,7 +64,7 @@ def test_the_slope_is_that_of_the_steps_of_the_window():
     steps = 10.0 ** -np.arange(1.0, 9.0) * np.array([1, -1] * 4)
     weights = (1000 + np.cumsum([0, *steps]))[None, :, None].astype(np.float64)
     run = LabelledRun("falling", "cnn", weights, np.zeros((1, 9), np.int8))
-    slope = statistics(run, 30)[0, :, STATISTICS.index("slope")]
+    slope = compute_statistics(run, 30)[0, :, STATISTICS.index("slope")]
     assert slope[1] == 0.0
     assert slope[3] == pytest.approx(-1.0, abs=1e-3)
 
@@ -61,7 +72,7 @@ def test_the_slope_is_that_of_the_steps_of_the_window():
 def test_statistics_see_no_further_than_the_window():
     run = labelled_run("a", "cnn", timestamps=30)
     cut = dataclasses.replace(run, weights=run.weights[:, 20:], labels=run.labels[:, 20:])
-    np.testing.assert_allclose(statistics(run, 6)[:, 25:], statistics(cut, 6)[:, 5:], atol=1e-6)
+    np.testing.assert_allclose(compute_statistics(run, 6)[:, 25:], compute_statistics(cut, 6)[:, 5:], atol=1e-6)
 
 
 def test_logistic_regression_learns_when_layers_are_ready():
@@ -80,9 +91,9 @@ def test_a_probability_of_weight_change_ranks_as_weight_change_does():
     runs = labelled_runs()
     model = Regression.fit("change", runs, SMALL)
     assert len(model.coefficients) == 1
-    for probability, score in zip(model.score(runs, SMALL), weight_change(runs, SMALL), strict=True):
-        known = np.isfinite(score)
-        order = np.argsort(score[known], kind="stable")
+    for probability, change in zip(model.score(runs, SMALL), score_weight_change(runs, SMALL), strict=True):
+        known = np.isfinite(change)
+        order = np.argsort(change[known], kind="stable")
         assert (np.diff(probability[known][order]) >= -1e-6).all()
 
 
@@ -112,68 +123,31 @@ def test_the_confidence_of_weight_change_is_that_of_the_policy():
     assert (weight_change_confidence([run], ANY, np.inf)[0] < 1e-6).all()
 
 
-def test_reliability_of_hand_made_confidences():
-    labels = np.array([[1, 1, 0, 1, 0, -1]], np.int8)
-    run = LabelledRun("hand", "cnn", np.ones((1, 6, 4), np.float32), labels)
-    found = Reliability.of([np.array([[1.0, 0.95, 0.92, 0.41, 0.07, 0.5]], np.float32)], [run], ANY)
-    assert found.counts.tolist() == [1, 0, 0, 0, 1, 0, 0, 0, 0, 3]
-    assert found.ready.tolist() == [0, 0, 0, 0, 1, 0, 0, 0, 0, 2]
-    assert found.error == pytest.approx((0.07 + 0.59 + (2.87 - 2)) / 5, abs=1e-6)
-    twice = found + found
-    assert twice.error == pytest.approx(found.error)
-    assert twice.counts.sum() == 10
-    *_, last = found.rows()
-    assert last == (pytest.approx(2.87 / 3), pytest.approx(2 / 3), 3)
-    table = reliability_table({"predictor": [found, found], "weight_change": [found]})
-    assert table[0] == "| confidence | predictor | weight change |"
-    assert table[-2] == "| 0.9 to 1.0 | 0.67 (6) | 0.67 (3) |"
-    assert table[3] == "| 0.1 to 0.2 |  |  |"
-    assert table[-1] == "| expected calibration error | 0.306 | 0.306 |"
-
-
 def test_probabilities_of_the_regressions_are_calibrated_where_they_were_fitted():
     runs = labelled_runs(layers=20, noise=0.3)
     fitted = Baselines.fit(runs, runs, SMALL)
     judged = fitted.judge(runs, runs, SMALL)
-    assert list(judged) == list(METHODS[1:])
+    assert list(judged) == list(METHODS)
     assert judged["weight_change_calibrated"].reliability.error < 0.1
     assert judged["logistic_regression"].reliability.error < 0.1
     assert judged["logistic_regression"].quality.auc > judged["weight_change"].quality.auc
 
 
-def test_data_sets_are_held_out_together(monkeypatch):
-    from smartfrz.predictor.training import fit as training
-
-    used, seen = [], []
-
-    class Stop(Exception):
-        pass
-
-    def spy(train, validation, options, progress):
-        used.append({run.dataset for run in (*train, *validation)})
-        raise Stop
-
-    monkeypatch.setattr(training, "fit", spy)
-    runs = labelled_runs({"cnn-a": "cnn", "cnn-b": "cnn", "vit-a": "transformer", "vit-b": "transformer"})
-    assert [run.dataset for run in runs] == ["data_a", "data_b"] * 2
-    with pytest.raises(Stop):
-        leave_one_out(runs, SMALL, "dataset", lambda done, text: seen.append(text), num_seeds=1)
-    assert used == [{"data_b"}]
+def test_weight_change_of_a_hand_made_run():
+    # |(3, 4) - (0, 4)| / |(3, 4)| = 0.6 after one record, nothing after that
+    run = hand_made([[0, 0, 1]], weights=[[[0.0, 4.0], [3.0, 4.0], [3.0, 4.0]]])
+    (change,) = score_weight_change([run], ANY, records=1)
+    assert change[0, 1:] == pytest.approx([-np.log10(0.6), 12.0], abs=1e-5)
 
 
-def test_the_only_data_set_cannot_be_held_out():
-    with pytest.raises(ValueError, match=r"Holding out a data set needs at least two: received runs of \['data_a'\]"):
-        leave_one_out(labelled_runs({"x-a": "cnn", "y-a": "vit"}), SMALL, "dataset")
+def test_weight_change_looks_back_so_many_records():
+    run = hand_made([[0] * 4], weights=[[[1.0], [2.0], [4.0], [8.0]]])
+    (change,) = score_weight_change([run], ANY, records=2)
+    # at the start as far as there is something
+    assert change[0] == pytest.approx([12.0, -np.log10(1 / 2), -np.log10(3 / 4), -np.log10(6 / 8)], abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("data", "name"),
-    [
-        ({"source": "recipe_data:cifar10", "arguments": {"num_train": 5}}, "cifar10"),
-        ({"source": "mine:photos", "arguments": {"name": "clothing"}}, "photos clothing"),
-        ({"folder": "pictures/birds", "source": "", "arguments": {}}, "pictures/birds"),
-        ({}, "unknown"),
-    ],
-)
-def test_the_data_set_of_a_recording(data, name):
-    assert dataset_of({"recipe": {"data": data}}) == name
+def test_weight_change_decides_where_the_predictor_does(trained):
+    run = labelled_run("new", "mlp", seed=9)
+    run.labels[2, 10] = -1
+    assert np.array_equal(np.isnan(score_weight_change([run], SMALL)[0]), np.isnan(score(trained, [run], SMALL)[0]))

@@ -1,0 +1,239 @@
+"""`Freezer`: what SmartFRZ is in every framework. Loads none of them."""
+
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from smartfrz import zoo
+from smartfrz.control.controller import FreezeController, require_version
+from smartfrz.control.decision import FreezeDecision
+from smartfrz.control.learned import AsksPredictor, policy_of
+from smartfrz.control.options import FreezeOptions, Schedule
+from smartfrz.control.policy import Policy
+from smartfrz.control.protocols import Adapter
+from smartfrz.control.report import Report, ReportedLayer
+from smartfrz.errors import StateError
+from smartfrz.predictor.runtime import Device
+
+
+class StatefulAdapter(Adapter, Protocol):
+    """An adapter that corrects the statistics of batch norms when they freeze."""
+
+    def snapshot_statistics(self) -> None:
+        """Note the running statistics now; a norm that freezes takes the average of the batches since."""
+        ...
+
+    def norm_state(self) -> dict[str, Any]:
+        """Return the snapshot, for a saved state."""
+        ...
+
+    def load_norm_state(self, state: dict[str, Any]) -> None:
+        """Replace the snapshot by what `norm_state` returned."""
+        ...
+
+
+class StoredLayer(ReportedLayer, Protocol):
+    """A layer that can be written into a saved state."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        ...
+
+
+A = TypeVar("A", bound=StatefulAdapter)
+
+
+@dataclass(frozen=True)
+class Run(Generic[A]):
+    """A run whose layers are known.
+
+    Attributes:
+        layers: Every layer, in execution order, including layers that the user froze.
+        adapter: The model, as the controller sees it.
+        controller: Decides for these layers.
+    """
+
+    layers: Sequence[StoredLayer]
+    adapter: A
+    controller: FreezeController
+
+
+class Stopwatch:
+    """Seconds from the first to the latest step of a run, continued after a resume."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._started: float | None = None
+
+    def start(self) -> None:
+        """Start if it is not running."""
+        if self._started is None:
+            self._started = time.perf_counter() - self.seconds
+
+    def read(self) -> None:
+        """Update `seconds`."""
+        if self._started is not None:
+            self.seconds = time.perf_counter() - self._started
+
+    def resume(self, seconds: float) -> None:
+        """Stop, and continue from these seconds at the next `start`."""
+        self.seconds, self._started = seconds, None
+
+
+class Freezer(ABC, Generic[A]):
+    """Freezes layers of a model while it is trained. The SmartFRZ classes of the frameworks derive from it.
+
+    Args:
+        predictor: A name in the zoo, the path or address of an ONNX file, the address of a predictor on a
+            server (`http://host:port/NAME`), a loaded `Predictor`, or another policy, such as the policies in
+            `smartfrz.baselines`.
+        device: Where ONNX Runtime runs: `"cpu"`, `"cuda"`, or `"auto"`.
+        options: What the user chose.
+
+    Attributes:
+        predictor: The loaded predictor or policy.
+        options: What the user chose.
+
+    Raises:
+        PredictorFileError: If the predictor cannot be used.
+        UnknownPredictorError: If the zoo has no predictor of that name.
+    """
+
+    def __init__(
+        self,
+        predictor: str | os.PathLike[str] | AsksPredictor | Policy,
+        device: Device,
+        options: FreezeOptions,
+    ):
+        self.predictor = zoo.load(predictor, device=device)
+        self.options = options
+        self._policy = policy_of(self.predictor)
+        self._reset()
+
+    def _reset(self) -> None:
+        """Forget the run, if there was one."""
+        self._run: Run[A] | None = None
+        self._clock = Stopwatch()
+
+    # What a framework adds.
+
+    @abstractmethod
+    def _frozen_set_changed(self) -> None:
+        """React to layers that froze or thawed."""
+
+    @abstractmethod
+    def _learning_rates(self) -> list[float]:
+        """Return the learning rate of each parameter group."""
+
+    @abstractmethod
+    def _report_facts(self) -> dict[str, Any]:
+        """Return what only the adapter knows, as named in the attributes of `Report`."""
+
+    # What every framework shares.
+
+    def _decide(self, run: Run[A]) -> list[FreezeDecision]:
+        """Record, decide, freeze and thaw, after one optimizer step."""
+        controller = run.controller
+        decisions = controller.step()
+        if controller.thaw_on_restart:
+            decisions = decisions + controller.observe_learning_rates(self._learning_rates())
+        self._react(run, decisions)
+        if (
+            min(self.options.norm_batches, controller.record_every * controller.decide_every)
+            == controller.steps_to_stage
+        ):
+            run.adapter.snapshot_statistics()
+        return decisions
+
+    def _react(self, run: Run[A], decisions: list[FreezeDecision]) -> None:
+        changed = any(decision.action in ("freeze", "thaw") for decision in decisions)
+        if changed and not run.controller.dry_run:
+            self._frozen_set_changed()
+
+    def thaw(self, layers: Sequence[str] | None = None) -> list[FreezeDecision]:
+        """Train frozen layers again; they may freeze again later.
+
+        Call it between two training steps; on every process, where several train together. The optimizer state
+        of a thawed layer is empty in PyTorch, and what it was when the layer froze in Keras.
+
+        Args:
+            layers: Names among `frozen_layers`; all of them by default. Layers that you froze
+                yourself stay frozen.
+
+        Returns:
+            One decision for each layer that was thawed.
+
+        Raises:
+            ValueError: If a name belongs to no layer, or to a layer that you froze yourself.
+        """
+        if self._run is None:
+            return []
+        decisions = self._run.controller.thaw(layers)
+        self._react(self._run, decisions)
+        return decisions
+
+    @property
+    def adapter(self) -> A | None:
+        """The model, as the controller sees it; None before the layers are known."""
+        return self._run.adapter if self._run else None
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """When this run records and decides, and how; None before the layers are known."""
+        return self._run.controller.schedule if self._run else None
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers that can be frozen, in execution order; empty before the first step."""
+        return self._run.adapter.layers() if self._run else []
+
+    @property
+    def frozen_layers(self) -> list[str]:
+        """Names of the layers that SmartFRZ froze, in the order in which they froze.
+
+        They stay listed after training, when the callbacks have made them trainable again.
+        """
+        return [] if self._run is None or self._run.controller.dry_run else list(self._run.controller.frozen)
+
+    @property
+    def events(self) -> list[FreezeDecision]:
+        """Every decision so far, oldest first."""
+        return list(self._run.controller.events) if self._run else []
+
+    def report(self) -> Report:
+        """Report what froze when, what that saved, and what deciding cost."""
+        facts = self._report_facts()
+        if self._run is None:
+            return Report(**facts)
+        return Report.of(self._run.controller, self._run.layers, self.layers, self._clock.seconds, **facts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a resumed run needs to continue as an uninterrupted one: plain data and arrays."""
+        run = self._run
+        if run is None:
+            return {"started": False}
+        return {
+            "started": True,
+            "seconds": self._clock.seconds,
+            "layers": [layer.to_dict() for layer in run.layers],
+            "controller": run.controller.state_dict(),
+            "norms": run.adapter.norm_state(),
+        }
+
+
+def require_state(state: dict[str, Any]) -> None:
+    """Refuse a dict that `Freezer.state_dict` did not return, or that another version of smartfrz saved.
+
+    Raises:
+        StateError: If it is such a dict.
+    """
+    if "started" not in state:
+        raise StateError(
+            f"SmartFRZ.load_state_dict received a dict with keys {sorted(map(str, state))[:5]}; expected what "
+            "SmartFRZ.state_dict() returned. Save and load that."
+        )
+    if state["started"]:
+        require_version(state["controller"])

@@ -1,0 +1,58 @@
+"""The file that `SmartFRZ.save` writes: NumPy's `.npz` with arrays and JSON, no pickle."""
+
+import json
+import os
+import zipfile
+from typing import Any
+
+import numpy as np
+
+from smartfrz.errors import StateError
+from smartfrz.files import replacing
+
+_ARRAY = "__array__"
+
+
+def write_state(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a state of plain data and arrays."""
+    arrays: dict[str, Any] = {}
+    text = json.dumps(_pack(state, arrays))
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, state=np.array(text), **arrays)
+
+
+def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what `write_state` wrote.
+
+    Raises:
+        StateError: If the file is of another kind, or damaged.
+    """
+    try:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+            state: dict[str, Any] = _unpack(json.loads(str(file["state"])), file)
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, AttributeError, TypeError) as error:
+        raise StateError(
+            f"{os.fspath(path)} holds no state of SmartFRZ ({error}); expected a file that SmartFRZ.save() wrote."
+        ) from error
+    return state
+
+
+def _pack(value: Any, arrays: dict[str, Any]) -> Any:
+    """Return the value with a name in the place of each array; the arrays go into `arrays`."""
+    if isinstance(value, np.ndarray):
+        name = f"array{len(arrays)}"
+        arrays[name] = value
+        return {_ARRAY: name}
+    if isinstance(value, dict):
+        return {str(k): _pack(v, arrays) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_pack(v, arrays) for v in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _unpack(value: Any, arrays: Any) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {_ARRAY}:
+            return arrays[value[_ARRAY]]
+        return {k: _unpack(v, arrays) for k, v in value.items()}
+    return [_unpack(v, arrays) for v in value] if isinstance(value, list) else value

@@ -1,0 +1,78 @@
+"""What the controller needs of a framework's adapter and of the processes that train together."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Adapter(Protocol):
+    """A model, as the controller sees it. Weights cross this border as NumPy arrays."""
+
+    def layers(self) -> list[str]:
+        """Return the names of the layers that may be frozen, in execution order."""
+        ...
+
+    def all_layers(self) -> list[str]:
+        """Return the names of all layers in execution order, including layers that the user froze."""
+        ...
+
+    def num_weights(self, layer: str) -> int:
+        """Return the number of weights of the layer."""
+        ...
+
+    def weights(self, layer: str, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return a copy of the layer's flattened weights at `indices`, float32."""
+        ...
+
+    def tailored(self, positions: Mapping[str, NDArray[np.int64]]) -> Mapping[str, NDArray[np.float32]]:
+        """Return what `weights` returns, for several layers at once: one transfer, or one message, for all."""
+        ...
+
+    def freeze(self, layers: list[str]) -> None:
+        """Stop training these layers. Freezing a frozen layer changes nothing."""
+        ...
+
+    def unfreeze(self, layers: list[str]) -> None:
+        """Train these layers again if `freeze` stopped them."""
+        ...
+
+
+class OptimizerAdapter(Adapter, Protocol):
+    """An adapter that reaches into the optimizer's steps, which some policies need."""
+
+    def set_lr_scale(self, layer: str, scale: float) -> None:
+        """Multiply the layer's learning rate by `scale`, until another scale is set or the layer freezes."""
+        ...
+
+    def gradient_norm(self, layer: str) -> float:
+        """Return the L1 norm of the sum of the layer's gradients over the steps since the last call."""
+        ...
+
+
+class Ranks(Protocol):
+    """The processes that train one model together and have to decide alike."""
+
+    def meet(self, moment: str, facts: Mapping[str, Any]) -> None:
+        """Wait until every process is at this moment with the same facts (plain data).
+
+        Raises:
+            DistributedError: If a process does not come, or comes with other facts.
+        """
+        ...
+
+    def share(self, make: Callable[[], Any]) -> Any:
+        """Call `make` on the first process, and return its result, plain data, on every process."""
+        ...
+
+
+class OneProcess:
+    """`Ranks` for a process that trains alone."""
+
+    def meet(self, moment: str, facts: Mapping[str, Any]) -> None:
+        """Return at once."""
+
+    def share(self, make: Callable[[], Any]) -> Any:
+        """Return the result of `make`."""
+        return make()

@@ -1,0 +1,86 @@
+"""Cross-validation: training without one architecture or data set, and judging on it."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from smartfrz.predictor.training import baselines
+from smartfrz.predictor.training.baselines import Baselines, Judged
+from smartfrz.predictor.training.fit import fit
+from smartfrz.predictor.training.judging import Reliability, calibrate, measure_quality, score
+from smartfrz.predictor.training.runs import LabelledRun, TrainingOptions, split
+
+Group = Literal["architecture", "dataset"]
+METHODS = ("predictor", *baselines.METHODS)
+
+
+def can_hold_out(groups: Sequence[str]) -> bool:
+    """Return whether there are two groups, and two runs remain without each: to train on and to validate on.
+
+    Args:
+        groups: The group of each run.
+
+    Example:
+        >>> can_hold_out(["cnn", "cnn", "vit", "vit"]), can_hold_out(["cnn", "vit", "vit"])
+        (True, False)
+    """
+    rest = [len(groups) - list(groups).count(group) for group in set(groups)]
+    return len(rest) > 1 and min(rest) > 1
+
+
+def leave_one_out(
+    runs: Sequence[LabelledRun],
+    options: TrainingOptions,
+    group: Group = "architecture",
+    progress: Callable[[float, str], None] = lambda fraction, text: None,
+    num_seeds: int = 3,
+) -> dict[str, dict[str, list[Judged]]]:
+    """Train without one architecture, or data set, and judge on it; repeat for each.
+
+    Args:
+        runs: All runs.
+        options: How to train.
+        group: Attribute of `LabelledRun` whose runs are held out together.
+        progress: Called with the fraction done, and a description of the current step.
+        num_seeds: Number of seeds, each for the predictor and for the split into training and validation runs.
+
+    Returns:
+        For each group that was held out and each of `METHODS`, one judgement per seed.
+
+    Raises:
+        ValueError: If there are fewer than two groups.
+    """
+    groups = sorted({getattr(run, group) for run in runs})
+    if len(groups) < 2:
+        raise ValueError(
+            f"Holding out {'an architecture' if group == 'architecture' else 'a data set'} needs at least two: received "
+            f"runs of {groups}. Record another one."
+        )
+    results: dict[str, dict[str, list[Judged]]] = {name: {method: [] for method in METHODS} for name in groups}
+    rounds = [(name, options.seed + number) for name in groups for number in range(num_seeds)]
+    for done_before, (held_out, seed) in enumerate(rounds):
+
+        def report(done: float, text: str, done_before: int = done_before, held_out: str = held_out) -> None:
+            progress((done_before + done) / len(rounds), f"without {held_out}: {text}")
+
+        rest = [run for run in runs if getattr(run, group) != held_out]
+        test = [run for run in runs if getattr(run, group) == held_out]
+        for method, judged in _judge_without(test, rest, dataclasses.replace(options, seed=seed), report).items():
+            results[held_out][method].append(judged)
+    return results
+
+
+def _judge_without(
+    test: Sequence[LabelledRun],
+    rest: Sequence[LabelledRun],
+    options: TrainingOptions,
+    progress: Callable[[float, str], None],
+) -> dict[str, Judged]:
+    """Train on `rest`, and judge the predictor and the baselines on `test`."""
+    train, validation = split(rest, options.seed)
+    model = fit(train, validation, options, progress)
+    threshold = calibrate(score(model, validation, options), validation, options, options.precision)
+    said = score(model, test, options)
+    quality = measure_quality(said, test, threshold, options)
+    predictor = Judged(quality, Reliability.of(said, test, options))
+    return {"predictor": predictor} | Baselines.fit(train, rest, options).judge(test, validation, options)
