@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from smartfrz.demo import DemoOptions, load_data, pretrained_network
-from smartfrz.training import TrainingSpec
+from smartfrz.hyperparameters import TrainingSpec
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 VALIDATION = 0.1  # of the training data

@@ -1,5 +1,6 @@
-"""What both programs, `smartfrz` and `smartfrz-build`, share of their command lines."""
+"""What both programs, `smartfrz` and `smartfrz-build`, share on the command line."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -8,12 +9,30 @@ from smartfrz.errors import SmartFRZError
 
 
 class Group(click.Group):
-    """Shows our errors as a message and exits with 1."""
+    """A group of commands that prints our errors as messages and exits with 1.
+
+    Args:
+        *arguments: Arguments of `click.Group`.
+        extra: What to install if one of `packages` is missing, for example `"smartfrz[build,cpu]"`.
+        packages: Modules that `extra` installs.
+        **options: Options of `click.Group`.
+    """
+
+    def __init__(self, *arguments: Any, extra: str = "", packages: Sequence[str] = (), **options: Any):
+        super().__init__(*arguments, **options)
+        self._extra, self._packages = extra, frozenset(packages)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:
             return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            package = str(error.name).partition(".")[0]
+            if package not in self._packages:
+                raise  # missing in the user's own code
+            raise click.ClickException(
+                f'{ctx.command_path} needs {package}, which is not installed. Type: pip install "{self._extra}"'
+            ) from error
         except SmartFRZError as error:
             raise click.ClickException(str(error)) from error
         except OSError as error:

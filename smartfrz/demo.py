@@ -219,7 +219,7 @@ def _folder(options: DemoOptions) -> tuple[TensorDataset, TensorDataset]:
             f"--data is {options.data!r}, which is no folder and none of {', '.join(_DATA)}. Give a folder that holds "
             "train/<class>/ and test/<class>/ with pictures."
         )
-    from smartfrz.dataset_builder.recipes import image_folders
+    from smartfrz.dataset_builder.pictures import image_folders
 
     made = []
     splits = image_folders(folder, options.image_size)

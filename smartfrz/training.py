@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,38 +12,10 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
 
 from smartfrz.errors import RecipeError
+from smartfrz.hyperparameters import TrainingSpec
 from smartfrz.predictor.runtime import Device
 
-OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad")
 Loss = Callable[[nn.Module, Any, Any], torch.Tensor]
-SCHEDULES = ("cosine", "linear", "constant", "step")
-
-
-@dataclass(frozen=True)
-class TrainingSpec:
-    """Table `[training]` of a recipe.
-
-    Attributes:
-        epochs: Length of training; may be a fraction.
-        batch_size: Samples a step.
-        optimizer: One of `OPTIMIZERS`.
-        learning_rate: Peak of the schedule.
-        momentum: For SGD and RMSprop.
-        weight_decay: Passed to the optimizer.
-        schedule: One of `SCHEDULES`.
-        warmup: Fraction of the run in which the learning rate rises.
-        label_smoothing: Passed to the cross entropy.
-    """
-
-    epochs: float
-    batch_size: int = 32
-    optimizer: str = "SGD"
-    learning_rate: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    schedule: str = "cosine"
-    warmup: float = 0.0
-    label_smoothing: float = 0.0
 
 
 def torch_device(name: Device) -> torch.device:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from builder_fixtures import PLAN, RULE, SMALL, labelled, recorded_runs
 
-from smartfrz.dataset_builder.building import build_predictor, dataset_of, evaluate_predictor, mean_quality
+from smartfrz.dataset_builder.building import Material, Plan, build_predictor, dataset_of, evaluate_predictor
+from smartfrz.dataset_builder.cards import mean_quality
 from smartfrz.predictor.runtime import Predictor
 from smartfrz.predictor.training.baselines import Regression, score_weight_change
 from smartfrz.predictor.training.judging import Quality, score
@@ -18,8 +19,9 @@ DIGEST = hashlib.sha256(b"the recordings").hexdigest()
 QUICK = dataclasses.replace(SMALL, epochs=1)
 
 
-def build(path, recorded, options=QUICK, **changes):
-    return build_predictor(recorded, labelled(recorded), RULE, options, path, path.stem, DIGEST, **changes)
+def build(path, recorded, options=QUICK, progress=lambda done, text: None, **changes):
+    material = Material(recorded, labelled(recorded), DIGEST)
+    return build_predictor(material, Plan(path.stem, RULE, options, **changes), path, progress)
 
 
 @pytest.fixture(scope="module")

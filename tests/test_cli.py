@@ -1,15 +1,20 @@
 """Both commands in-process: exit code 0 done, 1 failed, 2 wrong usage."""
 
 import re
+import subprocess
+import sys
 
 import pytest
-from builder_fixtures import invoke, labelled_runs, write_recipe, write_runs
+from builder_fixtures import TINY_PARTS, invoke, labelled_runs, write_recipe, write_runs
 
 from smartfrz.cli import main as smartfrz
 from smartfrz.dataset_builder import building
 from smartfrz.dataset_builder.cli import main as build
+from smartfrz.dataset_builder.labels import LabelRule
 from smartfrz.dataset_builder.storage import read_run, run_files
+from smartfrz.predictor.contract import REPRESENTATIONS
 from smartfrz.predictor.runtime import Predictor
+from smartfrz.predictor.training.runs import TrainingOptions
 
 PNG = b"\x89PNG\r\n\x1a\n"
 HELP = {
@@ -57,7 +62,7 @@ WRONG_USAGE = {
         "--representation is 'raw', but the base",
     ),
     "records of the base": (build, [*BASE, "--records", "60"], "--records is 60, but the base"),
-    "base and cross-validation": (build, [*BASE, "--cross-validate"], "it has seen the architectures"),
+    "base and cross-validation": (build, [*BASE, "--cross-validate"], "which has seen the architectures"),
     "no epochs": (smartfrz, ["demo", "--epochs", "0"], "0 is not in the range x>=1"),
     "threshold": (smartfrz, ["demo", "--threshold", "2"], "2.0 is not in the range 0<x<=1"),
 }
@@ -184,10 +189,8 @@ def test_label_follows_the_rule(places):
 def test_train_passes_its_options_on(places, tmp_path, monkeypatch):
     seen = {}
 
-    def spy(recorded, runs, rule, options, output, name, digest, *, records, cross_validate, progress, base):
-        seen.update(
-            rule=rule, options=options, name=name, digest=digest, records=records, cross_validate=cross_validate
-        )
+    def spy(material, plan, output, progress):
+        seen.update(vars(plan), digest=material.sha256)
         return "the card"
 
     monkeypatch.setattr(building, "build_predictor", spy)
@@ -210,23 +213,76 @@ def test_train_passes_its_options_on(places, tmp_path, monkeypatch):
     assert len(first) == 64
 
 
-def test_missing_packages_are_named(monkeypatch):
-    import sys
+@pytest.mark.parametrize("package", ["torch", "pyarrow", "rich"])
+def test_missing_packages_are_named(places, tmp_path, package):
+    # In a process of its own, in which nothing is imported yet.
+    code = f"""
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == {package!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Missing())  # None in sys.modules would not do: SciPy takes any entry for a module
+from smartfrz.dataset_builder.cli import main
+main(sys.argv[1:])
+"""
 
-    from smartfrz.dataset_builder import main
+    def call(*arguments):
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True)
 
-    monkeypatch.delitem(sys.modules, "smartfrz.dataset_builder.cli")
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    monkeypatch.delitem(sys.modules, "smartfrz.dataset_builder.storage")
-    with pytest.raises(
-        SystemExit, match=r'needs pyarrow, which is not installed\. Type: pip install "smartfrz\[build,cpu'
+    assert call("--help").returncode == call("record", "--help").returncode == 0
+    result = call("train", places["runs"], "-o", tmp_path / "x.onnx", "--tailored-size", 16)
+    assert result.returncode == 1
+    assert f'needs {package}, which is not installed. Type: pip install "smartfrz[build,cpu]"' in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_package_that_the_users_own_code_lacks_is_not_taken_for_one_of_ours(tmp_path):
+    path = write_recipe(tmp_path)
+    (tmp_path / "tiny_parts.py").write_text("def network():\n    import a_package_that_is_missing\n")
+    path.write_text(path.read_text().replace("tiny_parts:pictures", "tiny_data:pictures"))
+    (tmp_path / "tiny_data.py").write_text(TINY_PARTS)
+    result = invoke(build, "check", path)
+    assert isinstance(result.exception, ModuleNotFoundError)
+    assert "smartfrz[build" not in result.output
+
+
+def test_help_takes_half_a_second_at_most_and_loads_nothing_heavy():
+    code = """if True:
+        import sys, time
+        from smartfrz.dataset_builder.cli import main
+        for arguments in (["--help"], ["train", "--help"]):
+            main(arguments, standalone_mode=False)
+        heavy = {"numpy", "torch", "pyarrow", "rich", "onnxruntime"} & set(sys.modules)
+        print(heavy or "nothing", time.process_time())
+    """
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy, seconds = result.stdout.split()[-2:]
+    assert heavy == "nothing"
+    assert float(seconds) <= 0.5
+
+
+def test_defaults_of_the_options_are_those_of_the_library():
+    options = {parameter.name: parameter for parameter in build.commands["train"].params}
+    rule, training = LabelRule(), TrainingOptions()
+    assert (options["rule"].default, options["tolerance"].default) == (rule.kind, rule.tolerance)
+    assert options["rule_records"].default == rule.records
+    for name in (
+        "window",
+        "tailored_size",
+        "representation",
+        "optimizer",
+        "learning_rate",
+        "epochs",
+        "precision",
+        "seed",
     ):
-        main()
+        assert options[name].default == getattr(training, name), name
+    assert set(options["representation"].type.choices) <= set(REPRESENTATIONS)
 
 
 def test_the_demo_names_missing_packages(monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "rich.table", None)
     result = invoke(smartfrz, "demo")
     assert result.exit_code == 1
@@ -255,7 +311,7 @@ def test_from_recipes_to_an_evaluated_predictor(tmp_path):
     result = invoke(build, "record", broken, first, "-o", runs, "--threads", 1)
     assert result.exit_code == 1
     assert "Not recorded:\nbroken: " in result.stderr
-    assert "Put gone_module.py beside the recipe" in result.stderr
+    assert "Put gone_module.py into '" in result.stderr
     assert result.stdout.split() == [str(runs / "first.parquet")]
     assert {path: path.stat().st_mtime_ns for path in run_files(runs)} == before
 

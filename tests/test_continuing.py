@@ -19,7 +19,7 @@ from builder_fixtures import (
 )
 
 from smartfrz.dataset_builder import building
-from smartfrz.dataset_builder.building import Base, build_predictor
+from smartfrz.dataset_builder.building import Base, Material, Plan, build_predictor
 from smartfrz.dataset_builder.cli import main as build
 from smartfrz.dataset_builder.recipes import load_recipe
 from smartfrz.dataset_builder.recording import record
@@ -40,7 +40,7 @@ FURTHER = dataclasses.replace(SMALL, learning_rate=5e-4, pull=1000.0)
 def base_file(tmp_path_factory):
     """A predictor of made-up runs, `cnn-a` to `vit-b`."""
     path, old = tmp_path_factory.mktemp("base") / "base.onnx", recorded_runs()
-    build_predictor(old, labelled(old), RULE, SMALL, path, "base", "0" * 64, cross_validate=False)
+    build_predictor(Material(old, labelled(old), "0" * 64), Plan("base", RULE, SMALL, cross_validate=False), path)
     return path
 
 

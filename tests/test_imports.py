@@ -55,7 +55,7 @@ MAY_IMPORT = {
         "control",
         "predictor",
         "adapters.torch",
-        "adapters.keras",  # in keras_recording.py only
+        "adapters.keras",  # in keras_models.py only
         "errors",
         "files",
         "plots",
@@ -135,5 +135,5 @@ def test_keras_is_imported_by_one_module_of_the_dataset_builder():
     adapters = {
         f.name for f in folder.glob("*.py") if any(n.startswith("smartfrz.adapters.keras") for n in imports_of(f))
     }
-    assert found == adapters == {"keras_recording.py"}
+    assert found == adapters == {"keras_models.py"}
     assert "keras" not in loaded_after("import smartfrz.dataset_builder.recording")

@@ -12,12 +12,13 @@ from keras_runs import BACKEND, WARNINGS, keras
 pytest.importorskip("pyarrow")
 pytest.importorskip("sklearn")
 
-from smartfrz.dataset_builder import keras_recording
+from smartfrz.dataset_builder import keras_models
 from smartfrz.dataset_builder.cka import centered_gram
 from smartfrz.dataset_builder.cli import main as build
-from smartfrz.dataset_builder.recipes import build_model, is_keras, load_recipe, reference_file
+from smartfrz.dataset_builder.models import build_model, is_keras
+from smartfrz.dataset_builder.recipes import load_recipe
 from smartfrz.dataset_builder.recording import record
-from smartfrz.dataset_builder.storage import read_run
+from smartfrz.dataset_builder.storage import read_run, reference_file
 from smartfrz.errors import RecipeError
 
 pytestmark = WARNINGS
@@ -130,8 +131,8 @@ def test_grams_are_those_of_the_layers_outputs_and_leave_the_model_as_it_was(tmp
     model = build_model(recipe_of(tmp_path), 0)
     x = np.random.default_rng(0).normal(2.0, 3.0, (10, 8, 8, 1)).astype(np.float32)
     before = [np.array(w) for w in model.get_weights()]
-    layers = keras_recording.trace_layers(model)
-    grams = keras_recording.layer_grams(model, layers, x)
+    layers = keras_models.trace_layers(model)
+    grams = keras_models.layer_grams(model, layers, x)
     for was, now in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(was, now)
     stem = keras.ops.convert_to_numpy(keras.ops.stop_gradient(model.get_layer("stem")(x)))
@@ -171,7 +172,7 @@ def test_check_says_that_it_measures_pytorch_only(tmp_path):
     recipe_of(tmp_path)
     result = invoke(build, "check", tmp_path / "digits.toml")
     assert result.exit_code == 1
-    assert "has a model of Keras, of which nothing is measured here" in " ".join(result.stderr.split())
+    assert "has a Keras model, but this command measures PyTorch models only" in " ".join(result.stderr.split())
 
 
 def test_mock_presets_of_keras_hub_are_asked_for_without_a_preprocessor(tmp_path, monkeypatch):

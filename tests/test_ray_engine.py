@@ -15,13 +15,14 @@ from safetensors import safe_open
 
 from smartfrz.dataset_builder.cli import main as build
 from smartfrz.dataset_builder.places import Place, make_absolute, on_this_machine
-from smartfrz.dataset_builder.ray_engine import _folder
-from smartfrz.dataset_builder.recipes import load_recipe, reference_file
+from smartfrz.dataset_builder.ray_engine import recipe_folder
+from smartfrz.dataset_builder.recipes import load_recipe
 from smartfrz.dataset_builder.recording import record
+from smartfrz.dataset_builder.storage import reference_file
 from smartfrz.errors import DownloadError
 from smartfrz.predictor.runtime import Predictor
 
-COMMAND = [sys.executable, "-c", "from smartfrz.dataset_builder import main; main()"]
+COMMAND = [sys.executable, "-c", "from smartfrz.dataset_builder.cli import main; main()"]
 PORTS = ("metrics_agent_port", "metrics_export_port", "runtime_env_agent_port", "dashboard_agent_listen_port")
 PATIENCE = 900  # seconds: what takes long on a busy machine is no failure
 # The death of a node is noticed after seconds, not after half a minute; a slow start of its helpers is none.
@@ -289,7 +290,7 @@ def test_modules_that_were_sent_along_are_used_where_the_folder_is_another(tmp_p
     here, copy = tmp_path / "here", tmp_path / "copy"
     here.mkdir()
     (here / "parts.py").write_text("a = 1\n")
-    assert _folder(here, {"parts.py": b"a = 1\n"}, copy) == here
-    assert _folder(here, {"parts.py": b"a = 2\n"}, copy) == copy
+    assert recipe_folder(here, {"parts.py": b"a = 1\n"}, copy) == here
+    assert recipe_folder(here, {"parts.py": b"a = 2\n"}, copy) == copy
     assert (copy / "parts.py").read_text() == "a = 2\n"
-    assert _folder(tmp_path / "nowhere", {}, tmp_path / "other") == tmp_path / "other"
+    assert recipe_folder(tmp_path / "nowhere", {}, tmp_path / "other") == tmp_path / "other"

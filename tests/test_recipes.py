@@ -10,7 +10,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from smartfrz.dataset_builder.recipes import build_data, build_model, image_folder, load_recipe, reference_file
+from smartfrz.dataset_builder.models import build_data, build_model
+from smartfrz.dataset_builder.pictures import image_folder
+from smartfrz.dataset_builder.recipes import load_recipe
+from smartfrz.dataset_builder.storage import reference_file
 from smartfrz.errors import MissingDependencyError, RecipeError
 
 COMMITTED = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
@@ -41,7 +44,7 @@ MISTAKES = {
         "5",
         r"section \[model\]: source is 5; expected a value of type <class 's",
     ),
-    "bad TOML": ("epochs = 2", "epochs == 2", r"is not valid TOML: .*line \d+.*Mend that line"),
+    "bad TOML": ("epochs = 2", "epochs == 2", r"is not valid TOML: .*line \d+.*Correct that line"),
     "optimizer": ('"SGD"', '"Sgd"', r"training\.optimizer is 'Sgd'; expected one of \('SGD', 'Adam'"),
     "no epochs": ("epochs = 2", "epochs = 0", r"training\.epochs is 0; expected a positive number"),
     "batch size": ("batch_size = 12", "batch_size = 0", r"training\.batch_size is 0; expected a positive integer"),
@@ -282,7 +285,7 @@ def test_too_few_classes_are_refused(tmp_path, classes, number):
     write_pictures(tmp_path, classes, number)
     held = 1 if number else 0
     with pytest.raises(
-        RecipeError, match=rf"holds pictures of {held} classes; expected at least two folders, one a clas"
+        RecipeError, match=rf"holds pictures of {held} classes; expected at least two folders, one per class"
     ):
         image_folder(tmp_path, 4)
 
@@ -296,7 +299,7 @@ def test_a_damaged_picture_is_named(tmp_path):
     write_pictures(tmp_path, ["a", "b"])
     content = (tmp_path / "b" / "1.png").read_bytes()
     (tmp_path / "b" / "1.png").write_bytes(content[:60])
-    with pytest.raises(RecipeError, match=r"1\.png' is no picture that can be read .*Remove it"):
+    with pytest.raises(RecipeError, match=r"1\.png' is not a readable picture .*Remove it"):
         image_folder(tmp_path, 4)
 
 

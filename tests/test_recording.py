@@ -15,12 +15,14 @@ from torch import nn
 from smartfrz.adapters.torch.layers import collect_outputs, trace_layers
 from smartfrz.dataset_builder.checking import check_recipe
 from smartfrz.dataset_builder.cka import centered_gram
-from smartfrz.dataset_builder.recipes import build_model, load_recipe, reference_file
+from smartfrz.dataset_builder.models import build_model
+from smartfrz.dataset_builder.recipes import load_recipe
 from smartfrz.dataset_builder.recording import is_recorded, record
 from smartfrz.dataset_builder.similarity import layer_grams, probe_batch
-from smartfrz.dataset_builder.storage import read_run, run_files
+from smartfrz.dataset_builder.storage import read_run, reference_file, run_files
 from smartfrz.errors import DatasetFormatError, RecipeError
-from smartfrz.training import OPTIMIZERS, TrainingSpec, evaluate, forward, schedule_factor, torch_device, train
+from smartfrz.hyperparameters import OPTIMIZERS, TrainingSpec
+from smartfrz.training import evaluate, forward, schedule_factor, torch_device, train
 
 ARRAYS = ("step", "progress", "loss", "learning_rate", "cka", "weights")
 LAYERS = ["0", "3", "7"]
@@ -232,7 +234,13 @@ def test_a_reference_that_is_finished_is_not_trained_again(tmp_path):
 def test_a_recording_killed_in_the_middle_is_finished_by_the_next_call(tmp_path):
     recipe_file = write_recipe(tmp_path)
     recipe, runs = load_recipe(recipe_file), tmp_path / "runs"
-    command = [sys.executable, "-c", "from smartfrz.dataset_builder import main; main()", "record", str(recipe_file)]
+    command = [
+        sys.executable,
+        "-c",
+        "from smartfrz.dataset_builder.cli import main; main()",
+        "record",
+        str(recipe_file),
+    ]
     process = subprocess.Popen(
         [*command, "--output", str(runs), "--threads", "1"],
         stdout=subprocess.PIPE,

@@ -13,11 +13,11 @@ from builder_fixtures import DIGIT_RUNS, invoke, write_digit_recipes, write_reci
 
 from smartfrz import zoo
 from smartfrz.dataset_builder.cli import main as build
-from smartfrz.dataset_builder.recipes import reference_file
+from smartfrz.dataset_builder.storage import reference_file
 from smartfrz.predictor.runtime import Predictor
 from smartfrz.predictor.training.cross_validation import can_hold_out
 
-COMMAND = [sys.executable, "-c", "from smartfrz.dataset_builder import main; main()"]
+COMMAND = [sys.executable, "-c", "from smartfrz.dataset_builder.cli import main; main()"]
 SMALL = ("--window", "8", "--tailored-size", "32", "--records", "16", "--epochs", "6", "--threads", "1")
 
 

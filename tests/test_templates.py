@@ -11,7 +11,8 @@ from PIL import Image
 from smartfrz.dataset_builder import templates
 from smartfrz.dataset_builder.checking import check_recipe, describe
 from smartfrz.dataset_builder.cli import main as build
-from smartfrz.dataset_builder.recipes import build_model, load_recipe
+from smartfrz.dataset_builder.models import build_model
+from smartfrz.dataset_builder.recipes import load_recipe
 from smartfrz.dataset_builder.templates import NewRecipe, default_file, recipe_text, resolve_name
 from smartfrz.errors import MissingDependencyError, RecipeError
 

@@ -1,4 +1,4 @@
-"""Similarity-guided freezing: what could be had if the finished model were known. Not a method, but a bound."""
+"""Similarity-guided freezing: an upper bound that knows the finished model, not a method for practice."""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,25 +23,25 @@ from smartfrz.training import arguments
 class SimilarityGuided(Policy):
     """Freezes a layer when the similarity of its output to that of a finished reference model has settled.
 
-    The similarity is CKA on a batch of inputs that stays the same. It takes a forward pass of the model at every
-    record, which counts as time spent deciding.
+    The similarity is CKA on a fixed batch of inputs. It takes a forward pass of the model at every record, which counts
+    as time spent deciding.
 
     Args:
         model: The model that is trained, not wrapped, on the device of the probe.
-        reference: The same network, trained to the end on the same data before.
-        probe: A batch of inputs, at least 4: a tensor `[batch, ...]`, or a dict of tensors, which is
-            spread over the arguments of the forward pass. Not of the test data that the run is judged by.
-        rule: When CKA counts as settled; `backward`, since nobody knows the rest of the run.
+        reference: The same network, already trained to the end on the same data.
+        probe: A batch of at least 4 inputs: a tensor `[batch, ...]`, or a dict of tensors, which are passed as keyword
+            arguments to the forward pass. Do not take them from the test data that the run is judged by.
+        rule: When CKA counts as settled. Its kind is `backward`, since the rest of the run is unknown.
 
     Raises:
         ValueError: If the rule looks ahead.
-        UnsupportedModelError: If the reference has no layers, or when training begins other ones than
-            the model.
+        UnsupportedModelError: If the reference has no layers, or, when training begins, if its layers differ from the
+            model's.
 
     Source:
         Paper, section 3.4 and Table 1: layers freeze at the end of each epoch (`record_every=len(loader)`),
-        "if the CKA value of a layer stabilizes". When it has is not said there: the rule is that of
-        our labels, over the last records. It lives here because it needs the builder's CKA and PyTorch.
+        "if the CKA value of a layer stabilizes". The paper does not define "stabilizes"; the rule here is the one of our
+        labels, over the last records.
     """
 
     name = "similarity-guided"
@@ -70,7 +70,7 @@ class SimilarityGuided(Policy):
         self._digests = {"probe": _digest(tree_leaves(probe)), "reference": _digest(reference.state_dict().values())}
 
     def settings(self) -> dict[str, Any]:
-        """The rule, and digests of the probe and of the reference."""
+        """Return the rule, and digests of the probe and of the reference."""
         return self.rule.to_dict() | self._digests
 
     def begin(self, adapter: Any, layers: Sequence[str], *, total_steps: int | None, seed: int) -> None:
@@ -94,11 +94,11 @@ class SimilarityGuided(Policy):
             self._cka.setdefault(layer, []).append(cka_of_grams(self._grams[layer], grams[layer]))
 
     def excused(self, active: list[str]) -> dict[str, Reason]:
-        """Layers that were compared too seldom."""
+        """Return the layers with too few comparisons."""
         return {layer: "history_too_short" for layer in active if len(self._cka.get(layer, [])) < self.rule.records}
 
     def confidence(self, layers: list[str], *, step: int) -> dict[str, float]:
-        """1 where the similarity has settled; 0 where it has not, or is undefined."""
+        """Return 1 where the similarity has settled; 0 where it has not, or is undefined."""
         return {layer: float(label_layers(np.array([self._cka[layer]]), self.rule)[0, -1] == 1) for layer in layers}
 
     def drop(self, layer: str) -> None:
@@ -106,7 +106,7 @@ class SimilarityGuided(Policy):
         self._cka.pop(layer, None)
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
-        """The similarities, float64 `[records]` a layer, oldest first."""
+        """Return the similarities of each layer, float64 `[records]`, oldest first."""
         return {layer: np.array(values, np.float64) for layer, values in self._cka.items()}
 
     def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
@@ -115,7 +115,7 @@ class SimilarityGuided(Policy):
 
 
 def _digest(tensors: Iterable[torch.Tensor]) -> str:
-    """SHA-256 of what the tensors hold, whatever their dtype."""
+    """Return the SHA-256 of the tensors' bytes."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())

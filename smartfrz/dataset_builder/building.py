@@ -1,6 +1,5 @@
 """From labelled runs to a predictor file with its card."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from smartfrz.dataset_builder.cards import HeldOut, mean_of, pooled, quality_table, write_card
 from smartfrz.dataset_builder.labels import LabelRule, label_layers, soft_targets
 from smartfrz.dataset_builder.storage import RecordedRun
 from smartfrz.files import replacing
@@ -20,7 +20,7 @@ from smartfrz.predictor.training.baselines import (
     score_weight_change,
     weight_change_confidence,
 )
-from smartfrz.predictor.training.cross_validation import can_hold_out, leave_one_out
+from smartfrz.predictor.training.cross_validation import Group, can_hold_out, leave_one_out
 from smartfrz.predictor.training.export import export
 from smartfrz.predictor.training.fit import fit
 from smartfrz.predictor.training.judging import (
@@ -35,7 +35,6 @@ from smartfrz.predictor.training.model import FreezePredictor
 from smartfrz.predictor.training.runs import LabelledRun, Scores, TrainingOptions, split
 
 Progress = Callable[[float, str], None]
-HeldOut = dict[str, dict[str, dict[str, list[Judged]]]]  # what is held out, which one, method, a judgement a seed
 
 
 def labelled_runs(recorded: Sequence[RecordedRun], rule: LabelRule, records: int) -> list[LabelledRun]:
@@ -54,23 +53,28 @@ def labelled_runs(recorded: Sequence[RecordedRun], rule: LabelRule, records: int
 
 
 def dataset_of(facts: dict[str, Any]) -> str:
-    """The data set of a recording, by its recipe: the function that makes it, or the folder of pictures."""
+    """Return the name of a recording's data set: the function that makes it, or the folder of pictures."""
     data = facts["recipe"].get("data", {})
     source = str(data.get("source", "")).rpartition(":")[2] or str(data.get("folder", ""))
     name = data.get("arguments", {}).get("name", "")
     return " ".join(part for part in (source, str(name)) if part) or "unknown"
 
 
+def records_of(info: PredictorInfo) -> int:
+    """Return the number of records per run that a predictor was trained at."""
+    return round(1 / info.record_fraction)
+
+
 @dataclass(frozen=True)
 class Base:
-    """The predictor that training goes on from.
+    """The predictor that training continues from.
 
     Attributes:
-        info: What its file says.
-        sha256: Of its file.
+        info: The contents of its file's metadata.
+        sha256: Digest of its file.
         network: Its network.
-        runs: Those of the recordings it was made from that are at hand, labelled; they are trained on beside the new ones,
-            as often as all of those together. Without any, set `TrainingOptions.pull`.
+        runs: Available recordings that the base was made from, labelled. They are mixed with the new ones in equal
+            parts. Without any, set `TrainingOptions.pull`.
     """
 
     info: PredictorInfo
@@ -79,10 +83,10 @@ class Base:
     runs: Sequence[LabelledRun] = ()
 
     def split(self, runs: Sequence[LabelledRun], seed: int) -> tuple[list[LabelledRun], list[LabelledRun]]:
-        """Runs to train on and runs to validate on.
+        """Split into runs to train on and runs to validate on.
 
-        The base has been trained on its runs: validating on one of them would flatter. Those that it was validated on
-        go on doing that.
+        The base has been trained on its runs, so validating on one of them would flatter. The runs that it was validated
+        on are used for validation again.
         """
         held = self.facts()["validated_on"]
         old_train = [run for run in self.runs if run.name not in held]
@@ -94,42 +98,76 @@ class Base:
         return train * max(1, round(len(old_train) / max(1, len(train)))) + old_train, validation
 
     def facts(self) -> dict[str, Any]:
-        """For the metadata of what is made from it; `trained_on` and `validated_on` tell of its own base, too."""
+        """Return metadata for its successor; `trained_on` and `validated_on` include the runs of its own base."""
         metrics = (self.info.metrics.get("base", {}), self.info.metrics)
         trained, validated = ({name for m in metrics for name in m.get(k, [])} for k in ("trained_on", "validated_on"))
         seen = {"trained_on": sorted(trained), "validated_on": sorted(validated - trained)}
         return {"name": self.info.name, "sha256": self.sha256, **seen}
 
 
+@dataclass(frozen=True)
+class Material:
+    """What a predictor is made from.
+
+    Attributes:
+        recorded: All recordings, including the available ones of a base.
+        runs: The new recordings with labels; all recordings if there is no base.
+        sha256: Digest of the recordings.
+    """
+
+    recorded: Sequence[RecordedRun]
+    runs: Sequence[LabelledRun]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a predictor is made.
+
+    Attributes:
+        name: The predictor's name.
+        rule: The label rule, stored with the predictor.
+        options: How to train.
+        records: Records per run, to which `labelled_runs` thinned the recordings.
+        cross_validate: Also train without each architecture in turn, for the card. Pass False with a base: an
+            architecture that the base has seen can no longer be held out.
+        base: Predictor to continue from; None to train a new network.
+    """
+
+    name: str
+    rule: LabelRule
+    options: TrainingOptions
+    records: int = 30
+    cross_validate: bool = True
+    base: Base | None = None
+
+    def split(self, runs: Sequence[LabelledRun]) -> tuple[list[LabelledRun], list[LabelledRun]]:
+        """Split into runs to train on, including old ones of the base, and runs to validate on."""
+        seed = self.options.seed
+        return self.base.split(runs, seed) if self.base else split(runs, seed)
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """A trained network, the runs it was trained and validated on, its threshold, and the baselines."""
+
+    model: FreezePredictor
+    train: list[LabelledRun]
+    validation: list[LabelledRun]
+    threshold: float
+    baselines: Baselines
+
+
 def build_predictor(
-    recorded: Sequence[RecordedRun],
-    runs: Sequence[LabelledRun],
-    rule: LabelRule,
-    options: TrainingOptions,
-    output: Path,
-    name: str,
-    dataset_sha256: str,
-    *,
-    records: int = 30,
-    cross_validate: bool = True,
-    progress: Progress = lambda fraction, text: None,
-    base: Base | None = None,
+    material: Material, plan: Plan, output: Path, progress: Progress = lambda fraction, text: None
 ) -> str:
     """Train, evaluate, export and describe a predictor.
 
     Args:
-        recorded: The recorded runs, those of `base` included.
-        runs: The new ones of them with labels; all of them without a `base`.
-        rule: The label rule, stored with the predictor.
-        options: How to train.
-        output: The ONNX file; the card goes beside it, with the ending `.md`.
-        name: The predictor's name.
-        dataset_sha256: Of the recordings.
-        records: Records a run, to which `labelled_runs` thinned the recordings.
-        cross_validate: Also train without each architecture in turn, for the card.
+        material: Recorded and labelled runs.
+        plan: How to make the predictor.
+        output: The ONNX file; the card is written next to it, with the ending `.md`.
         progress: Called with the fraction done and what is being done.
-        base: Go on from this predictor instead of training a new network. An architecture that it saw cannot be held
-            out any more: pass `cross_validate=False`.
 
     Returns:
         The card, Markdown.
@@ -138,253 +176,121 @@ def build_predictor(
         ValueError: If the runs are too few or too small, or do not fit the base.
         PredictorFileError: If the exported file answers differently from the trained network.
     """
-    share = 0.8 if cross_validate else 0.0
-    held_out: HeldOut = {}
-    if cross_validate:
-        by_dataset = can_hold_out([run.dataset for run in runs])
-        part = share / 2 if by_dataset else share
-        held_out["architecture"] = leave_one_out(
-            runs, options, "architecture", lambda done, text: progress(part * done, text)
-        )
-        if by_dataset:
-            held_out["dataset"] = leave_one_out(
-                runs, options, "dataset", lambda done, text: progress(part * (1 + done), text)
-            )
-    train, validation = base.split(runs, options.seed) if base else split(runs, options.seed)
-    network = base.network if base else None
-
-    def report(done: float, text: str) -> None:
-        progress(share + (1 - share) * done, f"final: {text}")
-
-    model = fit(train, validation, options, report, network)
-    scores = score(model, validation, options)
-    threshold = calibrate(scores, validation, options, options.precision)
-    baselines = Baselines.fit(train, train, options)
-    on_validation = {"predictor": measure_quality(scores, validation, threshold, options)} | {
-        method: judged.quality for method, judged in baselines.judge(validation, validation, options).items()
-    }
-    if base:
-        before = score(base.network, validation, options)
-        on_validation[base.info.name] = measure_quality(before, validation, base.info.threshold, options)
-    said = baselines.scores("logistic_regression", validation, options)
-    regression_threshold = calibrate(said, validation, options, options.precision)
-    metrics = {
-        "label_rule": rule.to_dict(),
-        "trained_on": sorted({run.name for run in train}),
-        "validated_on": sorted(run.name for run in validation),
-        "validation": _plain(on_validation),
-        "leave_one_architecture_out": _means(held_out.get("architecture", {})),
-        "leave_one_dataset_out": _means(held_out.get("dataset", {})),
-        "calibration_error": {
-            group: {method: round(reliability.error, 4) for method, reliability in _pooled(methods).items()}
-            for group, methods in held_out.items()
-        },
-        "weight_change_threshold": baselines.weight_change,
-        "weight_change_calibrated_threshold": calibrate(
-            baselines.scores("weight_change", validation, options), validation, options, options.precision
-        ),
-        "logistic_regression": baselines.statistics.to_dict() | {"threshold": regression_threshold},
-    }
-    if base:
-        everything = {run.name: run for run in (*train, *validation)}.values()
-        metrics["base"] = base.facts() | {"moved": answers_moved(model, base.network, list(everything), options)}
+    share = 0.8 if plan.cross_validate else 0.0
+    held_out = _hold_out(material.runs, plan.options, _part(progress, 0.0, share)) if plan.cross_validate else {}
+    fitted = _fit(material.runs, plan, _part(progress, share, 1 - share, "final: "))
+    on_validation = _judge(fitted, plan)
     info = PredictorInfo(
-        name=name,
-        tailored_size=options.tailored_size,
-        window=options.window,
-        representation=options.representation,
+        name=plan.name,
+        tailored_size=plan.options.tailored_size,
+        window=plan.options.window,
+        representation=plan.options.representation,
         # A confidence of exactly 0 or 1 would freeze everything or nothing.
-        threshold=float(np.clip(threshold, 0.01, 0.99)),
-        record_fraction=1.0 / records,
-        dataset_sha256=dataset_sha256,
-        metrics=metrics,
-        min_records=options.min_records,
+        threshold=float(np.clip(fitted.threshold, 0.01, 0.99)),
+        record_fraction=1.0 / plan.records,
+        dataset_sha256=material.sha256,
+        metrics=_metrics(fitted, plan, on_validation, held_out),
+        min_records=plan.options.min_records,
     )
-    difference = export(model, info, output)
-    card = write_card(info, recorded, on_validation, held_out, difference, options)
+    difference = export(fitted.model, info, output)
+    card = write_card(info, material.recorded, on_validation, held_out, difference, plan.options)
     with replacing(output.with_suffix(".md")) as temporary:
         temporary.write_text(card, encoding="utf-8")
     return card
 
 
+def _part(progress: Progress, start: float, share: float, prefix: str = "") -> Progress:
+    """Return a progress callback for a part of the work."""
+    return lambda done, text: progress(start + share * done, prefix + text)
+
+
+def _hold_out(runs: Sequence[LabelledRun], options: TrainingOptions, progress: Progress) -> HeldOut:
+    kinds: list[Group] = ["architecture"]
+    if can_hold_out([run.dataset for run in runs]):
+        kinds.append("dataset")
+    part = 1 / len(kinds)
+    return {
+        kind: leave_one_out(runs, options, kind, _part(progress, index * part, part))
+        for index, kind in enumerate(kinds)
+    }
+
+
+def _fit(runs: Sequence[LabelledRun], plan: Plan, progress: Progress) -> _Fitted:
+    options = plan.options
+    train, validation = plan.split(runs)
+    model = fit(train, validation, options, progress, plan.base.network if plan.base else None)
+    threshold = calibrate(score(model, validation, options), validation, options, options.precision)
+    return _Fitted(model, train, validation, threshold, Baselines.fit(train, train, options))
+
+
+def _judge(fitted: _Fitted, plan: Plan) -> dict[str, Quality]:
+    """Judge the predictor, the baselines and the base on the runs to validate on."""
+    options, runs = plan.options, fitted.validation
+    judged = {"predictor": measure_quality(score(fitted.model, runs, options), runs, fitted.threshold, options)}
+    judged |= {method: one.quality for method, one in fitted.baselines.judge(runs, runs, options).items()}
+    if plan.base:
+        before = score(plan.base.network, runs, options)
+        judged[plan.base.info.name] = measure_quality(before, runs, plan.base.info.threshold, options)
+    return judged
+
+
+def _metrics(fitted: _Fitted, plan: Plan, on_validation: dict[str, Quality], held_out: HeldOut) -> dict[str, Any]:
+    """Return what the predictor's file says of its training."""
+    baselines = fitted.baselines
+
+    def calibrated(method: str) -> float:
+        scores = baselines.scores(method, fitted.validation, plan.options)
+        return calibrate(scores, fitted.validation, plan.options, plan.options.precision)
+
+    metrics = {
+        "label_rule": plan.rule.to_dict(),
+        "trained_on": sorted({run.name for run in fitted.train}),
+        "validated_on": sorted(run.name for run in fitted.validation),
+        "validation": _plain(on_validation),
+        "leave_one_architecture_out": _means(held_out.get("architecture", {})),
+        "leave_one_dataset_out": _means(held_out.get("dataset", {})),
+        "calibration_error": {
+            group: {method: round(reliability.error, 4) for method, reliability in pooled(methods).items()}
+            for group, methods in held_out.items()
+        },
+        "weight_change_threshold": baselines.weight_change,
+        "weight_change_calibrated_threshold": calibrated("weight_change"),
+        "logistic_regression": baselines.statistics.to_dict() | {"threshold": calibrated("logistic_regression")},
+    }
+    if plan.base:
+        runs = list({run.name: run for run in (*fitted.train, *fitted.validation)}.values())
+        moved = answers_moved(fitted.model, plan.base.network, runs, plan.options)
+        metrics["base"] = plan.base.facts() | {"moved": moved}
+    return metrics
+
+
 def answers_moved(
     model: FreezePredictor, base: FreezePredictor, runs: Sequence[LabelledRun], options: TrainingOptions
 ) -> dict[str, float]:
-    """Mean absolute difference of the confidences that two networks give on each run, by its name; four digits."""
+    """Return the mean absolute difference of two networks' confidences for each run, rounded to four digits."""
     pairs = zip(runs, score(model, runs, options), score(base, runs, options), strict=True)
     return {run.name: round(float(np.nanmean(np.abs(ours - theirs))), 4) for run, ours, theirs in pairs}
 
 
 def _means(methods: dict[str, dict[str, list[Judged]]]) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Of each group that was held out: means over seeds."""
-    return {group: _plain({m: _mean_of(found) for m, found in by.items()}) for group, by in methods.items()}
-
-
-def _mean_of(judged: Sequence[Judged]) -> Quality:
-    return mean_quality([one.quality for one in judged])
-
-
-def _pooled(methods: dict[str, dict[str, list[Judged]]]) -> dict[str, Reliability]:
-    """Of each method, the windows of all groups and seeds together."""
-    found: dict[str, Reliability] = {}
-    for by in methods.values():
-        for method, judged in by.items():
-            for one in judged:
-                found[method] = found[method] + one.reliability if method in found else one.reliability
-    return found
+    """Return the means over seeds for each group that was held out."""
+    return {group: _plain({m: mean_of(found) for m, found in by.items()}) for group, by in methods.items()}
 
 
 def _plain(results: dict[str, Quality]) -> dict[str, dict[str, float | None]]:
-    """Without NaN, which JSON lacks."""
+    """Return plain data in which None stands for NaN, which JSON lacks."""
     return {key: {k: None if np.isnan(v) else v for k, v in value.to_dict().items()} for key, value in results.items()}
 
 
-_COLUMNS = ("AUC", "pooled AUC", "accuracy", "precision", "recall", "ready", "right freezes", "time frozen")
-
-
-def _table(results: dict[str, dict[str, Quality]], first: str) -> list[str]:
-    lines = [f"| {first} | judged by | {' | '.join(_COLUMNS)} |", "|---" * (len(_COLUMNS) + 2) + "|"]
-    for name, methods in results.items():
-        for method, q in methods.items():
-            values = dataclasses.astuple(q)
-            lines.append(f"| {name} | {method.replace('_', ' ')} | " + " | ".join(f"{v:.3f}" for v in values) + " |")
-    return lines
-
-
-def mean_quality(results: Sequence[Quality]) -> Quality:
-    """Mean of each figure, over architectures or seeds; NaN is left out."""
-    table = np.array([dataclasses.astuple(q) for q in results], dtype=float)
-    return Quality(*(float(np.nanmean(c)) if np.isfinite(c).any() else float("nan") for c in table.T))
-
-
-def write_card(
-    info: PredictorInfo,
-    recorded: Sequence[RecordedRun],
-    validation: dict[str, Quality],
-    held_out: HeldOut,
-    difference: float,
-    options: TrainingOptions,
-) -> str:
-    """The card of a predictor, Markdown."""
-    rule = info.metrics["label_rule"]
-    lines = [
-        f"# {info.name}",
-        "",
-        f"Reads the last {info.window} records of {info.tailored_size} sampled weights of a layer, at "
-        f"{round(1 / info.record_fraction)} records a run, as `{info.representation}`; freezes from a confidence of "
-        f"{info.threshold:.3f}. License: {info.license}.",
-        "",
-        f"Labels: CKA to a finished reference model, `{rule['kind']}` rule, tolerance {rule['tolerance']}. Threshold: "
-        f"the lowest at which {options.precision:.0%} of the freezes of the validation runs are right. PyTorch and ONNX "
-        f"Runtime differ by at most {difference:.1g}.",
-        "",
-    ]
-    for group, methods in held_out.items():
-        lines += _never_seen(group, methods)
-    if "base" in info.metrics:
-        lines += _continued(info, options)
-    lines += [
-        "## Runs that it was validated on",
-        "",
-        "Training was stopped, and the threshold chosen, on these: better than an unseen run would be.",
-        "",
-        *_table({", ".join(info.metrics["validated_on"]): validation}, "runs"),
-        "",
-        "`ready`: share of labels that say freeze. `right freezes`: at the second freezing stage in a row at which a layer "
-        "reaches the threshold. `time frozen`: share of all layers' training that lies behind that moment.",
-        "",
-        "## Recordings",
-        "",
-        "| run | architecture | layers | records | accuracy of reference, recorded | used for |",
-        "|---|---|---|---|---|---|",
-    ]
-    for run in recorded:
-        accuracies = run.facts["accuracies"]
-        used = "training" if run.name in info.metrics["trained_on"] else "validation"
-        lines.append(
-            f"| {run.name} | {run.architecture} | {len(run.layers)} | {len(run.step)} | "
-            f"{accuracies['reference']:.3f}, {accuracies['recorded']:.3f} | {used} |"
-        )
-    return "\n".join([*lines, "", f"SHA-256 of the recordings: `{info.dataset_sha256}`.", ""])
-
-
-def _never_seen(group: str, by_seed: dict[str, dict[str, list[Judged]]]) -> list[str]:
-    """What a card says of architectures or data sets that were held out."""
-    what = {"architecture": "architecture", "dataset": "data set"}[group]
-    groups = {name: {m: _mean_of(found) for m, found in by.items()} for name, by in by_seed.items()}
-    methods = list(next(iter(groups.values())))
-    means = {m: mean_quality([q[m] for q in groups.values()]) for m in methods}
-    seeds = range(len(next(iter(by_seed.values()))["predictor"]))
-    each = [mean_quality([q["predictor"][seed].quality for q in by_seed.values()]) for seed in seeds]
-    return [
-        f"## {'An' if what[0] == 'a' else 'A'} {what} that it never saw",
-        "",
-        f"Trained anew without each {what}, with {len(each)} seeds, judged on that {what}'s runs (means over"
-        " seeds and runs; pooled AUC: over the windows of all its runs together). The baseline, "
-        "weight change, is the relative change over the last 3 records, with the threshold of the highest accuracy "
-        "on the training runs; calibrated, with one chosen as the predictor's is. Schedule is a logistic regression on "
-        "what a schedule from front to back knows: how far the run is, and where the layer stands. Logistic regression "
-        "reads that, and the change over 1, 3, 10 and all records of the same history, their ratios and slope.",
-        "",
-        *_table(groups | {"mean": means}, "held out"),
-        "",
-        f"Mean AUC of the predictor by seed: {', '.join(f'{q.auc:.3f}' for q in each)} (pooled: "
-        f"{', '.join(f'{q.pooled_auc:.3f}' for q in each)}); of the baselines: "
-        + "; ".join(
-            f"{m.replace('_', ' ')} {means[m].auc:.3f} (pooled: {means[m].pooled_auc:.3f})"
-            for m in methods
-            if m not in ("predictor", "weight_change_calibrated")
-        )
-        + ".",
-        "",
-        "How sure to be of a confidence: the share of windows with it that were ready, and how many those are, over "
-        "everything that was held out.",
-        "",
-        *reliability_table({m: [reliability] for m, reliability in _pooled(by_seed).items()}),
-        "",
-    ]
-
-
-def _continued(info: PredictorInfo, options: TrainingOptions) -> list[str]:
-    """What a card says of the base."""
-    base = info.metrics["base"]
-    seen = {*base["trained_on"], *base["validated_on"]}
-    old = [name for name in base["moved"] if name in seen]
-    kept = (
-        f"{len(old)} of its {len(seen)} recordings were trained on or validated on again, beside the new ones."
-        if old
-        else f"None of its {len(seen)} recordings was at hand; its weights were kept near where they were "
-        f"(`pull` {options.pull:g})."
-    )
-    return [
-        f"## Continued from {base['name']}",
-        "",
-        f"The base's SHA-256 is `{base['sha256']}`. {kept} Its answers moved by so much, in the mean over layers and "
-        "timestamps:",
-        "",
-        "| run | known to the base | confidence moved by |",
-        "|---|---|---|",
-        *(
-            f"| {name} | {'yes' if name in seen else 'no'} | {moved:.4f} |"
-            for name, moved in sorted(base["moved"].items())
-        ),
-        "",
-    ]
-
-
 def evaluate_predictor(predictor: Predictor, runs: Sequence[LabelledRun]) -> str:
-    """Judge a predictor file run by run, beside the baseline.
+    """Judge a predictor file and the baselines run by run.
 
     Returns:
         A Markdown table; runs that the predictor was trained on are marked.
     """
     info = predictor.info
     options = TrainingOptions(window=info.window, tailored_size=info.tailored_size, min_records=info.min_records)
-    base = info.metrics.get("base", {})
-    seen: dict[str, Any] = dict.fromkeys(base.get("validated_on", []), " (its base validated on)")
-    seen |= dict.fromkeys(base.get("trained_on", []), " (its base trained on)")
-    seen |= dict.fromkeys(info.metrics.get("trained_on", []), " (trained on)")
-    seen |= dict.fromkeys(info.metrics.get("validated_on", []), " (validated on)")
+    seen = _seen(info)
     results: dict[str, dict[str, Quality]] = {}
     known: dict[str, list[Reliability]] = {}
     for run in runs:
@@ -392,13 +298,13 @@ def evaluate_predictor(predictor: Predictor, runs: Sequence[LabelledRun]) -> str
             method: Judged(
                 measure_quality(scores, [run], threshold, options), Reliability.of(confidence, [run], options)
             )
-            for method, (scores, confidence, threshold) in _said(predictor, [run], options).items()
+            for method, (scores, confidence, threshold) in _answers(predictor, [run], options).items()
         }
         results[run.name + seen.get(run.name, " (held out)")] = {m: one.quality for m, one in judged.items()}
         if run.name not in seen:
             for method, one in judged.items():
                 known.setdefault(method, []).append(one.reliability)
-    lines = _table(results, "run")
+    lines = quality_table(results, "run")
     if known:
         unseen = [run for run in runs if run.name not in seen]
         lines += ["", f"Confidence, and share that was ready, of the {len(unseen)} runs that are held out:", ""]
@@ -406,16 +312,28 @@ def evaluate_predictor(predictor: Predictor, runs: Sequence[LabelledRun]) -> str
     return "\n".join(lines)
 
 
-def _said(
+def _seen(info: PredictorInfo) -> dict[str, str]:
+    """Return a remark for each run that the predictor or its base has seen."""
+    base = info.metrics.get("base", {})
+    remarks = (
+        (base, "validated_on", " (its base validated on)"),
+        (base, "trained_on", " (its base trained on)"),
+        (info.metrics, "trained_on", " (trained on)"),
+        (info.metrics, "validated_on", " (validated on)"),
+    )
+    return {name: remark for facts, key, remark in remarks for name in facts.get(key, [])}
+
+
+def _answers(
     predictor: Predictor, runs: Sequence[LabelledRun], options: TrainingOptions
 ) -> dict[str, tuple[Scores, Scores, float]]:
-    """Scores, confidences and threshold of a predictor, and of the baselines that its file holds."""
+    """Return scores, confidences and threshold of a predictor and of the baselines in its file."""
     metrics, threshold = predictor.info.metrics, predictor.info.metrics.get("weight_change_threshold", 2.0)
     own = score(predictor, runs, options)
     change = score_weight_change(runs, options), weight_change_confidence(runs, options, threshold)
-    said = {"predictor": (own, own, predictor.info.threshold), "weight_change": (*change, threshold)}
+    answers = {"predictor": (own, own, predictor.info.threshold), "weight_change": (*change, threshold)}
     if "logistic_regression" in metrics:  # older files have none
         fitted = metrics["logistic_regression"]
         probability = Regression.from_dict(fitted).score(runs, options)
-        said["logistic_regression"] = probability, probability, fitted["threshold"]
-    return said
+        answers["logistic_regression"] = probability, probability, fitted["threshold"]
+    return answers

@@ -1,19 +1,23 @@
-"""`smartfrz-build check`: two training steps and one record of a recipe, and what a recording will take."""
+"""`smartfrz-build check`: take two training steps and one record, and estimate what a recording will take."""
 
 import dataclasses
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 
 from smartfrz.adapters.torch.costs import measure_step
 from smartfrz.adapters.torch.layers import LayerReader, trace_layers
-from smartfrz.dataset_builder.recipes import Recipe, build_data, build_model, is_keras, reference_file
+from smartfrz.dataset_builder.models import build_data, build_model, is_keras
+from smartfrz.dataset_builder.recipes import Recipe
 from smartfrz.dataset_builder.similarity import layer_grams, probe_batch
+from smartfrz.dataset_builder.storage import reference_file
 from smartfrz.errors import RecipeError
 from smartfrz.predictor.runtime import Device
 from smartfrz.training import arguments, evaluate, forward, to_device, torch_device, train, training_loader
@@ -23,20 +27,20 @@ MEBIBYTE = 2**20
 
 @dataclass(frozen=True)
 class Check:
-    """What two steps of a recipe tell.
+    """What two steps of a recipe show.
 
     Attributes:
-        layers: Names of the layers, in execution order, and how many weights each has.
-        num_train: Training examples.
-        num_test: Test examples.
-        total_steps: Of one training; a recording takes two.
-        step_seconds: Of the second step. The first one also warms up.
-        record_seconds: Of one timestamp: CKA on the probe batch, and reading weights.
-        test_seconds: Of measuring the accuracy once.
-        weight_bytes: Of the model's parameters and buffers. Gradients take as much, and an optimizer up to twice that.
-        activation_bytes: Kept in a step from the forward for the backward pass.
-        recording_bytes: Of the recorded weights, before compression.
-        losses: Of the two steps.
+        layers: Number of weights of each layer, by its name, in execution order.
+        num_train: Number of training examples.
+        num_test: Number of test examples.
+        total_steps: Steps in one training; a recording takes two trainings.
+        step_seconds: Duration of the second step. The first one also warms up.
+        record_seconds: Duration of one timestamp: CKA on the probe batch.
+        test_seconds: Duration of measuring the accuracy once.
+        weight_bytes: Size of the model's parameters and buffers. Gradients take as much, an optimizer up to twice that.
+        activation_bytes: What a step keeps from the forward for the backward pass.
+        recording_bytes: Size of the recorded weights, before compression.
+        losses: Losses of the two steps.
         init_missing: Whether `model.init` names a recipe that is not recorded yet; random weights were used then.
     """
 
@@ -54,7 +58,7 @@ class Check:
     init_missing: bool
 
     def total_seconds(self, records: int) -> float:
-        """Of the whole recording: two trainings, the records of the second, two accuracies."""
+        """Estimate the whole recording: two trainings, the records of the second, two accuracies."""
         return 2 * self.total_steps * self.step_seconds + records * self.record_seconds + 2 * self.test_seconds
 
 
@@ -63,26 +67,20 @@ def check_recipe(recipe: Recipe, runs: Path, device: Device = "auto") -> Check:
 
     Args:
         recipe: The recipe.
-        runs: Where the recordings will be; `model.init` looks for other recipes' reference models there.
-        device: As `record`.
+        runs: Folder of the recordings, in which `model.init` looks for other recipes' reference models.
+        device: Where to train, as for `record`.
 
     Raises:
-        RecipeError: If the recipe cannot be run, the loss is not finite, or CUDA was asked for and is not there.
+        RecipeError: If the recipe cannot be run, the loss is not finite, or CUDA was asked for and is missing.
         UnsupportedModelError: If the model has no layer with weights.
     """
     chosen = torch_device(device)
     train_data, test_data = build_data(recipe)
-    init = recipe.model.init
-    init_missing = bool(init) and not init.endswith(".safetensors") and not reference_file(runs, init).exists()
+    init_missing = _waits_for_init(recipe, runs)
     if init_missing:
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, init=""))
-    model = build_model(recipe, recipe.seed, runs)
-    if is_keras(model):
-        raise RecipeError(
-            f"Recipe {recipe.name!r} has a model of Keras, of which nothing is measured here; expected one of PyTorch. "
-            "Record it with a few epochs instead."
-        )
-    loader = training_loader(train_data, recipe.training)
+    model, spec = _torch_model(recipe, runs), recipe.training
+    loader = training_loader(train_data, spec)
     inputs, targets = next(iter(loader))
     _check_targets(recipe, targets, forward(model.eval(), inputs))
     probe = probe_batch(test_data, recipe.recording.probe_size)
@@ -90,40 +88,61 @@ def check_recipe(recipe: Recipe, runs: Path, device: Device = "auto") -> Check:
     layers = trace_layers(model.eval(), *arguments(probe)[0], **arguments(probe)[1])
     reader = LayerReader(model, layers)
     sizes = {layer.name: reader.num_weights(layer.name) for layer in layers}
+    losses, step_seconds = _take_two_steps(recipe, model, train_data, len(loader))
+    work = measure_step(
+        model, lambda: cross_entropy(forward(model, inputs), targets, label_smoothing=spec.label_smoothing)
+    )
+    part = torch.utils.data.Subset(test_data, range(min(256, _length(test_data))))
+    return Check(
+        layers=sizes,
+        num_train=_length(train_data),
+        num_test=_length(test_data),
+        total_steps=max(1, round(len(loader) * spec.epochs)),
+        step_seconds=step_seconds,
+        record_seconds=_seconds(lambda: layer_grams(model, layers, probe)),
+        test_seconds=_seconds(lambda: evaluate(model, part)) * _length(test_data) / len(part),
+        weight_bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        activation_bytes=work.activation_bytes,
+        recording_bytes=4 * len(sizes) * recipe.recording.records * recipe.recording.pool_size,
+        losses=losses,
+        init_missing=init_missing,
+    )
 
-    moments, losses = [time.perf_counter()], []
+
+def _waits_for_init(recipe: Recipe, runs: Path) -> bool:
+    init = recipe.model.init
+    return bool(init) and not init.endswith(".safetensors") and not reference_file(runs, init).exists()
+
+
+def _torch_model(recipe: Recipe, runs: Path) -> nn.Module:
+    model = build_model(recipe, recipe.seed, runs)
+    if is_keras(model):
+        raise RecipeError(
+            f"Recipe {recipe.name!r} has a Keras model, but this command measures PyTorch models only. Record it with a "
+            "few epochs instead."
+        )
+    return model
+
+
+def _take_two_steps(
+    recipe: Recipe, model: nn.Module, data: Dataset[Any], steps_per_epoch: int
+) -> tuple[tuple[float, ...], float]:
+    """Train for two steps; return their losses and the seconds that the second one took."""
+    moments, losses = [], []
 
     def on_step(step: int, total: int, loss: float, learning_rate: float) -> None:
         losses.append(loss)
         moments.append(time.perf_counter())
 
-    two_steps = dataclasses.replace(recipe.training, epochs=2 / len(loader))
-    train(model, train_data, two_steps, seed=recipe.seed, on_step=on_step)
-    spec = recipe.training
-    work = measure_step(
-        model, lambda: cross_entropy(forward(model, inputs), targets, label_smoothing=spec.label_smoothing)
-    )
+    two_steps = dataclasses.replace(recipe.training, epochs=2 / steps_per_epoch)
+    train(model, data, two_steps, seed=recipe.seed, on_step=on_step)
+    return tuple(losses), moments[1] - moments[0]
+
+
+def _seconds(action: Callable[[], Any]) -> float:
     start = time.perf_counter()
-    layer_grams(model, layers, probe)
-    recorded = time.perf_counter()
-    part = torch.utils.data.Subset(test_data, range(min(256, _length(test_data))))
-    evaluate(model, part)
-    evaluated = time.perf_counter()
-    tensors = (*model.parameters(), *model.buffers())
-    return Check(
-        sizes,
-        _length(train_data),
-        _length(test_data),
-        max(1, round(len(loader) * spec.epochs)),
-        moments[2] - moments[1],
-        recorded - start,
-        (evaluated - recorded) * _length(test_data) / len(part),
-        sum(t.nbytes for t in tensors),
-        work.activation_bytes,
-        4 * len(sizes) * recipe.recording.records * recipe.recording.pool_size,
-        tuple(losses),
-        init_missing,
-    )
+    action()
+    return time.perf_counter() - start
 
 
 def _length(data: Dataset[Any]) -> int:
@@ -131,7 +150,7 @@ def _length(data: Dataset[Any]) -> int:
 
 
 def _check_targets(recipe: Recipe, targets: torch.Tensor, logits: torch.Tensor) -> None:
-    """PyTorch's own message for a label out of range names neither labels nor classes."""
+    """Check the labels, since PyTorch's own message names neither labels nor classes."""
     if int(targets.max()) >= logits.shape[1] or int(targets.min()) < 0:
         raise RecipeError(
             f"Recipe {recipe.name!r}: the first batch has labels from {int(targets.min())} to {int(targets.max())}, but "
@@ -141,7 +160,7 @@ def _check_targets(recipe: Recipe, targets: torch.Tensor, logits: torch.Tensor) 
 
 
 def describe(recipe: Recipe, check: Check) -> str:
-    """The figures as text."""
+    """Return the figures as text."""
     records = min(recipe.recording.records, check.total_steps)
     per_layer = [f"  {name or '(the model)':50s} {size:>12,d}" for name, size in check.layers.items()]
     losses = ", ".join(f"{loss:.3f}" for loss in check.losses)

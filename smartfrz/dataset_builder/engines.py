@@ -1,20 +1,24 @@
-"""Where recordings are made: in processes on this machine, or (`ray_engine.py`) as tasks of a Ray cluster."""
+"""Engines make recordings: in processes on this machine, or (`ray_engine.py`) as tasks on a Ray cluster.
+
+This module is the first that a worker process imports, so it imports nothing heavy.
+"""
 
 import contextlib
+import os
 import queue
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from multiprocessing import connection, get_context, parent_process
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from smartfrz.dataset_builder.processes import end_with_parent
 from smartfrz.dataset_builder.recipes import Recipe
 
 
 class Message(NamedTuple):
-    """How far a recording is: the recipe's name, the fraction done, in [0, 1], and what is being done."""
+    """Progress of a recording: the recipe's name, the fraction done, in [0, 1], and what is being done."""
 
     name: str
     fraction: float
@@ -22,7 +26,7 @@ class Message(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What became of a recipe: the place of its recording, or why there is none."""
+    """Outcome of a recipe: the place of its recording, or the error."""
 
     name: str
     place: str
@@ -30,26 +34,46 @@ class Result(NamedTuple):
 
 
 class Engine(Protocol):
-    """Records recipes. What is finished already, as its files say, is not recorded again."""
+    """Records recipes; a recipe whose recording exists is finished at once."""
 
     def start(self, recipe: Recipe) -> None:
-        """Have a recipe recorded, as soon as there is room. Reference models that it starts from have to be there."""
+        """Record a recipe as soon as there is room. A reference model that it starts from must be finished."""
 
     def finished(self, timeout: float) -> list[Result]:
-        """Recordings that have ended since the last call; waits for one for at most `timeout` seconds."""
+        """Return recordings that have ended since the last call; wait for one for at most `timeout` seconds."""
 
     def messages(self) -> Iterator[Message]:
-        """What is new, without waiting."""
+        """Return new messages without waiting."""
+
+
+def record_all(engine: Engine, recipes: Sequence[Recipe]) -> Iterator[Message | Result]:
+    """Record recipes, each one after the recipe whose reference model it starts from.
+
+    Yields:
+        Progress, and one result for each recipe, as they come.
+    """
+    waiting = {recipe.name: recipe for recipe in recipes}
+    running: set[str] = set()
+    while waiting or running:
+        unfinished = running | set(waiting)
+        for name in [name for name, recipe in waiting.items() if recipe.model.init not in unfinished]:
+            engine.start(waiting.pop(name))
+            running.add(name)
+        results = engine.finished(timeout=0.5)
+        yield from engine.messages()
+        for result in results:
+            running.remove(result.name)
+            yield result
 
 
 class LocalEngine:
-    """Processes on this machine, which end with the one that started them.
+    """Records in processes on this machine, which end with the process that started them.
 
     Args:
         output: Folder of the recordings.
-        workers: How many recipes at once.
+        workers: Number of recipes that are recorded at once.
         threads: PyTorch threads of each; None for PyTorch's own choice.
-        device: Where PyTorch trains, as `recording.record` takes it.
+        device: Device on which PyTorch trains: `"cpu"`, `"cuda"` or `"auto"`.
     """
 
     def __init__(self, output: Path, workers: int, threads: int | None, device: str = "auto"):
@@ -69,12 +93,12 @@ class LocalEngine:
         self._manager.shutdown()
 
     def start(self, recipe: Recipe) -> None:
-        """As `Engine.start`."""
+        """Submit the recipe to the pool of processes."""
         arguments = recipe, self._output, self._threads, self._device, self._messages
         self._running[self._pool.submit(_record, *arguments)] = recipe.name
 
     def finished(self, timeout: float) -> list[Result]:
-        """As `Engine.finished`."""
+        """Return recordings whose processes have finished."""
         results = []
         for future in wait(self._running, timeout, FIRST_COMPLETED).done:
             error = future.exception()
@@ -82,7 +106,7 @@ class LocalEngine:
         return results
 
     def messages(self) -> Iterator[Message]:
-        """As `Engine.messages`."""
+        """Empty the queue that the processes write to."""
         with contextlib.suppress(queue.Empty):
             while True:
                 yield Message(*self._messages.get_nowait())
@@ -96,3 +120,15 @@ def _record(recipe: Recipe, output: Path, threads: int | None, device: Any, mess
     if threads:
         torch.set_num_threads(threads)
     return record(recipe, output, lambda fraction, text: messages.put((recipe.name, fraction, text)), device)
+
+
+def end_with_parent() -> None:
+    """End this process when its parent is killed; else it would go on next to the workers of the next call."""
+    parent = parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            connection.wait([parent.sentinel])
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,8 +1,8 @@
-"""Recordings as tasks of a Ray cluster, their files in any place that fsspec can write.
+"""Recordings as tasks on a Ray cluster, with files in any place that fsspec can write.
 
-A task trains in a temporary folder of its machine and sends the reference model when that is finished, and the
-recording at the end. It can so be killed at any moment: it is started again on another machine, which goes on from the
-reference model. A recording is there whole or not at all, and the files are those that `LocalEngine` makes.
+A task trains in a temporary folder of its machine. It sends the reference model when that is finished, and the recording
+at the end. So it can be killed at any moment: Ray starts it again on another machine, which continues from the reference
+model. Recordings arrive complete or not at all, and are the same files that `LocalEngine` makes.
 """
 
 import dataclasses
@@ -16,7 +16,8 @@ from typing import Any
 
 from smartfrz.dataset_builder.engines import Message, Result
 from smartfrz.dataset_builder.places import Place, make_absolute
-from smartfrz.dataset_builder.recipes import Recipe, reference_file
+from smartfrz.dataset_builder.recipes import Recipe
+from smartfrz.dataset_builder.storage import reference_file
 from smartfrz.errors import MissingDependencyError
 
 logger = logging.getLogger("smartfrz")
@@ -28,10 +29,11 @@ class RayOptions:
     """Which cluster, and what a task needs.
 
     Attributes:
-        address: Of the cluster, as `host:6379`; None for the one of RAY_ADDRESS, else for one that is started here.
-        cpus: That Ray reserves for a task.
-        gpus: As `cpus`. A task that has a part of one trains on it.
-        retries: How often a task is started again whose machine or process died, or which could not read or write.
+        address: Address of the cluster, for example `host:6379`; None for the one in RAY_ADDRESS, or else for a cluster
+            that is started on this machine.
+        cpus: CPUs that Ray reserves for a task.
+        gpus: GPUs that Ray reserves for a task. A task that has a GPU, or a part of one, trains on it.
+        retries: How often a task is repeated after its machine or process died or it could not read or write.
         threads: PyTorch threads of a task; None for as many as `cpus`.
     """
 
@@ -43,9 +45,9 @@ class RayOptions:
 
 
 class RayEngine:
-    """An `Engine` on Ray. Every machine of the cluster needs this package, and access to the data of the recipes.
+    """An `Engine` on Ray. Every machine of the cluster needs this package and access to the recipes' data.
 
-    Modules beside a recipe are sent along.
+    Modules in the folder of a recipe are sent along.
 
     Args:
         output: Folder of the recordings: an address for fsspec, or a path on a disk that all machines share.
@@ -53,13 +55,13 @@ class RayEngine:
 
     Raises:
         MissingDependencyError: If Ray, or the package for `output`, is not installed.
-        ConnectionError: If there is no cluster at that address.
+        ConnectionError: If no cluster answers at that address.
     """
 
     def __init__(self, output: str, options: RayOptions):
         self._ray = _ray()
         self._output, self._options = make_absolute(output), options
-        Place(self._output)  # else every task would have to find out
+        Place(self._output)  # fails here rather than in every task
         started_here = options.address is None and not os.environ.get("RAY_ADDRESS")
         self._ray.init(
             options.address,
@@ -86,7 +88,7 @@ class RayEngine:
     def _pinned_board(self) -> Any:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        # On the machine of the command: others may die. And if it dies all the same, it comes back elsewhere.
+        # On the machine of the command, since others may die. If the actor dies nevertheless, it is restarted elsewhere.
         here = NodeAffinitySchedulingStrategy(self._ray.get_runtime_context().get_node_id(), soft=True)
         return self._ray.remote(_Board).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
 
@@ -95,14 +97,14 @@ class RayEngine:
         need = {"CPU": self._options.cpus, "GPU": self._options.gpus}
         if not any(all(node.get(kind, 0) >= wanted for kind, wanted in need.items()) for node in nodes):
             logger.warning(
-                "No machine of the cluster has %g CPUs and %g GPUs: recordings wait until one comes. Lower --cpus or --gpus "
-                "if none will.",
+                "No machine of the cluster has %g CPUs and %g GPUs. Recordings wait until one joins; if none will, lower "
+                "--cpus or --gpus.",
                 self._options.cpus,
                 self._options.gpus,
             )
 
     def start(self, recipe: Recipe) -> None:
-        """As `Engine.start`."""
+        """Submit the recipe, with the modules in its folder, as a task."""
         modules = {path.name: path.read_bytes() for path in sorted(recipe.folder.glob("*.py"))}
         threads = self._options.threads or max(1, int(self._options.cpus))
         device = "auto" if self._options.gpus else "cpu"  # Ray does not hide GPUs that were not reserved
@@ -110,7 +112,7 @@ class RayEngine:
         self._running[reference] = recipe.name
 
     def finished(self, timeout: float) -> list[Result]:
-        """As `Engine.finished`."""
+        """Return recordings whose tasks have ended."""
         if not self._running:
             return []
         from ray.exceptions import RayError, RayTaskError
@@ -127,11 +129,11 @@ class RayEngine:
         return results
 
     def messages(self) -> Iterator[Message]:
-        """As `Engine.messages`. While nobody answers there are none: a progress bar is not worth a recording."""
+        """Return what tasks have reported; nothing while the actor does not answer, since progress is not essential."""
         from ray.exceptions import RayError
 
         try:
-            news = self._ray.get(self._board.taken.remote(), timeout=5.0)
+            news = self._ray.get(self._board.take.remote(), timeout=5.0)
         except RayError as error:
             logger.debug("No messages: %s", error)
             return
@@ -140,21 +142,21 @@ class RayEngine:
 
 
 class _Board:
-    """An actor on which tasks write how far they are."""
+    """An actor that collects the progress of all tasks."""
 
     def __init__(self) -> None:
         self._news: dict[str, tuple[float, str]] = {}
 
-    def tell(self, name: str, fraction: float, text: str) -> None:
+    def put(self, name: str, fraction: float, text: str) -> None:
         self._news[name] = (fraction, text)
 
-    def taken(self) -> dict[str, tuple[float, str]]:
+    def take(self) -> dict[str, tuple[float, str]]:
         news, self._news = self._news, {}
         return news
 
 
 def _record_there(recipe: Recipe, modules: dict[str, bytes], output: str, threads: int, device: Any, board: Any) -> str:
-    """The task: record one recipe on whichever machine this is; where the recording is then."""
+    """Record one recipe on whichever machine this task runs; return the place of the recording."""
     import torch
 
     from smartfrz.dataset_builder.recording import is_recorded, record
@@ -164,7 +166,7 @@ def _record_there(recipe: Recipe, modules: dict[str, bytes], output: str, thread
     with TemporaryDirectory(prefix="smartfrz-") as name:
         runs = Path(name) / "runs"
         runs.mkdir()
-        recipe = dataclasses.replace(recipe, folder=_folder(recipe.folder, modules, Path(name) / "recipe"))
+        recipe = dataclasses.replace(recipe, folder=recipe_folder(recipe.folder, modules, Path(name) / "recipe"))
         reference = reference_file(runs, recipe.name)
         wanted = [f"{recipe.name}.parquet", reference.name]
         if recipe.model.init and not recipe.model.init.endswith(".safetensors"):
@@ -173,29 +175,29 @@ def _record_there(recipe: Recipe, modules: dict[str, bytes], output: str, thread
             place.fetch(file, runs)
         if is_recorded(recipe, runs):
             return place.address_of(f"{recipe.name}.parquet")
-        sent = [_written(reference)]
-        told = [0.0]
+        sent = [_modified(reference)]
+        reported = [0.0]
 
         def progress(fraction: float, text: str) -> None:
-            if text == "recording" and sent[0] != _written(reference):
-                sent[0] = _written(reference)
+            if text == "recording" and sent[0] != _modified(reference):
+                sent[0] = _modified(reference)
                 place.send(reference)
-            if time.monotonic() - told[0] > _PAUSE:
-                told[0] = time.monotonic()
-                board.tell.remote(recipe.name, fraction, text)
+            if time.monotonic() - reported[0] > _PAUSE:
+                reported[0] = time.monotonic()
+                board.put.remote(recipe.name, fraction, text)
 
         path = record(recipe, runs, progress, device)
         place.send(path)
         return place.address_of(path.name)
 
 
-def _written(file: Path) -> int:
-    """When a file was written, 0 if never."""
+def _modified(file: Path) -> int:
+    """Return when a file was modified, 0 if it does not exist."""
     return file.stat().st_mtime_ns if file.exists() else 0
 
 
-def _folder(folder: Path, modules: dict[str, bytes], copy: Path) -> Path:
-    """The recipe's folder, if this machine has the same one; else a copy with the modules that were sent along."""
+def recipe_folder(folder: Path, modules: dict[str, bytes], copy: Path) -> Path:
+    """Return the recipe's folder if it has the same modules on this machine; else a copy made from `modules`."""
     try:
         if all((folder / name).read_bytes() == content for name, content in modules.items()) and folder.is_dir():
             return folder

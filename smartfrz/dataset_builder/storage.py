@@ -148,6 +148,16 @@ def read_run(path: str | os.PathLike[str]) -> RecordedRun:
     )
 
 
+def run_file(folder: Path, name: str) -> Path:
+    """Return the path of a recipe's recording in a folder of recordings."""
+    return folder / f"{name}.parquet"
+
+
+def reference_file(folder: Path, name: str) -> Path:
+    """Return the path of a recipe's finished reference model in a folder of recordings."""
+    return folder / f"{name}.reference.safetensors"
+
+
 def run_files(folder: str | os.PathLike[str]) -> list[Path]:
     """The recorded runs below a folder, by name; hidden and temporary files are left out.
 

@@ -1,0 +1,162 @@
+"""Model cards of predictors: Markdown for people who decide whether to use one."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from smartfrz.dataset_builder.storage import RecordedRun
+from smartfrz.predictor.contract import PredictorInfo
+from smartfrz.predictor.training.baselines import Judged
+from smartfrz.predictor.training.judging import Quality, Reliability, reliability_table
+from smartfrz.predictor.training.runs import TrainingOptions
+
+HeldOut = dict[str, dict[str, dict[str, list[Judged]]]]  # kind, group held out, method: one judgement per seed
+_COLUMNS = ("AUC", "pooled AUC", "accuracy", "precision", "recall", "ready", "right freezes", "time frozen")
+
+
+def quality_table(results: dict[str, dict[str, Quality]], first: str) -> list[str]:
+    """Return a Markdown table with a row per group and method."""
+    lines = [f"| {first} | judged by | {' | '.join(_COLUMNS)} |", "|---" * (len(_COLUMNS) + 2) + "|"]
+    for name, methods in results.items():
+        for method, q in methods.items():
+            values = dataclasses.astuple(q)
+            lines.append(f"| {name} | {method.replace('_', ' ')} | " + " | ".join(f"{v:.3f}" for v in values) + " |")
+    return lines
+
+
+def mean_quality(results: Sequence[Quality]) -> Quality:
+    """Return the mean of each figure over architectures or seeds; NaN is left out."""
+    table = np.array([dataclasses.astuple(q) for q in results], dtype=float)
+    return Quality(*(float(np.nanmean(c)) if np.isfinite(c).any() else float("nan") for c in table.T))
+
+
+def mean_of(judged: Sequence[Judged]) -> Quality:
+    """Return the mean quality over seeds."""
+    return mean_quality([one.quality for one in judged])
+
+
+def pooled(methods: dict[str, dict[str, list[Judged]]]) -> dict[str, Reliability]:
+    """Return each method's reliability on the windows of all groups and seeds together."""
+    found: dict[str, Reliability] = {}
+    for by in methods.values():
+        for method, judged in by.items():
+            for one in judged:
+                found[method] = found[method] + one.reliability if method in found else one.reliability
+    return found
+
+
+def write_card(
+    info: PredictorInfo,
+    recorded: Sequence[RecordedRun],
+    validation: dict[str, Quality],
+    held_out: HeldOut,
+    difference: float,
+    options: TrainingOptions,
+) -> str:
+    """Return the card of a predictor, Markdown."""
+    rule = info.metrics["label_rule"]
+    lines = [
+        f"# {info.name}",
+        "",
+        f"Reads the last {info.window} records of {info.tailored_size} sampled weights of a layer, at "
+        f"{round(1 / info.record_fraction)} records per run, as `{info.representation}`. Freezes a layer at a confidence of "
+        f"{info.threshold:.3f} or more. License: {info.license}.",
+        "",
+        f"Labels: CKA to a finished reference model, `{rule['kind']}` rule, tolerance {rule['tolerance']}. Threshold: "
+        f"the lowest at which {options.precision:.0%} of the freezes of the validation runs are right. PyTorch and ONNX "
+        f"Runtime differ by at most {difference:.1g}.",
+        "",
+    ]
+    for group, methods in held_out.items():
+        lines += _never_seen(group, methods)
+    if "base" in info.metrics:
+        lines += _continued(info, options)
+    lines += [
+        "## Runs that it was validated on",
+        "",
+        "These runs decided when training stopped and which threshold was chosen, so the figures flatter.",
+        "",
+        *quality_table({", ".join(info.metrics["validated_on"]): validation}, "runs"),
+        "",
+        "`ready`: share of labels that say freeze. A layer freezes at the second freezing stage in a row at which it "
+        "reaches the threshold. `right freezes`: share of these freezes that were right. `time frozen`: share of all "
+        "layers' training that comes after them.",
+        "",
+        "## Recordings",
+        "",
+        "| run | architecture | layers | records | accuracy of reference, recorded | used for |",
+        "|---|---|---|---|---|---|",
+    ]
+    for run in recorded:
+        accuracies = run.facts["accuracies"]
+        used = "training" if run.name in info.metrics["trained_on"] else "validation"
+        lines.append(
+            f"| {run.name} | {run.architecture} | {len(run.layers)} | {len(run.step)} | "
+            f"{accuracies['reference']:.3f}, {accuracies['recorded']:.3f} | {used} |"
+        )
+    return "\n".join([*lines, "", f"SHA-256 of the recordings: `{info.dataset_sha256}`.", ""])
+
+
+def _never_seen(group: str, by_seed: dict[str, dict[str, list[Judged]]]) -> list[str]:
+    """Describe architectures or data sets that were held out."""
+    what = {"architecture": "architecture", "dataset": "data set"}[group]
+    groups = {name: {m: mean_of(found) for m, found in by.items()} for name, by in by_seed.items()}
+    methods = list(next(iter(groups.values())))
+    means = {m: mean_quality([q[m] for q in groups.values()]) for m in methods}
+    seeds = range(len(next(iter(by_seed.values()))["predictor"]))
+    each = [mean_quality([q["predictor"][seed].quality for q in by_seed.values()]) for seed in seeds]
+    return [
+        f"## {'An' if what[0] == 'a' else 'A'} {what} that it never saw",
+        "",
+        f"A new network was trained without each {what}, with {len(each)} seeds, and judged on that {what}'s runs. "
+        "Figures are means over seeds and runs; pooled AUC is over the windows of all its runs together. The baseline, "
+        "weight change, is the relative change over the last 3 records, with the threshold that was most accurate on the "
+        "training runs; calibrated, its threshold is chosen like the predictor's. Schedule is a logistic regression on "
+        "what a schedule from front to back knows: the progress of the run and the position of the layer. "
+        "Logistic regression also reads the change over 1, 3, 10 and all records of the same history, their "
+        "ratios and slope.",
+        "",
+        *quality_table(groups | {"mean": means}, "held out"),
+        "",
+        f"Mean AUC of the predictor by seed: {', '.join(f'{q.auc:.3f}' for q in each)} (pooled: "
+        f"{', '.join(f'{q.pooled_auc:.3f}' for q in each)}); of the baselines: "
+        + "; ".join(
+            f"{m.replace('_', ' ')} {means[m].auc:.3f} (pooled: {means[m].pooled_auc:.3f})"
+            for m in methods
+            if m not in ("predictor", "weight_change_calibrated")
+        )
+        + ".",
+        "",
+        "How far to trust a confidence: for each range of confidences the share of windows that were ready, and their "
+        "number, over everything that was held out.",
+        "",
+        *reliability_table({m: [reliability] for m, reliability in pooled(by_seed).items()}),
+        "",
+    ]
+
+
+def _continued(info: PredictorInfo, options: TrainingOptions) -> list[str]:
+    """Describe the base."""
+    base = info.metrics["base"]
+    seen = {*base["trained_on"], *base["validated_on"]}
+    old = [name for name in base["moved"] if name in seen]
+    kept = (
+        f"{len(old)} of its {len(seen)} recordings were trained on or validated on again, together with the new ones."
+        if old
+        else f"None of its {len(seen)} recordings was at hand; the weights were kept near its own "
+        f"(`pull` {options.pull:g})."
+    )
+    return [
+        f"## Continued from {base['name']}",
+        "",
+        f"The base's SHA-256 is `{base['sha256']}`. {kept} Mean change of its confidences over layers and timestamps:",
+        "",
+        "| run | known to the base | confidence moved by |",
+        "|---|---|---|",
+        *(
+            f"| {name} | {'yes' if name in seen else 'no'} | {moved:.4f} |"
+            for name, moved in sorted(base["moved"].items())
+        ),
+        "",
+    ]

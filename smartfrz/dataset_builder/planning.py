@@ -1,0 +1,191 @@
+"""Plans for training a predictor: the options of `train` and `run`, checked before hours of recording."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import click
+
+from smartfrz import zoo
+from smartfrz.dataset_builder import building
+from smartfrz.dataset_builder.building import Base, Material, Plan, records_of
+from smartfrz.dataset_builder.labels import LabelRule
+from smartfrz.dataset_builder.options import FURTHER_LEARNING_RATE, PULL, RuleOptions, TrainingArguments, given
+from smartfrz.dataset_builder.recipes import Recipe
+from smartfrz.dataset_builder.storage import read_run, run_files
+from smartfrz.errors import RecipeError
+from smartfrz.predictor.contract import PredictorInfo
+from smartfrz.predictor.runtime import Predictor
+from smartfrz.predictor.training.cross_validation import can_hold_out
+from smartfrz.predictor.training.export import restore
+from smartfrz.predictor.training.runs import TrainingOptions
+
+_FORMAT = ("window", "tailored_size", "representation", "records")  # a base's file can be read in no other way
+
+
+@dataclass(frozen=True)
+class Job:
+    """A predictor that is to be trained.
+
+    Attributes:
+        output: The ONNX file.
+        plan: How to train it.
+        cross_validate: As in `Plan`; None to decide by the number of runs.
+        old_files: Recordings of the base that are mixed in.
+    """
+
+    output: Path
+    plan: Plan
+    cross_validate: bool | None = None
+    old_files: Sequence[Path] = ()
+
+    def check_recipes(self, recipes: Sequence[Recipe]) -> None:
+        """Refuse before recording what training would refuse afterwards.
+
+        Raises:
+            RecipeError: If there is only one recipe, or one records fewer weights than the predictor reads.
+        """
+        plan = self.plan
+        for recipe in recipes:
+            if recipe.recording.pool_size < plan.options.tailored_size:
+                raise RecipeError(
+                    f"Recipe {recipe.name!r} has recording.pool_size = {recipe.recording.pool_size}, but the predictor "
+                    f"reads {plan.options.tailored_size} weights a layer; expected at least as many. Raise pool_size"
+                    f"{'.' if plan.base else ', or lower --tailored-size.'}"
+                )
+        validated = plan.base.facts()["validated_on"] if plan.base else ()
+        if len(recipes) < 2 and not {path.stem for path in self.old_files} & set(validated):
+            raise RecipeError(
+                f"One recipe, {recipes[0].name!r}, is too few: expected at least two, one to train on and one to validate "
+                "on. Add another, for instance the same with another name and seed."
+            )
+
+    def run(self, files: Sequence[Path], progress: Callable[[float, str], None]) -> str:
+        """Train on recordings, export the predictor, and return its card.
+
+        Raises:
+            click.ClickException: If the runs are too few or too small.
+        """
+        plan = self.plan
+        new, old = ([read_run(path) for path in paths] for paths in (files, self.old_files))
+        if plan.base:
+            plan = replace(plan, base=replace(plan.base, runs=building.labelled_runs(old, plan.rule, plan.records)))
+        runs = building.labelled_runs(new, plan.rule, plan.records)
+        plan = replace(plan, cross_validate=self._decide_cross_validation([run.architecture for run in new]))
+        material = Material([*new, *old], runs, _digest({*files, *self.old_files}))
+        try:
+            return building.build_predictor(material, plan, self.output, progress)
+        except ValueError as error:
+            raise click.ClickException(str(error)) from error
+
+    def _decide_cross_validation(self, architectures: list[str]) -> bool:
+        if self.cross_validate is not None:
+            return self.cross_validate
+        enough = can_hold_out(architectures)
+        if not enough:
+            click.echo(
+                "There are too few runs to hold out each architecture in turn, so the card cannot judge new ones.",
+                err=True,
+            )
+        return enough
+
+
+def make_job(arguments: TrainingArguments, rule: RuleOptions, new_names: Sequence[str]) -> Job:
+    """Check the options of a training and plan it.
+
+    Args:
+        arguments: The options.
+        rule: Options of the label rule.
+        new_names: Names of the runs to train on.
+
+    Raises:
+        click.UsageError: If options contradict each other or the base.
+        click.ClickException: If `--base-runs` holds no recording of the base.
+    """
+    chosen = rule.make()
+    if arguments.base is not None:
+        return _continue_from(arguments.base, arguments, chosen, new_names)
+    if arguments.base_runs is not None or arguments.pull is not None:
+        raise click.UsageError("--base-runs and --pull need --base, the predictor to continue from.")
+    name = arguments.name or arguments.output.stem
+    return Job(arguments.output, Plan(name, chosen, _options(arguments), arguments.records), arguments.cross_validate)
+
+
+def _options(arguments: TrainingArguments) -> TrainingOptions:
+    return TrainingOptions(
+        representation=arguments.representation,
+        window=arguments.window,
+        tailored_size=arguments.tailored_size,
+        optimizer=arguments.optimizer,
+        learning_rate=arguments.learning_rate,
+        epochs=arguments.epochs,
+        precision=arguments.precision,
+        seed=arguments.seed,
+    )
+
+
+def _continue_from(name: str, arguments: TrainingArguments, rule: LabelRule, new_names: Sequence[str]) -> Job:
+    """Plan to continue from a base, which decides everything that the user has not."""
+    if arguments.cross_validate:
+        raise click.UsageError("--cross-validate cannot be combined with --base, which has seen the architectures.")
+    base = _load_base(name)
+    info = base.info
+    _check_format(arguments, info)
+    if not any(map(given, ("rule", "tolerance", "rule_records"))):
+        rule = LabelRule(**info.metrics.get("label_rule", {}))
+    old_files = _old_files(base, arguments.base_runs, set(new_names)) if arguments.base_runs else []
+    if not old_files:
+        click.echo(
+            f"The recordings of {info.name} are not at hand (--base-runs), so the weights are kept near its own.",
+            err=True,
+        )
+    default_pull = 0.0 if old_files else PULL
+    options = replace(
+        _options(arguments),
+        window=info.window,
+        tailored_size=info.tailored_size,
+        representation=info.representation,
+        min_records=info.min_records,
+        pull=default_pull if arguments.pull is None else arguments.pull,
+        learning_rate=arguments.learning_rate if given("learning_rate") else FURTHER_LEARNING_RATE,
+    )
+    plan = Plan(arguments.name or arguments.output.stem, rule, options, records_of(info), base=base)
+    return Job(arguments.output, plan, cross_validate=False, old_files=old_files)
+
+
+def _check_format(arguments: TrainingArguments, info: PredictorInfo) -> None:
+    for option in _FORMAT:
+        asked = getattr(arguments, option)
+        own = records_of(info) if option == "records" else getattr(info, option)
+        if given(option) and asked != own:
+            raise click.UsageError(
+                f"--{option.replace('_', '-')} is {asked!r}, but the base {info.name!r} has {own!r}; expected the same. "
+                "Leave the option out, or train without --base."
+            )
+
+
+def _load_base(name: str) -> Base:
+    with zoo.file_of(name) as path:
+        predictor = Predictor(path, device="cpu")
+        return Base(predictor.info, predictor.sha256, restore(path))
+
+
+def _old_files(base: Base, folder: Path, new_names: set[str]) -> list[Path]:
+    """Find the recordings in a folder that the base was made from."""
+    facts = base.facts()
+    known = {*facts["trained_on"], *facts["validated_on"]}
+    files = [path for path in run_files(folder) if path.stem in known - new_names]
+    if not files:
+        raise click.ClickException(
+            f"--base-runs {str(folder)!r} holds none of the recordings of {base.info.name!r}; expected some of "
+            f"{', '.join(sorted(known)) or 'none, since it names none'}. Leave --base-runs out to keep near its weights."
+        )
+    click.echo(f"{len(files)} of {len(known)} recordings of {base.info.name} are mixed in.", err=True)
+    return files
+
+
+def _digest(files: set[Path]) -> str:
+    """Return the SHA-256 of the files' own digests, in the order of their names."""
+    ordered = sorted(files, key=lambda path: path.name)
+    return hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in ordered)).hexdigest()
