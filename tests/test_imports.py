@@ -1,4 +1,5 @@
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,35 +36,25 @@ FRAMEWORK_FREE = [
     "smartfrz.serving",
     "smartfrz.serving.cli",
 ]
-# Who may import whom (design, section 2). What imports nothing of ours is not listed on the right.
-MAY_IMPORT = {
-    "errors.py": [],
-    "files.py": [],
-    "commands.py": ["errors"],
-    "training.py": ["errors", "predictor.runtime"],
-    "control": ["control", "errors"],
-    "predictor": ["errors", "files", "predictor", "control"],
-    "baselines": ["baselines", "control", "errors", "adapters.torch", "dataset_builder", "training"],
-    "zoo": ["zoo", "predictor", "serving.triton", "errors", "files", "__version__"],
-    "serving": ["serving", "predictor", "zoo", "errors", "files", "__version__"],
-    "adapters/base.py": ["control", "predictor", "zoo", "errors"],
-    "adapters/torch": ["adapters.base", "adapters.torch", "control", "predictor", "zoo", "errors", "files"],
-    "adapters/keras": ["adapters.base", "adapters.keras", "control", "predictor", "zoo", "errors", "files", "plots"],
-    "dataset_builder": [
-        "dataset_builder",
-        "training",
-        "control",
-        "predictor",
-        "adapters.torch",
-        "adapters.keras",  # in keras_models.py only
-        "errors",
-        "files",
-        "plots",
-        "commands",
-        "zoo",  # to resolve the name of a base
-        "__version__",
-    ],
+ROOT = Path(smartfrz.__file__).parent
+
+
+def read_table():
+    """Part to the parts that it may import, as CONTRIBUTING.md says."""
+    text = (ROOT.parent / "CONTRIBUTING.md").read_text("utf-8")
+    rows = re.findall(r"^\| (`[^|]*`) \| ([^|]*)\|", text, re.MULTILINE)
+    return {
+        part: set(re.findall(r"`([\w.]+)`", allowed))
+        for parts, allowed in rows
+        for part in re.findall(r"`([\w.]+)`", parts)
+    }
+
+
+MODULES = {
+    ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(ROOT.rglob("*.py"))
 }
+MAY_IMPORT = read_table()
 TRAINING_ONLY = {"model.py", "judging.py", "fit.py", "export.py"}
 
 
@@ -104,17 +95,74 @@ def test_onnxruntime_is_loaded_when_a_predictor_is_made(predictor_file):
     assert loaded & FRAMEWORKS == set()
 
 
-@pytest.mark.parametrize("part", MAY_IMPORT)
-def test_parts_import_only_what_the_design_allows(part):
-    root = Path(smartfrz.__file__).parent
-    files = sorted((root / part).rglob("*.py")) if (root / part).is_dir() else [root / part]
-    assert files
-    allowed = tuple(f"smartfrz.{name}." for name in MAY_IMPORT[part])
+def modules_imported_by(path):
+    """Modules of ours that a source file imports, at any depth; a package only where the name is one of its own."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                if name in MODULES or node.module in MODULES:
+                    yield name if name in MODULES else node.module
+
+
+def part_of(module):
+    """The longest part in CONTRIBUTING's table that a module belongs to; `smartfrz` itself belongs to none."""
+    name = module.removeprefix("smartfrz").lstrip(".")
+    return max((part for part in MAY_IMPORT if f"{name}.".startswith(f"{part}.")), key=len, default="")
+
+
+def find_circle(graph):
+    """A list of modules each of which imports the next, and the last the first; empty if there is none."""
+    finished, path = set(), []
+
+    def visit(module):
+        if module in path:
+            return path[path.index(module) :]
+        if module in finished:
+            return []
+        path.append(module)
+        found = next((circle for other in graph[module] if (circle := visit(other))), [])
+        path.pop()
+        finished.add(module)
+        return found
+
+    return next((circle for module in graph if (circle := visit(module))), [])
+
+
+def test_every_module_has_a_row_in_the_table():
+    assert [module for module in MODULES if not part_of(module)] == ["smartfrz", "smartfrz.adapters"]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_import_only_what_the_table_allows(module):
+    part = part_of(module)
+    allowed = MAY_IMPORT.get(part, set())
     wrong = [
-        f"{file.name}: {name}"
-        for file in files
-        for name in imports_of(file)
-        if name.partition(".")[0] == "smartfrz" and not f"{name}.".startswith(allowed)
+        name
+        for name in modules_imported_by(MODULES[module])
+        if name != "smartfrz"
+        and part_of(name) not in {part, *allowed}
+        and name.removeprefix("smartfrz.") not in allowed
+    ]
+    assert wrong == []
+
+
+def test_there_is_no_import_circle():
+    assert find_circle({"a": ["b"], "b": ["c"], "c": ["b"]}) == ["b", "c"]
+    graph = {module: set(modules_imported_by(path)) - {module} for module, path in MODULES.items()}
+    assert find_circle(graph) == []
+
+
+def test_no_module_imports_a_private_name_of_another():
+    wrong = [
+        f"{module}: {node.module}.{alias.name}"
+        for module, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("smartfrz")
+        for alias in node.names
+        if alias.name.startswith("_") and not alias.name.startswith("__")
     ]
     assert wrong == []
 
