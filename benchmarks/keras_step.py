@@ -19,127 +19,14 @@ import argparse
 import importlib.util
 import json
 import sys
-import time
 from pathlib import Path
-
-import numpy as np
 
 from benchmarks.options import lines_of, run_alone
 from smartfrz.comparing.lines import add_line
 
-FRACTIONS = (1 / 4, 1 / 2, 3 / 4)
 NETWORKS = ("mobilenetv2", "resnet14")
 CASES = ("tensorflow/plain", "tensorflow/jit", "jax/jit", "torch/plain")
-BATCH = 32
 KEYS = ("backend", "jit", "network")
-
-
-def resnet14(keras, pixels):
-    """Three stages of two residual blocks, of 16, 32 and 64 channels."""
-    inputs = x = keras.Input((pixels, pixels, 3))
-    conv = {"padding": "same", "use_bias": False}
-    x = keras.layers.BatchNormalization()(keras.layers.Conv2D(16, 3, **conv)(x))
-    for channels in (16, 32, 64):
-        for stride in (1 if channels == 16 else 2, 1):
-            shortcut = x
-            x = keras.layers.ReLU()(
-                keras.layers.BatchNormalization()(keras.layers.Conv2D(channels, 3, stride, **conv)(x))
-            )
-            x = keras.layers.BatchNormalization()(keras.layers.Conv2D(channels, 3, **conv)(x))
-            if stride == 2:
-                shortcut = keras.layers.Conv2D(channels, 1, 2, **conv)(shortcut)
-            x = keras.layers.ReLU()(keras.layers.Add()([x, shortcut]))
-    return keras.Model(inputs, keras.layers.Dense(10)(keras.layers.GlobalAveragePooling2D()(x)))
-
-
-def clock():
-    """Seconds, and processor seconds of this process."""
-    return np.array([time.perf_counter(), time.process_time()])
-
-
-def measure(network, jit, steps):
-    """One row for each fraction, and one for nothing frozen."""
-    import keras
-
-    from smartfrz.adapters.keras import KerasAdapter, trace_layers
-
-    keras.utils.set_random_seed(0)
-    pixels = 96 if network == "mobilenetv2" and not jit else 32
-    if network == "mobilenetv2":
-        model = keras.applications.MobileNetV2(
-            (pixels, pixels, 3), weights=None, classes=10, classifier_activation=None
-        )
-    else:
-        model = resnet14(keras, pixels)
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.SGD(1e-3, momentum=0.9), loss, jit_compile=jit)
-    adapter = KerasAdapter(model, trace_layers(model))
-    names = adapter.layers()
-
-    class Same(keras.utils.PyDataset):
-        """The same batch, again and again."""
-
-        def __init__(self):
-            super().__init__()
-            rng = np.random.default_rng(0)
-            self.batch = rng.normal(size=(BATCH, pixels, pixels, 3)).astype(np.float32), rng.integers(0, 10, BATCH)
-
-        def __len__(self):
-            return steps * (2 * len(FRACTIONS) + 1)
-
-        def __getitem__(self, index):
-            return self.batch
-
-    class Blocks(keras.callbacks.Callback):
-        """Freezes or thaws after every block of steps, and looks at the clock after every step."""
-
-        def __init__(self):
-            super().__init__()
-            self.steps, self.changes = [], []
-
-        def on_train_batch_end(self, batch, logs=None):
-            adapter.sync()
-            keras.ops.convert_to_numpy(model.optimizer.iterations.value)  # JAX goes ahead otherwise
-            now = clock()
-            if self.steps:
-                self.steps[-1].append(now - self.last)
-            else:
-                self.steps.append([])  # the first step has all of the loading in it
-            if (batch + 1) % steps == 0 and batch + 1 < len(data):
-                block = (batch + 1) // steps
-                prefix = names[: round(len(names) * FRACTIONS[block // 2])] if block % 2 else []
-                if prefix:
-                    adapter.freeze(prefix)
-                else:
-                    adapter.unfreeze(names)
-                self.changes.append(clock() - now)
-                self.steps.append([])
-            self.last = clock()
-
-    data, blocks = Same(), Blocks()
-    model.fit(data, epochs=1, verbose=0, shuffle=False, callbacks=[blocks])
-    medians = np.array([np.median(block[1:], axis=0) for block in blocks.steps])
-    facts = {
-        "network": network,
-        "pixels": pixels,
-        "batch": BATCH,
-        "steps": steps - 1,
-        "num_layers": len(names),
-        "keras": keras.__version__,
-    }
-
-    def row(frozen, step, live):
-        times = {"step_ms": 1e3 * step[0], "cpu_ms": 1e3 * step[1]}
-        return facts | {"frozen": frozen} | times | {"ratio": step[0] / live[0], "cpu_ratio": step[1] / live[1]}
-
-    live = np.median(medians[::2], axis=0)
-    yield row(0.0, live, live)
-    for block, fraction in zip(range(1, len(medians), 2), FRACTIONS, strict=True):
-        changed = {
-            "change_cpu_ms": 1e3 * blocks.changes[block - 1][1],
-            "first_step_cpu_ms": 1e3 * (blocks.steps[block][0] - medians[block])[1],
-        }
-        yield row(fraction, medians[block], (medians[block - 1] + medians[block + 1]) / 2) | changed
 
 
 def cell(row, key):
@@ -171,6 +58,8 @@ def main():
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # in the process of a case
     options = parser.parse_args()
     if options.here:
+        from benchmarks.keras_blocks import measure  # loads Keras, on the backend of this process
+
         for row in measure(options.networks, options.cases.endswith("/jit"), options.steps):
             print(json.dumps(row))
         return
