@@ -574,3 +574,37 @@ def test_all_options_are_taken_with_their_defaults():
     defaults = {field.name: field.default for field in dataclasses.fields(FreezeOptions)}
     parameters = inspect.signature(SmartFRZ).parameters
     assert {name: parameters[name].default for name in defaults} == defaults
+
+
+def test_dense_layers_that_hold_a_norm_are_layers_and_freeze_with_it():
+    class DenseWithNorm(keras.layers.Dense):
+        def __init__(self, units, **options):
+            super().__init__(units, **options)
+            self.norm = keras.layers.BatchNormalization()
+
+        def build(self, shape):
+            super().build(shape)
+            self.norm.build((None, self.units))
+
+        def call(self, x, training=None):
+            return keras.ops.relu(self.norm(super().call(x), training=training))
+
+    inputs = keras.Input((7, 7, 2))
+    x = DenseWithNorm(8, name="first")(keras.layers.Flatten()(inputs))
+    x = DenseWithNorm(8, name="second")(x)
+    model = compiled(keras.Model(inputs, keras.layers.Dense(3, name="head")(x)))
+    layers = trace_layers(model, data()[0][:2])
+    assert [layer.name for layer in layers] == ["first", "second", "head"]
+    assert layers[0].members == ("first", "first/norm")
+    assert len(layers[0].weights) == 1
+    callback = freezer([{"first": 0.9, "second": 0.1, "head": 0.1}])
+    kept = {}
+
+    class Keep(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            kept[batch] = {v.path: read(v) for v in self.model.weights}
+
+    fit(model, [callback, Keep()], epochs=1)
+    assert callback.frozen_layers == ["first"]
+    still = {name for name in kept[7] if np.array_equal(kept[5][name], kept[7][name])}
+    assert still == {v.path for v in model.get_layer("first").weights}

@@ -333,3 +333,54 @@ def test_a_model_that_calls_itself_is_traced_as_a_whole():
 
     assert [layer.name for layer in trace_layers(Recursive(), torch.randn(2, 4))] == ["first", "second", "third"]
     assert not torch.utils._python_dispatch._get_current_dispatch_mode()
+
+
+class ConvWithNorm(nn.Conv2d):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.norm = nn.BatchNorm2d(self.out_channels)
+
+    def forward(self, x):
+        return self.norm(super().forward(x)).relu()
+
+
+def test_convolutions_that_hold_their_norms_are_layers():
+    model = nn.Sequential(ConvWithNorm(3, 4, 3), ConvWithNorm(4, 4, 3), nn.Flatten(), nn.Linear(64, 2))
+    layers = layers_of(model, torch.randn(IMAGES))
+    assert list(layers) == ["0", "1", "3"]
+    assert layers["0"].parameters == ("0.weight", "0.bias", "0.norm.weight", "0.norm.bias")
+    assert layers["0"].weights == ("0.weight",)
+    assert layers["0"].norms == ("0.norm",)
+    assert layers["0"].output == "0"
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own: all of torch.ao is deprecated
+def test_layers_of_quantization_aware_training_with_fused_modules():
+    quantization = pytest.importorskip("torch.ao.quantization")
+    conv_and_norm = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()]
+    model = nn.Sequential(*conv_and_norm, nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 2))
+    model = quantization.fuse_modules_qat(model.train(), [["0", "1", "2"], ["3", "4"]])
+    model.qconfig = quantization.get_default_qat_qconfig("x86")
+    layers = layers_of(quantization.prepare_qat(model), torch.randn(IMAGES))
+    assert list(layers) == ["0", "3", "6"]
+    assert layers["0"].weights == ("0.weight",)
+    assert layers["0"].norms == ("0.bn",)
+
+
+class Experts(nn.Module):
+    """Expert tensors beside a router, in one module."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(6, 3)
+        self.experts = nn.Parameter(torch.randn(3, 6, 6))
+
+    def forward(self, x):
+        return torch.einsum("be,eij,bi->bj", self.router(x).softmax(-1), self.experts, x)
+
+
+def test_experts_are_judged_with_their_router():
+    layers = layers_of(nn.Sequential(nn.Linear(4, 6), Experts(), Experts(), nn.Linear(6, 2)), torch.randn(5, 4))
+    assert list(layers) == ["0", "1", "2", "3"]
+    assert layers["1"].weights == ("1.experts", "1.router.weight")
+    assert layers["1"].parameters == ("1.experts", "1.router.weight", "1.router.bias")

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smartfrz.adapters.keras.layers import Layer, find_variable, from_torch_positions, named_layers, torch_axes
+from smartfrz.control.grouping import choose_judged
 from smartfrz.control.norms import compute_old_share, compute_recent_statistics
 from smartfrz.control.tailoring import split_positions
 from smartfrz.errors import UnsupportedModelError, UsageError
@@ -55,13 +56,21 @@ class KerasAdapter:
         }
         self._read: dict[str, list[tuple[Any, tuple[int, ...]]]] = {}
         for layer in layers:
-            trained = {id(v) for v in self._trainable[layer.name]}
+            trained = {
+                id(v): n for n, v in zip(layer.parameters, self._variables[layer.name], strict=True) if v.trainable
+            }
             matrices = [(n, find_variable(self._named, n)) for n in layer.weights]
             # It is judged by what is trained: what the user froze does not move, and would look converged.
-            judged = [(n, v) for n, v in matrices if id(v) in trained] or matrices
-            self._read[layer.name] = [
-                (v, torch_axes(self._named[n.rpartition(":")[0]], len(v.shape))) for n, v in judged
-            ]
+            judged = choose_judged(
+                [v for _, v in matrices if id(v) in trained],
+                self._trainable[layer.name],
+                lambda v: math.prod(v.shape),
+                lambda v: len(v.shape),
+            )
+            if not judged:
+                self._trainable[layer.name] = []  # what is left to train has no values
+            read = [(trained[id(v)], v) for v in judged] or matrices
+            self._read[layer.name] = [(v, torch_axes(self._named[n.rpartition(":")[0]], len(v.shape))) for n, v in read]
         self._parts: dict[str, tuple[NDArray[np.int64], list[tuple[Any, Any]]]] = {}
         around = {
             x.name: [self._named.get(member.rpartition("/")[0]) for member in x.members if "/" in member]

@@ -1,6 +1,7 @@
 """Finds the layers of a Keras model, in the order in which they run, and the axes of their weights."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -24,6 +25,14 @@ _NORMS = (
     keras.layers.PReLU,
 )
 
+_OPERATIONS = (
+    keras.layers.Dense,
+    keras.layers.EinsumDense,
+    keras.layers.Embedding,
+    keras.layers.RNN,
+    *(kind for name, kind in vars(keras.layers).items() if re.fullmatch(r"\w*Conv[123]D(Transpose)?", name)),
+)
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -33,7 +42,7 @@ class Layer:
         name: The layer's name, in a nested model after the names of the models around it: `backbone/conv1`.
         members: Names of the Keras layers that are frozen with it, itself included.
         parameters: Every variable that is frozen with it: a layer's name, a colon, and an index.
-        weights: The variables that tailoring reads, with two or more dimensions each.
+        weights: The variables that tailoring reads: matrices, unless these are a small part of the layer.
         norms: Members that are batch norms with moving statistics, each as often as it runs in a step.
         forward_flops: Floating point operations of the forward pass of one example.
     """
@@ -324,6 +333,7 @@ def _describe_layers(layers: Mapping[str, Any], run: Run) -> list[Module]:
             # Each as often as it runs in a step.
             (name,) * round(run.calls.get(layer, 0)) if isinstance(layer, keras.layers.BatchNormalization) else (),
             is_norm=isinstance(layer, _NORMS),
+            is_operation=isinstance(layer, _OPERATIONS),
             flops=_estimate_flops(layer, run.shapes.get(id(layer))) if layer in run.calls else 0,
             source=_find_source(layer, run, names),
         )

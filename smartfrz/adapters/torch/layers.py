@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _SpectralNorm
@@ -25,6 +26,17 @@ from smartfrz.control.grouping import Module, Weight, group_modules
 from smartfrz.control.tailoring import split_positions
 from smartfrz.errors import StateError, UnsupportedModelError
 
+_OPERATIONS = (
+    nn.Linear,
+    nn.Bilinear,
+    _ConvNd,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+)
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -33,7 +45,7 @@ class Layer:
     Attributes:
         name: The module's name, as in `model.named_modules()`.
         parameters: Names of every parameter that is frozen with the layer.
-        weights: The parameters that tailoring reads, with two or more dimensions each.
+        weights: The parameters that tailoring reads: matrices, unless these are a small part of the layer.
         norms: Modules of the layer that change in a forward pass in training mode: batch norms with
             running statistics, and the power iteration of a spectral norm.
         output: The module whose output is the layer's output: its batch norm if it has one.
@@ -289,6 +301,7 @@ def _describe_modules(model: nn.Module, flops: Mapping[str, int]) -> list[Module
             is_norm=isinstance(module, (nn.LayerNorm, nn.RMSNorm)),
             ends_layer=isinstance(module, _NormBase),
             is_list=isinstance(module, (nn.ParameterList, nn.ParameterDict)),
+            is_operation=isinstance(module, _OPERATIONS),
             flops=counts[name],
         )
         for name, module in model.named_modules()
