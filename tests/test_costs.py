@@ -458,3 +458,10 @@ def test_work_of_a_step():
     model[0].requires_grad_(False)
     work = measure_step(model, lambda: model(inputs).mean())
     assert (work.forward_flops, work.backward_flops, work.activation_bytes) == (first + second, second, 4 * 5 * 6)
+
+
+def test_work_of_a_recurrent_step():
+    model, inputs = nn.LSTM(5, 7), torch.randn(3, 2, 5)
+    work = measure_step(model, lambda: model(inputs)[0].sum())
+    assert work.forward_flops == 2 * 3 * 2 * 4 * 7 * (5 + 7)
+    assert work.backward_flops == 2 * work.forward_flops

@@ -384,3 +384,44 @@ def test_experts_are_judged_with_their_router():
     assert list(layers) == ["0", "1", "2", "3"]
     assert layers["1"].weights == ("1.experts", "1.router.weight")
     assert layers["1"].parameters == ("1.experts", "1.router.weight", "1.router.bias")
+
+
+class Spectral(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 5, dtype=torch.complex64))
+
+    def forward(self, x):
+        return torch.view_as_real(x.to(torch.complex64) @ self.weight).sum(-1)
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_complex_weights_are_read_whole(contiguous):
+    model = nn.Sequential(Spectral(), nn.Linear(5, 2))
+    layers = trace_layers(model, torch.randn(3, 6))
+    if not contiguous:
+        model[0].weight = nn.Parameter(torch.randn(5, 6, dtype=torch.complex64).t())
+    reader = LayerReader(model, layers)
+    weight = model[0].weight.detach().numpy()
+    expected = np.stack([weight.real, weight.imag], axis=-1).ravel()
+    assert reader.num_weights("0") == 60
+    np.testing.assert_array_equal(reader.weights("0", np.arange(60)), expected)
+    np.testing.assert_array_equal(reader.weights("0", np.array([1, 30, 59])), expected[[1, 30, 59]])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"bidirectional": True}])
+def test_forward_flops_of_recurrent_layers(training, kind, gates, options):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.recurrent = kind(5, 7, batch_first=True, **options)
+            self.head = nn.LazyLinear(2)
+
+        def forward(self, x):
+            return self.head(self.recurrent(x)[0])
+
+    layers = layers_of(Net().train(training), torch.randn(3, 11, 5))
+    weights = {"": 7 * 5 + 7 * 7, "num_layers": 7 * 5 + 3 * 7 * 7, "bidirectional": 2 * (7 * 5 + 7 * 7)}
+    assert layers["recurrent"].forward_flops == 2 * 3 * 11 * gates * weights["".join(options)]

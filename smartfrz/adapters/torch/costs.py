@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from smartfrz.adapters.torch.layers import Layer, Uncopied, strip_parametrizations
+from smartfrz.adapters.torch.layers import RECURRENT_COUNTS, Layer, Uncopied, strip_parametrizations
 from smartfrz.adapters.torch.sandbox import run_without_hooks, sandbox, synchronize, unchanged
 from smartfrz.control.ordering import LayerCost
 from smartfrz.errors import UsageError
@@ -334,7 +334,7 @@ def measure_step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> StepWork
         return tensor
 
     weights = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=RECURRENT_COUNTS) as counter:
         with torch.autograd.graph.saved_tensors_hooks(pack, unchanged):
             value = loss()
         forward = counter.get_total_flops()

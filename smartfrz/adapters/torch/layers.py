@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from smartfrz.adapters.torch.sharding import locate, sum_shards
+from smartfrz.adapters.torch.sharding import count_values, locate, sum_shards
 from smartfrz.control.grouping import Module, Weight, group_modules
 from smartfrz.control.tailoring import split_positions
 from smartfrz.errors import StateError, UnsupportedModelError
@@ -212,8 +212,32 @@ def _is_behind(output: Any, node: str) -> bool:
     return False
 
 
+def _count_recurrent(inputs: torch.Tensor, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    """Count the operations of a recurrent layer: two for each use of a weight, at each place of each sequence."""
+    weights = [value for value in tree_leaves(args[:4]) if isinstance(value, torch.Tensor)]
+    return 2 * inputs.shape[:-1].numel() * sum(weight.numel() for weight in weights if weight.dim() == 2)
+
+
+def _count_recurrent_backward(*args: Any, **kwargs: Any) -> int:
+    return 2 * _count_recurrent(*args, **kwargs)
+
+
+#: Operation counts that PyTorch's own counter lacks, for `custom_mapping` of `FlopCounterMode`: recurrent layers, which
+#: are one operation each on GPUs and in part on CPUs.
+RECURRENT_COUNTS: dict[Any, Any] = {
+    torch.ops.aten.mkldnn_rnn_layer: _count_recurrent,
+    torch.ops.aten._cudnn_rnn: _count_recurrent,
+    torch.ops.aten.miopen_rnn: _count_recurrent,
+    torch.ops.aten.mkldnn_rnn_layer_backward: _count_recurrent_backward,
+    torch.ops.aten._cudnn_rnn_backward: _count_recurrent_backward,
+    torch.ops.aten.miopen_rnn_backward: _count_recurrent_backward,
+}
+for _count in RECURRENT_COUNTS.values():
+    _count._get_raw = True  # FlopCounterMode passes tensors then, not their shapes
+
+
 class _FlopMode(TorchDispatchMode):
-    """Adds up PyTorch's own operation counts for each innermost running module."""
+    """Adds up operation counts, PyTorch's own and those of recurrent layers, for each innermost running module."""
 
     def __init__(self, stack: list[str], flops: dict[str, int]):
         super().__init__()
@@ -223,7 +247,8 @@ class _FlopMode(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        count = flop_registry.get(func._overloadpacket)
+        packet = func._overloadpacket
+        count = flop_registry.get(packet) or RECURRENT_COUNTS.get(packet)
         if count is not None:
             name = self._stack[-1]
             self._flops[name] = self._flops.get(name, 0) + count(*args, **kwargs, out_val=output)
@@ -368,8 +393,8 @@ class LayerReader:
         return list(self._layers)
 
     def num_weights(self, layer: str) -> int:
-        """Return the number of weights that the layer is judged by."""
-        return sum(t.numel() for t in self._tensors[layer])
+        """Return the number of weights that the layer is judged by; a complex one counts as two."""
+        return sum(count_values(t) for t in self._tensors[layer])
 
     def weights(self, layer: str, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return a copy of the layer's flattened weights at `indices`.
@@ -405,7 +430,7 @@ class LayerReader:
         if known is indices:
             return parts
         tensors = self._tensors[layer]
-        inside = split_positions(indices, [tensor.numel() for tensor in tensors])
+        inside = split_positions(indices, [count_values(tensor) for tensor in tensors])
         parts = [locate(t, torch.from_numpy(where)) for t, where in zip(tensors, inside, strict=True) if len(where)]
         self._parts[layer] = indices, parts
         return parts
