@@ -425,3 +425,41 @@ def test_forward_flops_of_recurrent_layers(training, kind, gates, options):
     layers = layers_of(Net().train(training), torch.randn(3, 11, 5))
     weights = {"": 7 * 5 + 7 * 7, "num_layers": 7 * 5 + 3 * 7 * 7, "bidirectional": 2 * (7 * 5 + 7 * 7)}
     assert layers["recurrent"].forward_flops == 2 * 3 * 11 * gates * weights["".join(options)]
+
+
+class StoresItsLoss(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+
+    def forward(self, x):
+        self.loss = self.net(x).sum()
+
+
+def test_a_forward_pass_that_returns_nothing_is_traced():
+    model = StoresItsLoss()
+    tracer = LayerTracer(model)
+    model(torch.randn(2, 4))
+    assert tracer.done
+    assert num_hooks(model) == 0
+    assert [layer.name for layer in tracer.layers()] == ["net.0", "net.2"]
+
+
+def test_layers_are_learned_from_parts_that_run_without_the_model():
+    model = Backwards()
+    model.cls_token = nn.Parameter(torch.zeros(1, 5))
+    tracer = LayerTracer(model)
+    x = model.norm1(model.conv1(torch.randn(IMAGES)))
+    model.eval().extra(torch.randn(2, 7))
+    model.train()
+    with pytest.raises(RuntimeError):
+        model.extra(torch.randn(2, 3))
+    model.head(model.norm2(model.conv2(x)).mean((2, 3)))
+    assert tracer.done
+    layers = tracer.layers()
+    assert [layer.name for layer in layers] == ["conv1", "conv2", "head"]
+    assert "cls_token" in layers[0].parameters
+    assert tracer.total_flops == sum(layer.forward_flops for layer in layers) > 0
+    tracer.close()
+    assert num_hooks(model) == 0
+    assert _get_current_dispatch_mode() is None

@@ -1,5 +1,6 @@
 """Finds the layers of a PyTorch model, in the order in which they run, and reads their weights."""
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -71,92 +72,117 @@ class Layer:
 
 
 class LayerTracer:
-    """Watches one forward pass to find the layers in the order in which they run.
+    """Watches forward passes to find the layers in the order in which they run.
 
     In many models modules are not registered in the order in which they run. Only the latter tells which frozen layers
     form a prefix that the backward pass need not enter.
 
+    A pass is a call of the model, or of a part of it: some training steps never call the model itself.
+
     Args:
-        model: The model. Its modules have hooks until the first forward pass that can be traced has ended.
+        model: The model. Its modules have hooks until `close`, or until one call of the model has ended.
         training_only: Ignore forward passes in eval mode, since some modules then take other paths, and without
             gradients, since they show no checkpointing.
-        on_done: Called once the pass has been watched.
+        on_done: Called at `close`, or once a call of the model has been watched.
 
     Attributes:
-        total_flops: Floating point operations of the forward pass.
         done: Whether a pass has been watched.
         wrapper: The DistributedDataParallel that ran the model, if any.
         reentrant: Whether parts of the model ran under reentrant checkpointing.
     """
 
     def __init__(self, model: nn.Module, *, training_only: bool = True, on_done: Callable[[], None] | None = None):
-        self._on_done = on_done
         self._model = model
         self._training_only = training_only
-        self._ran: list[str] = []
-        self._flops: dict[str, int] = {}
+        self._on_done = on_done
+        self._ran: dict[str, None] = {"": None}
+        self._flops: Counter[str] = Counter()
+        # Of the pass that is going on.
         self._stack: list[str] = []
+        self._entered: list[str] = []
+        self._counted: dict[str, int] = {}
         self._mode: _FlopMode | None = None
-        self._depth = 0  # how many calls deep the model calls itself
+        self._thread = 0
+        self._succeeded_at = 0  # depth of the latest call that did not raise
+        self._last_output: Any = None
         self._handles: list[Any] = []
-        self.total_flops = 0
         self.done = False
         self.wrapper: nn.Module | None = None
         self.reentrant = False
         for name, module in model.named_modules():
-            if module is model:
-                continue
-            self._handles.append(module.register_forward_pre_hook(Uncopied(self._enter(name))))
-            self._handles.append(module.register_forward_hook(Uncopied(self._leave), always_call=True))
-        # Prepended, so that the root starts the count before everything else.
-        self._handles.append(model.register_forward_pre_hook(Uncopied(self._start), prepend=True))
-        self._handles.append(model.register_forward_hook(Uncopied(self._stop), always_call=True))
+            # Prepended, so that the pass begins before anything else.
+            self._handles += [
+                module.register_forward_pre_hook(Uncopied(self._enter(name)), prepend=True),
+                module.register_forward_hook(Uncopied(self._succeed)),
+                module.register_forward_hook(Uncopied(self._leave(name)), always_call=True),
+            ]
 
-    def _start(self, module: nn.Module, args: Any) -> None:
-        if self._mode is not None:
-            self._depth += 1
-            return
-        if self.done or (self._training_only and not (module.training and torch.is_grad_enabled())):
-            return
-        self._ran, self._flops, self._stack = [""], {}, [""]
-        self._mode = _FlopMode(self._stack, self._flops)
-        self._mode.__enter__()
+    @property
+    def total_flops(self) -> int:
+        """Floating point operations of what ran."""
+        return self._flops.total()
 
-    def _stop(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._mode is None:
-            return
-        if self._depth:
-            self._depth -= 1
-            return
-        self._mode.__exit__(None, None, None)
-        self._mode = None
-        if output is None:  # the forward pass raised
-            return
-        self.total_flops = sum(self._flops.values())
-        self.wrapper = DistributedDataParallel._get_active_ddp_module()
-        self.reentrant = _is_behind(output, "CheckpointFunctionBackward")
-        self.done = True
-        self.close()
-        if self._on_done is not None:
-            self._on_done()
+    def _begins(self, module: nn.Module) -> bool:
+        """Return whether a pass begins with this call, which is inside of no other."""
+        if torch._C._current_graph_task_id() != -1:  # checkpointing runs modules again in the backward pass
+            return False
+        return not self._training_only or (module.training and torch.is_grad_enabled())
 
     def _enter(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
-            if self._mode is not None:
-                self._ran.append(name)
+            if self._mode is None:
+                if not self._begins(module):
+                    return
+                self._stack, self._entered, self._counted = [], [], {}
+                self._thread, self._last_output = threading.get_ident(), None
+                self._mode = _FlopMode(self._stack, self._counted).__enter__()
+            if threading.get_ident() == self._thread:
+                self._entered.append(name)
                 self._stack.append(name)
+                self._succeeded_at = 0
 
         return hook
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._mode is not None and len(self._stack) > 1:
-            self._stack.pop()
+    def _succeed(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._mode is not None and threading.get_ident() == self._thread:
+            self._succeeded_at = len(self._stack)
+            if output is not None:
+                self._last_output = output
+
+    def _leave(self, name: str) -> Any:
+        # The output cannot tell whether the call raised: it may be None either way.
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if self._mode is None or threading.get_ident() != self._thread or name not in self._stack:
+                return
+            succeeded = self._succeeded_at == len(self._stack)
+            while self._stack.pop() != name:
+                pass
+            if not self._stack:
+                self._mode.__exit__(None, None, None)
+                self._mode = None
+                self._end_pass(name, succeeded)
+
+        return hook
+
+    def _end_pass(self, name: str, succeeded: bool) -> None:
+        output, self._last_output = self._last_output, None
+        if not succeeded:
+            return
+        self._ran.update(dict.fromkeys(self._entered))
+        self._flops.update(self._counted)
+        self.wrapper = DistributedDataParallel._get_active_ddp_module() or self.wrapper
+        self.reentrant = self.reentrant or _is_behind(output, "CheckpointFunctionBackward")
+        self.done = True
+        if name == "":
+            self.close()
 
     def close(self) -> None:
         """Remove every hook."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self._on_done is not None:
+            self._on_done()
 
     def layers(self) -> list[Layer]:
         """Return the layers in execution order.
@@ -239,6 +265,8 @@ for _count in RECURRENT_COUNTS.values():
 class _FlopMode(TorchDispatchMode):
     """Adds up operation counts, PyTorch's own and those of recurrent layers, for each innermost running module."""
 
+    supports_higher_order_operators = True  # torch.cond and the like
+
     def __init__(self, stack: list[str], flops: dict[str, int]):
         super().__init__()
         self._stack = stack
@@ -247,7 +275,7 @@ class _FlopMode(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        packet = func._overloadpacket
+        packet = getattr(func, "_overloadpacket", None)  # an operator of higher order has none
         count = flop_registry.get(packet) or RECURRENT_COUNTS.get(packet)
         if count is not None:
             name = self._stack[-1]
