@@ -23,7 +23,8 @@ from smartfrz.predictor.contract import PredictorInfo
 from smartfrz.predictor.inspection import MAX_FILE_SIZE
 from smartfrz.predictor.runtime import Predictor
 from smartfrz.zoo import urls
-from smartfrz.zoo.transport import ATTEMPTS, Progress, download, offline, read
+from smartfrz.zoo.settings import offline
+from smartfrz.zoo.transport import ATTEMPTS, Progress, download, read
 
 logger = logging.getLogger("smartfrz")
 
