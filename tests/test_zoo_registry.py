@@ -279,6 +279,45 @@ def test_a_registry_that_cannot_be_reached_is_read_from_its_copy(tmp_path, monke
         registry.entries([f"{server.url}/plain/other.json"])
 
 
+BROKEN_ANSWERS = {
+    "a captive portal's page": b"<!DOCTYPE html><html><body>Please sign in.</body></html>",
+    "half of it": content(row())[:-100],
+    "nothing": b"",
+    "another format": b'{"format_version": 2, "predictors": []}',
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_ANSWERS)
+def test_a_broken_answer_does_not_replace_a_good_copy(case, tmp_path, caplog):
+    write(tmp_path / "served", row())
+    shutil.copy(BASE, tmp_path / "served")
+    server = ServerProcess(tmp_path / "log", "zoo_server.py", tmp_path / "served")
+    address = f"{server.url}/plain/registry.json"
+    try:
+        registry.find("other", [address])
+        (tmp_path / "served" / "registry.json").write_bytes(BROKEN_ANSWERS[case])
+        for _ in range(2):
+            assert str(registry.find("other", [address])) == "other@1"
+        assert "answers with what cannot be used; its copy in the cache is. The registry http" in caplog.messages[1]
+        (copy,) = (tmp_path / "cache" / "registries").iterdir()
+        assert copy.read_bytes() == content(row())
+        copy.unlink()
+        with pytest.raises(RegistryError, match="cannot be used"):
+            registry.find("other", [address])
+        assert list((tmp_path / "cache" / "registries").iterdir()) == []
+        # A copy that is damaged, or a link to somewhere else, is none.
+        (tmp_path / "elsewhere.json").write_bytes(content(row()))
+        copy.symlink_to(tmp_path / "elsewhere.json")
+        with pytest.raises(RegistryError, match="cannot be used"):
+            registry.find("other", [address])
+        write(tmp_path / "served", row(version="2"))
+        assert str(registry.find("other", [address])) == "other@2"
+        assert (tmp_path / "elsewhere.json").read_bytes() == content(row())
+        assert not copy.is_symlink()
+    finally:
+        server.stop()
+
+
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "fsspec", None)
     with pytest.raises(MissingDependencyError, match=r'pip install "smartfrz\[zoo\]"'):

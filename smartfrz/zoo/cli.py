@@ -132,7 +132,7 @@ def verify(path: Path | None) -> None:
     faults = 0
     for label, file, sha256 in _to_verify(path):
         try:
-            actual = fetch.sha256_of(file)
+            actual = fetch.sha256_of(file, cached=file.parent == fetch.path_of("").parent)
             if sha256 is not None and actual != sha256:
                 raise PredictorFileError(f"SHA-256 {str(actual)[:12]}...; expected {sha256[:12]}...")
             Predictor(file, device="cpu")

@@ -144,6 +144,12 @@ def sibling(url: str, name: str) -> str:
     return parts._replace(path=f"{folder}/{quote(name)}", query="", fragment="").geturl()
 
 
+def signature_of(url: str) -> str:
+    """Return the address of a registry's signature, in the form of minisign: its own with `.minisig` after the path."""
+    parts = urlsplit(url)
+    return parts._replace(path=f"{parts.path}.minisig").geturl()
+
+
 def registry_url(location: str) -> str:
     """Return the address of a registry's file.
 
