@@ -11,7 +11,7 @@ from typing import Any
 
 from smartfrz.errors import ChecksumError, DownloadError
 from smartfrz.predictor.runtime import Device, Predictor
-from smartfrz.zoo import fetch, urls
+from smartfrz.zoo import fetch, lock, urls
 from smartfrz.zoo.registry import Entry, entries, find
 from smartfrz.zoo.transport import Progress
 
@@ -37,8 +37,8 @@ def load(predictor: Any = DEFAULT, *, device: Device = "auto", registries: Seque
     Raises:
         ServerError: If a server cannot be reached, or has no predictor of that name.
         UnknownPredictorError: If no registry has that name.
-        ChecksumError: If a file differs from its registry.
-        RegistryError: If a registry breaks its format.
+        ChecksumError: If a file differs from its registry, or from what it was when it was first used.
+        RegistryError: If a registry breaks its format or goes back to a lower version, or its signature is wrong.
         DownloadError: If a file or registry cannot be fetched.
         PredictorFileError: If the file cannot be used.
     """
@@ -50,9 +50,11 @@ def load(predictor: Any = DEFAULT, *, device: Device = "auto", registries: Seque
         return RemotePredictor(urls.check_server(predictor))
     if not _is_named(predictor):
         return Predictor(predictor, device=device)
-    with _provide(os.fspath(predictor), registries) as (path, source):
+    with _provide(os.fspath(predictor), registries) as (path, source, entry):
         loaded = Predictor(path, device=device)
         fetch.check_facts(source, loaded.info)
+        if entry is not None:
+            lock.remember(entry)
         return loaded
 
 
@@ -76,9 +78,10 @@ def locate(text: str, registries: Sequence[str] = (), progress: Progress | None 
     Raises:
         SmartFRZError: For the same reasons as `load`.
     """
-    with _provide(text, registries, progress) as (path, source):
-        if source.facts:
+    with _provide(text, registries, progress) as (path, source, entry):
+        if entry is not None:
             fetch.check_facts(source, Predictor(path, device="cpu").info)
+            lock.remember(entry)
         yield path
 
 
@@ -96,8 +99,9 @@ def _is_named(predictor: str | os.PathLike[str]) -> bool:
 @contextlib.contextmanager
 def _provide(
     text: str, registries: Sequence[str], progress: Progress | None = None
-) -> Iterator[tuple[Path, fetch.Source]]:
-    """Yield the file of a name or address, and what it has to be. Its facts are left to be compared."""
+) -> Iterator[tuple[Path, fetch.Source, Entry | None]]:
+    """Yield the file of a name or address, what it has to be, and its entry. Its facts are left to be compared."""
+    entry = None
     if urls.is_url(text):
         source = _source_of_url(text)
     else:
@@ -106,16 +110,16 @@ def _provide(
         if not entry.address:
             with as_file(files(__package__) / entry.file) as path:  # works in a zip file, too
                 _check(path, str(entry), entry.sha256, _REINSTALL)
-                yield path, source
+                yield path, source, entry
             return
     local = urls.local_path(source.url)
     if local is None:
         with fetch.provide(source, progress) as path:
-            yield path, source
+            yield path, source, entry
         return
     if source.sha256 is not None:
         _check(local, source.label, source.sha256, "Copy the file again, or correct the expected SHA-256.")
-    yield local, source
+    yield local, source, entry
 
 
 def _source_of_entry(entry: Entry) -> fetch.Source:

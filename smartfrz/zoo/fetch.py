@@ -124,7 +124,7 @@ def read_registry(url: str, limit: int, parse: Callable[[bytes, bytes], T], *, s
         # With a copy at hand, a network that swallows everything must not delay a training for minutes.
         attempts = 2 if copy.exists() else ATTEMPTS
         content = read(url, limit, attempts=attempts)
-        signature = _read_signature(url, attempts) if signed else b""
+        signature = read_signature(url, attempts) if signed else b""
         parsed = parse(content, signature)
     except (UnreachableError, RegistryError) as error:
         try:
@@ -147,7 +147,13 @@ def read_registry(url: str, limit: int, parse: Callable[[bytes, bytes], T], *, s
     return parsed
 
 
-def _read_signature(url: str, attempts: int) -> bytes:
+def read_signature(url: str, attempts: int = ATTEMPTS) -> bytes:
+    """Return the signature of a registry.
+
+    Raises:
+        RegistryError: If there is none.
+        UnreachableError: If the server does not answer.
+    """
     try:
         return read(urls.signature_of(url), _SIGNATURE_SIZE, attempts=attempts)
     except UnreachableError:
