@@ -71,7 +71,8 @@ def folder(tmp_path, monkeypatch):
     """An empty cache, and no pauses between attempts."""
     monkeypatch.setenv("SMARTFRZ_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("SMARTFRZ_ZOO", raising=False)
-    monkeypatch.delenv("SMARTFRZ_OFFLINE", raising=False)
+    for name in ("SMARTFRZ_OFFLINE", "SMARTFRZ_ALLOW_PRIVATE", "SMARTFRZ_LOCK"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(transport, "PAUSE", 0.01)
     return tmp_path / "cache"
 

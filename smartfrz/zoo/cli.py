@@ -46,8 +46,8 @@ _lock = click.option(
     expose_value=False,
     callback=_setting("SMARTFRZ_LOCK"),
     metavar="FILE",
-    help="The project's lock file, which holds each name to the file that it first stood for. Default: SMARTFRZ_LOCK, or one "
-    "in the cache.",
+    help="The project's lock file, which holds each name to the file that it first stood for. Default: SMARTFRZ_LOCK, or "
+    "one in the cache.",
 )
 
 
@@ -271,8 +271,8 @@ def path_(name: str | None, registries: tuple[str, ...]) -> None:
 
 
 def _number(value: object) -> str:
-    """Show a number; metrics may contain anything else."""
-    return f"{value:.3f}" if isinstance(value, (int, float)) else "-"
+    """Show a number; metrics may contain anything else, and integers too large for a float."""
+    return f"{value:.3f}" if isinstance(value, (int, float)) and -1000 < value < 1000 else "-"
 
 
 def _path(entry: Entry) -> Path:

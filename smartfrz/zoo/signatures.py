@@ -42,8 +42,8 @@ def split(location: str) -> tuple[str, Key | None]:
         raw = b""
     if len(raw) != 42 or raw[:2] != _PLAIN:
         raise DownloadError(
-            f"{text!r:.100} after {_MARK} is no public key of minisign; expected 56 characters that begin with RW, which is the "
-            "second line of the owner's minisign.pub."
+            f"{text!r:.100} after {_MARK} is no public key of minisign; expected 56 characters that begin with RW, which is "
+            "the second line of the owner's minisign.pub."
         )
     return place, Key(raw[2:10], raw[10:])
 
