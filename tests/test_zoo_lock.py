@@ -208,6 +208,30 @@ def test_a_link_in_the_place_of_the_caches_lock_file_is_not_followed(address, fo
     assert (tmp_path / "precious").read_text() == "years of work"
 
 
+def test_the_cache_itself_may_be_a_link(address, folder, cache, tmp_path, caplog):
+    serve(folder, v1=BASE)
+    (tmp_path / "disk").mkdir()
+    cache.symlink_to(tmp_path / "disk")
+    load("mine", address)
+    assert caplog.messages == []
+    assert sorted(path.name for path in cache.iterdir() if path.name[0] != ".") == [
+        "predictors",
+        "registries",
+        lock.FILE,
+    ]
+    serve(folder, v1=TINY)
+    with pytest.raises(ChecksumError, match="was another file"):
+        load("mine", address)
+
+
+def test_a_cache_that_cannot_be_used_holds_nothing(address, folder, tmp_path, monkeypatch, caplog):
+    serve(folder, v1=BASE)
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("SMARTFRZ_CACHE", str(tmp_path / "file" / "cache"))
+    assert load("mine", address) == "smartfrz-base"
+    assert "cannot be used" in caplog.messages[0]
+
+
 def remember_one(arguments):
     place, number = arguments
     with settings.choosing("SMARTFRZ_LOCK", place):

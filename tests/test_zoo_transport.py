@@ -75,7 +75,7 @@ def test_a_name_that_is_looked_up_for_ever_is_given_up(monkeypatch):
     """The resolver of the system knows no time limit: it is slowed down here."""
     released = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: released.wait(60))
-    with pytest.raises(UnreachableError, match=r"timed out|did not arrive in time"):
+    with pytest.raises(UnreachableError, match=r"cannot be reached \(no end after"):
         fetched("https://example.org/x.onnx", deadline=0.2, attempts=1)
     released.set()
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+_FOLDERS = ("predictors", "registries")  # inside of the cache, which may itself be a link
 _FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
@@ -21,8 +22,7 @@ def make_folder(path: Path) -> None:
         OSError: If that fails, or if it is a symbolic link. Only the cache itself may be one.
     """
     path.mkdir(parents=True, exist_ok=True)
-    if path.is_symlink():
-        raise OSError(f"{path} is a symbolic link, which is not followed inside of the cache")
+    _check_folder(path)
 
 
 @contextlib.contextmanager
@@ -32,8 +32,9 @@ def open_plain(path: Path, *, write: bool = False) -> Iterator[BinaryIO]:
     Raises:
         OSError: If it cannot be opened, or is anything but a plain file with one name.
     """
-    if path.parent.is_symlink() or path.is_symlink():  # without O_NOFOLLOW, on Windows, this is all there is
-        raise OSError(f"{path} is or lies behind a symbolic link, which is not followed inside of the cache")
+    _check_folder(path.parent)
+    if path.is_symlink():  # without O_NOFOLLOW, on Windows, this is all there is
+        raise OSError(f"{path} is a symbolic link, which is not followed inside of the cache")
     handle = os.open(path, _FLAGS | (os.O_RDWR | os.O_CREAT if write else os.O_RDONLY), 0o666)
     with os.fdopen(handle, "r+b" if write else "rb") as file:
         found = os.fstat(file.fileno())
@@ -73,3 +74,8 @@ def replace(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _check_folder(path: Path) -> None:
+    if path.name in _FOLDERS and path.is_symlink():
+        raise OSError(f"{path} is a symbolic link, which is not followed inside of the cache")

@@ -164,9 +164,9 @@ def _read() -> list[Locked]:
         content = place().read_bytes() if settings.lock_file() else cache.read(place(), _MAX_SIZE)
     except FileNotFoundError:
         return []
-    except NotADirectoryError:  # there is no cache
-        return []
     except OSError as error:
+        if isinstance(error, (NotADirectoryError, PermissionError)) and not settings.lock_file():
+            return []  # there is no cache that we could use
         _refuse(f"cannot be read ({error})", "Change its permissions, or name another one with --lock or SMARTFRZ_LOCK")
     try:
         document = json.loads(content)

@@ -8,7 +8,6 @@ import http.client
 import io
 import socket
 import ssl
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -18,6 +17,7 @@ from urllib.parse import urljoin, urlsplit
 
 from smartfrz import __version__
 from smartfrz.errors import DownloadError, MissingDependencyError, SmartFRZError, UnreachableError
+from smartfrz.predictor.deadline import call_within
 from smartfrz.zoo import settings, urls
 
 T = TypeVar("T")
@@ -80,23 +80,7 @@ class _Pace:
 
     def bound(self, call: Callable[[], T]) -> T:
         """Make a call that knows no time limit; on timeout, leave it to itself."""
-        answers: list[T | BaseException] = []
-
-        def work() -> None:
-            try:
-                answers.append(call())
-            except BaseException as error:
-                answers.append(error)
-
-        thread = threading.Thread(target=work, name="smartfrz-wait", daemon=True)
-        thread.start()
-        thread.join(self.left())
-        if not answers:
-            self.left()
-            raise TimeoutError("timed out")
-        if isinstance(answer := answers[0], BaseException):
-            raise answer
-        return answer
+        return call_within(self.left(), call)
 
 
 class _Body(NamedTuple):
