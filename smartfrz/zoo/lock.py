@@ -162,10 +162,10 @@ def _plain(registry: str) -> str:
 def _read() -> list[Locked]:
     try:
         content = place().read_bytes() if settings.lock_file() else cache.read(place(), _MAX_SIZE)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        if isinstance(error, (NotADirectoryError, PermissionError)) and not settings.lock_file():
+        if isinstance(error, PermissionError) and not settings.lock_file():
             return []  # there is no cache that we could use
         _refuse(f"cannot be read ({error})", "Change its permissions, or name another one with --lock or SMARTFRZ_LOCK")
     try:
