@@ -1,8 +1,11 @@
 """One download from a real server that takes its time, and addresses inside of a private network."""
 
+import contextlib
 import io
 import shutil
 import socket
+import socketserver
+import subprocess
 import threading
 
 import pytest
@@ -127,6 +130,51 @@ def test_a_private_address_is_not_asked_for_through_a_proxy_either(server, monke
     with pytest.raises(DownloadError, match="cannot be fetched: 404"):
         fetched("http://example.org/x.onnx")
     assert server.lines()[-1].startswith("GET http://example.org/x.onnx")
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
+def test_an_encrypted_download_through_a_proxy(tmp_path, monkeypatch):
+    """The proxy is on this machine, which is private, and looks up the name itself."""
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=zoo.example.org"]
+    command += ["-addext", "subjectAltName=DNS:zoo.example.org", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(command, check=True, capture_output=True)
+    (tmp_path / "served").mkdir()
+    shutil.copy(BASE, tmp_path / "served" / "x.onnx")
+    encrypted = ServerProcess(tmp_path / "log", "zoo_server.py", tmp_path / "served", certificate, key)
+    port = int(encrypted.url.rpartition(":")[2])
+    asked = []
+
+    class Tunnel(socketserver.StreamRequestHandler):
+        def handle(self):
+            asked.append(self.rfile.readline().decode().split()[:2])
+            while self.rfile.readline().strip():
+                pass
+            with socket.create_connection(("127.0.0.1", port)) as other:
+                self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+                back = threading.Thread(target=self.pump, args=(other, self.connection), daemon=True)
+                back.start()
+                self.pump(self.connection, other)
+                back.join()
+
+        def pump(self, source, target):
+            with contextlib.suppress(OSError):
+                while content := source.recv(2**16):
+                    target.sendall(content)
+                target.shutdown(socket.SHUT_WR)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Tunnel) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.server_address[1]}")
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        try:
+            assert fetched("https://zoo.example.org/plain/x.onnx") == CONTENT
+        finally:
+            encrypted.stop()
+            proxy.shutdown()
+    assert asked == [["CONNECT", "zoo.example.org:443"]]
 
 
 def test_a_redirect_into_a_private_network_is_not_followed(server, monkeypatch):
