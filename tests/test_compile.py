@@ -10,9 +10,11 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
+from torch._higher_order_ops.map import map as map_rows  # noqa: E402
+from torch._higher_order_ops.scan import scan  # noqa: E402
 
 from smartfrz.adapters.torch import SmartFRZ  # noqa: E402
-from smartfrz.adapters.torch.compiling import EagerHold  # noqa: E402
+from smartfrz.adapters.torch.compiling import EagerHold, EagerOperators  # noqa: E402
 from smartfrz.baselines import AutoFreeze, LinearFreezing  # noqa: E402
 from smartfrz.control.options import COMPILED_STAGES  # noqa: E402
 
@@ -227,6 +229,75 @@ def test_compiled_costs_are_profiled_eagerly_and_compiling_goes_on():
     train(model, run, freezer, optimizer, 6)
     assert set(freezer.state_dict()["controller"]["costs"]) == set(NAMES)
     assert backend.frame_count >= 1
+
+
+class Branches(nn.Module):
+    """Calls a layer inside of an operator that PyTorch compiles even where the model is not compiled."""
+
+    def __init__(self, operator):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first, self.inside, self.head = nn.Linear(2, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.operator = operator
+
+    def forward(self, x):
+        return self.head(getattr(self, self.operator)(self.first(x.mean((2, 3)))))
+
+    def cond(self, x):
+        def either(x):
+            return torch.cond(x.sum() > 1e9, torch.sin, lambda y: self.inside(y).cos(), (x,))
+
+        return torch.cond(x.shape[0] * x.square().sum() > 0, either, lambda y: y.sin(), (x,))
+
+    def while_loop(self, x):
+        return torch.while_loop(lambda i, y: i < 3, lambda i, y: (i + 1, self.inside(y)), (torch.tensor(0), x))[1]
+
+    def map(self, x):
+        return map_rows(lambda row: self.inside(row).cos(), x)
+
+
+@pytest.mark.parametrize("order", ["free", "cost_aware"])
+@pytest.mark.parametrize("compiler", [compiled_before, lambda model, backend: model])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch's own
+@pytest.mark.parametrize("operator", ["cond", "while_loop", "map"])
+def test_a_model_with_operators_that_have_to_be_compiled(operator, compiler, order):
+    gradients = []
+    for watched in False, True:
+        model = Branches(operator)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        freezer = None
+        if watched:
+            script = [dict.fromkeys(["first", "inside", "head"], 0.1) | {"first": 0.9}]
+            options = {"record_every": 1, "decide_every": 6, "total_steps": 24, "patience": 1, "freeze_order": order}
+            freezer = SmartFRZ(model, optimizer, ScriptedPredictor(script), **options)
+        run = compiler(model, CompileCounterWithBackend("aot_eager"))
+        with torch.no_grad():
+            model.eval()
+            run(torch.ones(4, 2, 5, 5))
+        train(model, run, freezer, optimizer, 3)
+        gradients.append([p.detach().clone() for p in model.parameters()])
+    torch.testing.assert_close(*gradients)
+    train(model, run, freezer, optimizer, 9)
+    assert freezer.layers == ["first", "inside", "head"]
+    assert freezer.frozen_layers == ["first"]
+    calls = 3 if operator == "while_loop" else 1
+    assert [layer.forward_flops for layer in freezer.report().layers] == [2 * 4 * 8, calls * 2 * 4 * 16, 2 * 4 * 12]
+
+
+def test_a_scan_runs_as_a_loop_while_compiling_is_held():
+    layer, rows, hold = nn.Linear(3, 3), torch.randn(4, 3), EagerHold()
+    hold.acquire()
+    with EagerOperators():
+        last, outputs = scan(lambda carry, row: (layer(carry) + row, carry.cos()), torch.ones(3), rows)
+    hold.release()
+    carry, expected = torch.ones(3), []
+    for row in rows:
+        expected.append(carry.cos())
+        carry = layer(carry) + row
+    torch.testing.assert_close([last, outputs], [carry, torch.stack(expected)])
+    (last.sum() + outputs.sum()).backward()
+    assert layer.weight.grad is not None
 
 
 @pytest.mark.parametrize("policy", [LinearFreezing(0.3, scale_lr=True), AutoFreeze(steps_per_epoch=8)])

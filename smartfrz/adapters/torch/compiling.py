@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch._dynamo.callback import callback_handler
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 logger = logging.getLogger("smartfrz")
 
@@ -53,6 +55,58 @@ class EagerHold:
     def __del__(self) -> None:
         if not sys.is_finalizing():
             self.release()
+
+
+class EagerOperators(TorchFunctionMode):
+    """Runs `torch.cond` and its like as the Python that they stand for.
+
+    Even a model that is not compiled has them compile the functions that they are given. While an `EagerHold` forbids that,
+    weights that these functions use make them fail, or get no gradient. Use it as a context manager, around calls of the
+    model that is held.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        run = _AS_PYTHON.get(func)
+        if run is None:
+            return func(*args, **(kwargs or {}))
+        with self:  # a branch may have branches of its own
+            return run(*args, **(kwargs or {}))
+
+
+def _run_cond(pred: Any, true_fn: Any, false_fn: Any, operands: Any) -> Any:
+    return true_fn(*operands) if pred else false_fn(*operands)
+
+
+def _run_while_loop(cond_fn: Any, body_fn: Any, carried: Any, others: Any) -> Any:
+    while cond_fn(*carried, *others):
+        carried = body_fn(*carried, *others)
+    return carried
+
+
+def _run_map(function: Any, inputs: Any, others: Any) -> Any:
+    return _stack([function(*rows, *others) for rows in zip(*inputs, strict=True)])
+
+
+def _run_scan(combine: Any, carried: Any, inputs: Any, others: Any) -> Any:
+    size, outputs = len(carried), []
+    for rows in zip(*inputs, strict=True):
+        result = combine(*carried, *rows, *others)
+        carried = result[:size]
+        outputs.append(list(result[size:]))
+    return (*carried, *_stack(outputs))
+
+
+def _stack(outputs: list[Any]) -> Any:
+    """Return the outputs of all rows as one."""
+    return tree_map(lambda *rows: None if rows[0] is None else torch.stack(rows), *outputs)
+
+
+_AS_PYTHON: dict[Any, Any] = {
+    torch.ops.higher_order.cond: _run_cond,
+    torch.ops.higher_order.while_loop: _run_while_loop,
+    torch.ops.higher_order.map_impl: _run_map,
+    torch.ops.higher_order.scan: _run_scan,
+}
 
 
 class _Clock:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from smartfrz.adapters.torch.compiling import EagerOperators
 from smartfrz.adapters.torch.layers import RECURRENT_COUNTS, Layer, Uncopied, strip_parametrizations
 from smartfrz.adapters.torch.sandbox import run_without_hooks, sandbox, synchronize, unchanged
 from smartfrz.control.ordering import LayerCost
@@ -62,6 +63,7 @@ class CostProfiler:
         self._passes = passes
         self._measuring = False
         self._model_is_called = self._succeeded = False
+        self._operators: list[EagerOperators] = []  # one for each call of the model that is going on
         self._running: list[_Call] = []
         self._seconds: dict[str, _Seconds] = {}  # of the current pass
         self._best: dict[str, _Seconds] = {}
@@ -76,6 +78,7 @@ class CostProfiler:
 
     def _start(self, module: nn.Module, args: Any) -> None:
         self._model_is_called = True
+        self._operators.append(EagerOperators().__enter__())
         self._begin(module)
 
     def _begin(self, module: nn.Module) -> None:
@@ -88,6 +91,8 @@ class CostProfiler:
         self._measuring, self._running, self._seconds, self._known, self.estimated = True, [], {}, {}, {}
 
     def _stop(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._operators:
+            self._operators.pop().__exit__(None, None, None)
         if not self._measuring:
             return
         self._measuring = False

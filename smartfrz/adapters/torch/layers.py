@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from smartfrz.adapters.torch.compiling import EagerOperators
 from smartfrz.adapters.torch.sharding import count_values, locate, sum_shards
 from smartfrz.control.grouping import Module, Weight, group_modules
 from smartfrz.control.tailoring import split_positions
@@ -101,7 +102,9 @@ class LayerTracer:
         self._stack: list[str] = []
         self._entered: list[str] = []
         self._counted: dict[str, int] = {}
+        self._outside = 0  # number of calls around it
         self._mode: _FlopMode | None = None
+        self._operators: EagerOperators | None = None  # while any call is going on
         self._thread = 0
         self._succeeded_at = 0  # depth of the latest call that did not raise
         self._last_output: Any = None
@@ -124,27 +127,28 @@ class LayerTracer:
 
     def _begins(self, module: nn.Module) -> bool:
         """Return whether a pass begins with this call, which is inside of no other."""
-        if torch._C._current_graph_task_id() != -1:  # checkpointing runs modules again in the backward pass
-            return False
         return not self._training_only or (module.training and torch.is_grad_enabled())
 
     def _enter(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
-            if self._mode is None:
-                if not self._begins(module):
+            if self._operators is None:
+                if torch._C._current_graph_task_id() != -1:  # checkpointing runs modules again in the backward pass
                     return
-                self._stack, self._entered, self._counted = [], [], {}
-                self._thread, self._last_output = threading.get_ident(), None
+                self._operators, self._thread = EagerOperators().__enter__(), threading.get_ident()
+            if threading.get_ident() != self._thread:
+                return
+            if self._mode is None and self._begins(module):
+                self._outside = len(self._stack)
+                self._entered, self._counted, self._last_output = [], {}, None
                 self._mode = _FlopMode(self._stack, self._counted).__enter__()
-            if threading.get_ident() == self._thread:
-                self._entered.append(name)
-                self._stack.append(name)
-                self._succeeded_at = 0
+            self._entered.append(name)
+            self._stack.append(name)
+            self._succeeded_at = 0
 
         return hook
 
     def _succeed(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._mode is not None and threading.get_ident() == self._thread:
+        if self._operators is not None and threading.get_ident() == self._thread:
             self._succeeded_at = len(self._stack)
             if output is not None:
                 self._last_output = output
@@ -152,29 +156,31 @@ class LayerTracer:
     def _leave(self, name: str) -> Any:
         # The output cannot tell whether the call raised: it may be None either way.
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if self._mode is None or threading.get_ident() != self._thread or name not in self._stack:
+            if self._operators is None or threading.get_ident() != self._thread or name not in self._stack:
                 return
             succeeded = self._succeeded_at == len(self._stack)
             while self._stack.pop() != name:
                 pass
-            if not self._stack:
+            if self._mode is not None and len(self._stack) <= self._outside:
                 self._mode.__exit__(None, None, None)
                 self._mode = None
-                self._end_pass(name, succeeded)
+                if succeeded:
+                    self._end_pass()
+            if not self._stack:
+                self._operators.__exit__(None, None, None)
+                self._operators = None
+                if name == "" and self.done:
+                    self.close()
 
         return hook
 
-    def _end_pass(self, name: str, succeeded: bool) -> None:
+    def _end_pass(self) -> None:
         output, self._last_output = self._last_output, None
-        if not succeeded:
-            return
         self._ran.update(dict.fromkeys(self._entered))
         self._flops.update(self._counted)
         self.wrapper = DistributedDataParallel._get_active_ddp_module() or self.wrapper
         self.reentrant = self.reentrant or _is_behind(output, "CheckpointFunctionBackward")
         self.done = True
-        if name == "":
-            self.close()
 
     def close(self) -> None:
         """Remove every hook."""
