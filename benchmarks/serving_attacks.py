@@ -44,7 +44,9 @@ def start(predictor):
     def few_files():
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, preexec_fn=few_files)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, preexec_fn=few_files
+    )
     ports = []
     for line in process.stdout:
         if found := re.search(r"^(?:REST and /metrics|gRPC): .*:(\d+)$", line):
@@ -327,7 +329,9 @@ def main():
     """Attack and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--predictor", default=zoo.DEFAULT)
-    parser.add_argument("--attacks", default=",".join(ATTACKS), help="several with commas; a part of the name is enough")
+    parser.add_argument(
+        "--attacks", default=",".join(ATTACKS), help="several with commas; a part of the name is enough"
+    )
     parser.add_argument("--seconds", type=float, default=15)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()

@@ -6,6 +6,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import grpc
@@ -24,6 +25,7 @@ from starlette.types import ASGIApp
 
 from smartfrz.predictor.runtime import Predictor
 from smartfrz.serving import metrics
+from smartfrz.serving.connections import Connections, fit_open_files
 from smartfrz.serving.dataplane import EXPECTED_FAILURES, DataPlane, explain
 from smartfrz.serving.limits import BODY, BodyLimits
 from smartfrz.serving.model import PredictorModel
@@ -46,6 +48,7 @@ async def serve(
         OSError: If an address is not available.
     """
     logging.getLogger("kserve").setLevel(logging.CRITICAL)  # it logs a traceback for each bad request
+    options = replace(options, max_connections=fit_open_files(options.max_connections))
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
@@ -79,9 +82,11 @@ class _RestServer(uvicorn.Server):
 
 
 def _uvicorn_config(dataplane: DataPlane, options: ServeOptions) -> uvicorn.Config:
+    connections = Connections(options)
     return uvicorn.Config(
-        _rest_application(dataplane, options.max_request_bytes),
-        http="h11",  # which limits the length of headers
+        BodyLimits(_rest_application(dataplane), options, connections),
+        http=connections.protocol(),  # h11 limits the length of headers
+        timeout_keep_alive=cast(int, min(5.0, options.header_seconds)),
         log_level="warning",
         access_log=False,
         lifespan="off",
@@ -131,7 +136,7 @@ class _Endpoints(V2Endpoints):  # type: ignore[misc]
         return Response(body, media_type="application/octet-stream", headers=headers)
 
 
-def _rest_application(dataplane: DataPlane, max_request_bytes: int) -> ASGIApp:
+def _rest_application(dataplane: DataPlane) -> ASGIApp:
     app = FastAPI(title="smartfrz serve", docs_url=None, redoc_url=None)
     endpoints = _Endpoints(dataplane)
     router = APIRouter(prefix=V2_ROUTE_PREFIX)
@@ -156,7 +161,7 @@ def _rest_application(dataplane: DataPlane, max_request_bytes: int) -> ASGIApp:
     for kind in (*EXPECTED_FAILURES, Exception):
         app.add_exception_handler(kind, _answer_failure)
     app.add_exception_handler(HTTPException, _answer_http_error)
-    return BodyLimits(app, max_request_bytes)
+    return app
 
 
 async def _answer_failure(request: Request, error: Exception) -> JSONResponse:
