@@ -1,4 +1,4 @@
-"""The room that request bodies share; the limits over the network are tested in test_serving.py and test_serving_attacks.py."""
+"""The room that request bodies share; limits over the network are tested in test_serving.py and test_serving_attacks.py."""
 
 import asyncio
 

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -84,29 +86,34 @@ def test_whoever_waits_holds_nobody_up(patient, sent):
 def test_whoever_waits_is_sent_away(server, sent):
     with attackers(server, sent, 3) as connections:
         for connection in connections:
+            received = b""
             with contextlib.suppress(ConnectionResetError):
-                received = b""
                 while piece := connection.recv(65536):
                     received += piece
-                assert not received or received.startswith(b"HTTP/1.1 408 ")
+            assert not received or received.startswith(b"HTTP/1.1 408 ")
     answers(server)
+
+
+def is_cut_off(connection, piece):
+    """Whether the server ends a connection that sends a piece ten times a second."""
+    try:
+        for _ in range(100):
+            connection.sendall(piece)
+            time.sleep(0.1)
+    except OSError:
+        return True
+    return False
 
 
 def test_headers_that_drip_are_not_waited_for(server):
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
-        with pytest.raises(OSError):  # noqa: PT011 - whichever way the system says so
-            for _ in range(100):
-                connection.sendall(b"X-A: b\r\n")
-                time.sleep(0.1)
+        assert is_cut_off(connection, b"X-A: b\r\n")
 
 
 def test_a_body_that_drips_is_not_waited_for(server):
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
         connection.sendall(BINARY + b"Content-Length: 100000\r\n\r\n")
-        with pytest.raises(OSError):  # noqa: PT011 - whichever way the system says so
-            for _ in range(100):
-                connection.sendall(b"xx")
-                time.sleep(0.1)
+        assert is_cut_off(connection, b"xx")
 
 
 def test_health_is_answered_while_all_connections_are_at_work(predictor_file, tmp_path):
@@ -165,4 +172,113 @@ def test_what_the_grace_period_is_too_short_for_gets_503(predictor_file, tmp_pat
     assert status == 503
     assert headers["Retry-After"] == "1"
     assert "shuts down" in json.loads(body)["error"]
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def run_grpc(code, server, *arguments):
+    """Run code of a gRPC client in a process of its own, and return what it prints. kserve's names are tritonclient's."""
+    prelude = (
+        "import asyncio, sys, time, grpc, numpy as np\n"
+        "from kserve.protocol.grpc import grpc_predict_v2_pb2 as pb\n"
+        "METHOD = '/inference.GRPCInferenceService/ModelInfer'\n"
+        "tensor = pb.ModelInferRequest.InferInputTensor\n"
+        "def request(**more):\n"
+        "    inputs = [tensor(name='history', datatype='FP32', shape=[3, 5, 64]),"
+        " tensor(name='lengths', datatype='INT64', shape=[3])]\n"
+        "    raw = [np.ones((3, 5, 64), np.float32).tobytes(), np.full(3, 5).tobytes()]\n"
+        "    given = dict(model_name='tiny', inputs=inputs, raw_input_contents=raw) | more\n"
+        "    return pb.ModelInferRequest(**given).SerializeToString()\n"
+        "def channel(**options):\n"
+        "    more = [('grpc.use_local_subchannel_pool', 1)]\n"
+        "    return grpc.aio.insecure_channel(sys.argv[1], options=more)\n"
+        "async def ask(open_channel, content):\n"
+        "    try:\n"
+        "        return len(await open_channel.unary_unary(METHOD)(content, timeout=30)) > 0\n"
+        "    except grpc.aio.AioRpcError as error:\n"
+        "        return f'{error.code().name}: {error.details()}'\n"
+        "async def never():\n"
+        "    await asyncio.sleep(3600)\n"
+        "    yield b''\n"
+        "async def silent(open_channel):\n"
+        "    try:\n"
+        "        return await open_channel.stream_unary(METHOD)(never(), timeout=60)\n"
+        "    except grpc.aio.AioRpcError as error:\n"
+        "        return f'{error.code().name}: {error.details()}'\n"
+    )
+    command = [sys.executable, "-c", prelude + code, f"127.0.0.1:{server.grpc_port}", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_silent_calls_hold_nobody_up(patient):
+    code = """
+async def main():
+    async with channel() as quiet, channel() as honest:
+        calls = [asyncio.create_task(silent(quiet)) for _ in range(64)]
+        await asyncio.sleep(2)
+        print([await ask(honest, request()) for _ in range(5)])
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+asyncio.run(main())
+"""
+    assert run_grpc(code, patient) == ["[True, True, True, True, True]"]
+
+
+def test_a_silent_call_is_ended(predictor_file, tmp_path):
+    server = ServingProcess(tmp_path / "log", str(predictor_file), "--body-seconds", 1)
+    try:
+        code = "async def main():\n    async with channel() as c: print(await silent(c))\nasyncio.run(main())\n"
+        assert run_grpc(code, server)[0].startswith("DEADLINE_EXCEEDED: The message did not arrive within 1 s")
+    finally:
+        server.kill()
+
+
+def test_lists_of_numbers_over_grpc_are_limited_more_than_raw_tensors(server):
+    code = """
+async def main():
+    size = int(sys.argv[2])
+    many = tensor(name='history', datatype='FP32', shape=[1, 1, 64])
+    many.contents.int64_contents.extend([1] * size)
+    async with channel() as c:
+        print(await ask(c, request(inputs=[many], raw_input_contents=[])))
+        print(await ask(c, b'\\x2a\\x00' * size))  # inputs without anything
+        print(await ask(c, request(raw_input_contents=[b'x' * 4 * size, b'x'])))
+        print(await ask(c, request()))
+asyncio.run(main())
+"""
+    lists, empty, raw, good = run_grpc(code, server, MIB // 4)
+    assert lists.startswith(f"RESOURCE_EXHAUSTED: The message holds more than {MIB // 4} bytes besides")
+    assert empty.startswith("RESOURCE_EXHAUSTED: The message holds more than")
+    assert raw.startswith("INVALID_ARGUMENT")
+    assert good == "True"
+
+
+def test_idle_connections_to_grpc_are_closed(server):
+    address = ("127.0.0.1", server.grpc_port)
+    with socket.create_connection(address, timeout=30) as connection, contextlib.suppress(ConnectionResetError):
+        while connection.recv(1000):
+            pass
+
+
+def test_what_the_grace_period_is_too_short_for_is_unavailable(predictor_file, tmp_path):
+    server = ServingProcess(tmp_path / "log", str(predictor_file), "--max-delay-ms", 1000, "--grace-seconds", 0)
+    code = """
+import os, signal
+async def main():
+    async with channel() as c:
+        asking = asyncio.create_task(ask(c, request()))
+        await asyncio.sleep(0.5)  # it waits for others to be run with
+        os.kill(int(sys.argv[2]), signal.SIGTERM)
+        print(await asking)
+asyncio.run(main())
+"""
+    try:
+        assert run_grpc(code, server, server.pid) == [
+            "UNAVAILABLE: The server shuts down, and had no time left for this request. Try again later."
+        ]
+        assert server.process.wait(60) == 0
+    finally:
+        server.kill()
     assert "Traceback" not in (tmp_path / "log").read_text()
