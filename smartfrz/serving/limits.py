@@ -20,6 +20,7 @@ DISCARD_BYTES, DISCARD_SECONDS = 2**28, 5.0
 # While others wait, a body has to arrive faster, and may stop for this long only.
 PRESSED_STALL_SECONDS, PRESSED_RATE = 2.0, 16
 _LOOK_SECONDS = 0.2
+_NOT_READ = ("slow", "connections", "queue")  # reasons for which the server is not willing to read what is still sent
 _HEALTH = ("/v2/health/", "/metrics")
 _HEADER_LENGTH = INFERENCE_CONTENT_LENGTH_HEADER.lower().encode()
 
@@ -86,7 +87,7 @@ class BodyLimits:
             await self._serve(scope, receive, noting)
         except Refused as refused:
             metrics.REJECTED.labels(refused.reason).inc()
-            if refused.reason == "size":
+            if refused.reason not in _NOT_READ:
                 await _discard(receive)
             headers = {"Connection": "close"} | ({"Retry-After": "1"} if refused.status == 503 else {})
             await JSONResponse({"error": str(refused)}, refused.status, headers)(scope, receive, send)

@@ -26,7 +26,7 @@ _SHUTS_DOWN = "The server shuts down, and had no time left for this request. Try
 
 
 class _Refused(Exception):
-    """A call that is refused before its message has been read."""
+    """How a call fails."""
 
     def __init__(self, code: grpc.StatusCode, reason: str, message: str):
         super().__init__(message)
@@ -143,23 +143,31 @@ class _Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
         async def answer(_: Any, context: Any) -> Any:
             with self._known():
-                try:
-                    async with places.message(context) as message:
-                        request = self._decode(message, handler.request_deserializer)
-                        del message  # the request has copies of its parts
-                        return await handler.unary_unary(request, context)
-                except asyncio.CancelledError:
-                    if not self._closing:  # the client has gone
-                        raise
-                    await context.abort(grpc.StatusCode.UNAVAILABLE, _SHUTS_DOWN)
-                except _Refused as refused:
-                    metrics.REJECTED.labels(refused.reason).inc()
+                response, refused = await self._answer(handler, places, context)
+                if refused:
+                    # Here, since gRPC's call and its error hold each other, and with them all that this frame holds.
                     await context.abort(refused.code, str(refused))
-                except Exception as error:
-                    failure, text = explain(error)
-                    await context.abort(failure.code, text)
+                return response
 
         return grpc.stream_unary_rpc_method_handler(answer, None, handler.response_serializer)
+
+    async def _answer(self, handler: Any, places: _Places, context: Any) -> tuple[Any, _Refused | None]:
+        """Return the answer to a call, or how it fails."""
+        try:
+            async with places.message(context) as message:
+                request = self._decode(message, handler.request_deserializer)
+                del message  # the request has copies of its parts
+                return await handler.unary_unary(request, context), None
+        except asyncio.CancelledError:
+            if not self._closing:  # the client has gone
+                raise
+            return None, _Refused(grpc.StatusCode.UNAVAILABLE, "other", _SHUTS_DOWN)
+        except _Refused as refused:
+            metrics.REJECTED.labels(refused.reason).inc()
+            return None, _Refused(refused.code, refused.reason, str(refused))  # without its frames
+        except Exception as error:
+            failure, text = explain(error)
+            return None, _Refused(failure.code, failure.reason, text)
 
     def _decode(self, message: bytes, deserialize: Callable[[bytes], Any]) -> Any:
         try:
@@ -213,6 +221,8 @@ def _check_plain(message: bytes, most: int) -> None:
             position += 8 if kind == 1 else 4
         else:
             raise DecodeError
+        if position > len(message):
+            raise IndexError
         plain += min(position - begin, 20)  # the key and the size
         fields += 1
         if plain > most or fields > _MAX_FIELDS:
