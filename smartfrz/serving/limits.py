@@ -194,7 +194,9 @@ class BodyLimits:
         now = asyncio.get_running_loop().time()
         pressed = self._room.short or self._connections.full
         for upload in self._uploads:
-            if upload.since is not None and self._is_late(upload, now - upload.since, pressed):
+            if upload.since is None or upload.timeout.expired():
+                continue
+            if self._is_late(upload, now - upload.since, pressed):
                 upload.timeout.reschedule(now)
         if self._uploads:
             self._look_at_uploads()

@@ -97,7 +97,7 @@ class _Places:
         now = asyncio.get_running_loop().time()
         patience = 2.0 if self._waiting <= self._number else 0.25
         for limit, since in self._reading.items():
-            if now - since > patience:
+            if now - since > patience and not limit.expired():
                 limit.reschedule(now)
         asyncio.get_running_loop().call_later(_LOOK_SECONDS, self._end_old)
 
