@@ -74,7 +74,7 @@ from smartfrz.serving.options import ServeOptions
 )
 @click.option(
     "--stall-seconds",
-    default=5.0,
+    default=10.0,
     show_default=True,
     type=click.FloatRange(0.1, 3600),
     help="How long the body of a request may stop.",

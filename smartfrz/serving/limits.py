@@ -17,8 +17,9 @@ BODY = "smartfrz.body"
 BODIES = 8  # of the largest size that are held at once
 ROOM_SECONDS = 60.0  # by then a client has given up and asked again
 DISCARD_BYTES, DISCARD_SECONDS = 2**28, 5.0
-# While others wait, a body has to arrive faster, and may stop for this long only.
-PRESSED_STALL_SECONDS, PRESSED_RATE = 2.0, 16
+# While nobody gets room for so long, or there are too many connections, a body may not stop for longer, and has to arrive
+# so many times as fast. Where many honest clients wait, room becomes free all the time.
+PRESSED_SECONDS, PRESSED_RATE = 2.0, 16
 _LOOK_SECONDS = 0.2
 _NOT_READ = ("slow", "connections", "queue")  # reasons for which the server is not willing to read what is still sent
 _HEALTH = ("/v2/health/", "/metrics")
@@ -192,7 +193,7 @@ class BodyLimits:
     def _end_slow_uploads(self) -> None:
         self._looking = False
         now = asyncio.get_running_loop().time()
-        pressed = self._room.short or self._connections.full
+        pressed = self._room.stuck_seconds > PRESSED_SECONDS or self._connections.full
         for upload in self._uploads:
             if upload.since is None or upload.timeout.expired():
                 continue
@@ -203,7 +204,7 @@ class BodyLimits:
 
     def _is_late(self, upload: _Timed, silent: float, pressed: bool) -> bool:
         options = self._options
-        stall = min(options.stall_seconds, PRESSED_STALL_SECONDS) if pressed else options.stall_seconds
+        stall = min(options.stall_seconds, PRESSED_SECONDS) if pressed else options.stall_seconds
         rate = options.min_rate * (PRESSED_RATE if pressed else 1)
         waited = upload.waited + silent
         return silent > stall or waited > options.body_seconds or waited > stall + upload.received / rate

@@ -34,17 +34,20 @@ class Room:
         self._reserve = largest
         self._first: Upload | None = None  # may use the reserve
         self._line: deque[tuple[Upload, int, asyncio.Future[None]]] = deque()
+        self._moved = 0.0  # when bytes have entered, or a line has begun
 
     @property
-    def short(self) -> bool:
-        """Whether uploads wait for room."""
-        return bool(self._line)
+    def stuck_seconds(self) -> float:
+        """For how long uploads have waited for room and none has got any."""
+        return asyncio.get_running_loop().time() - self._moved if self._line else 0.0
 
     async def take(self, upload: Upload, size: int) -> None:
         """Hold `size` bytes more for an upload, once they are free."""
         if upload is self._first or (not self._line and self._free - size >= self._reserve):
             self._grant(upload, size)
             return
+        if not self._line:
+            self._moved = asyncio.get_running_loop().time()
         entry = (upload, size, asyncio.get_running_loop().create_future())
         self._line.append(entry)
         self._move_up()
@@ -71,6 +74,7 @@ class Room:
     def _grant(self, upload: Upload, size: int) -> None:
         upload.held += size
         self._free -= size
+        self._moved = asyncio.get_running_loop().time()
 
     def _move_up(self) -> None:
         while self._line:
