@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.serving import ask, message, questions, watch
+from benchmarks.serving import HEADER, ask, message, questions, watch
 from smartfrz import zoo
 from smartfrz.comparing.lines import add_line
 
@@ -212,7 +212,8 @@ def grpc_lists(name, size):
 
 def attackers(attack, name, port, grpc_port):
     """The functions that each return one attacker's coroutine."""
-    infer = POST.format(f"{name}/infer")
+    # As binary data, since large JSON is refused at once.
+    infer = POST.format(f"{name}/infer") + f"{HEADER}: 2\r\n"
     announced = f"{infer}Content-Length: {32 * MIB}\r\n\r\n"
     chunked = f"{infer}Transfer-Encoding: chunked\r\n\r\n"
     if attack == "8 slow bodies":

@@ -43,12 +43,16 @@ class _Timed(Upload):
         timeout: Ends reading, or waiting for room.
         received: Number of bytes so far.
         waited: Seconds that the server has waited for the client, up to the last bytes.
+        behind: Seconds by which it is behind the lowest rate. What came faster earlier does not count.
+        behind_pressed: The same for the rate while room is short.
         since: When it began to wait for the next bytes; None while it does something else.
     """
 
     timeout: asyncio.Timeout
     received: int = 0
     waited: float = 0.0
+    behind: float = 0.0
+    behind_pressed: float = 0.0
     since: float | None = None
 
 
@@ -165,12 +169,16 @@ class BodyLimits:
         while more:
             upload.since = clock()
             message = await receive()
-            upload.waited += clock() - upload.since
+            waited = clock() - upload.since
+            upload.waited += waited
             upload.since = None
             if message["type"] == "http.disconnect":
                 return None
             piece = message.get("body", b"")
             upload.received += len(piece)
+            slack = len(piece) / self._options.min_rate
+            upload.behind = max(0.0, upload.behind + waited - slack)
+            upload.behind_pressed = max(0.0, upload.behind_pressed + waited - slack / PRESSED_RATE)
             if upload.received > upload.largest:
                 raise self._too_large("longer", upload.largest)
             if piece:
@@ -203,11 +211,9 @@ class BodyLimits:
             self._look_at_uploads()
 
     def _is_late(self, upload: _Timed, silent: float, pressed: bool) -> bool:
-        options = self._options
-        stall = min(options.stall_seconds, PRESSED_SECONDS) if pressed else options.stall_seconds
-        rate = options.min_rate * (PRESSED_RATE if pressed else 1)
-        waited = upload.waited + silent
-        return silent > stall or waited > options.body_seconds or waited > stall + upload.received / rate
+        stall = self._options.stall_seconds
+        late = upload.behind + silent > stall or upload.waited + silent > self._options.body_seconds
+        return late or (pressed and upload.behind_pressed + silent > min(stall, PRESSED_SECONDS))
 
     def _too_large(self, what: str, largest: int) -> Refused:
         message = (

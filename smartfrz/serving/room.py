@@ -34,7 +34,7 @@ class Room:
         self._reserve = largest
         self._first: Upload | None = None  # may use the reserve
         self._line: deque[tuple[Upload, int, asyncio.Future[None]]] = deque()
-        self._moved = 0.0  # when bytes have entered, or a line has begun
+        self._moved = 0.0  # when the line has moved, or begun
 
     @property
     def stuck_seconds(self) -> float:
@@ -74,7 +74,6 @@ class Room:
     def _grant(self, upload: Upload, size: int) -> None:
         upload.held += size
         self._free -= size
-        self._moved = asyncio.get_running_loop().time()
 
     def _move_up(self) -> None:
         while self._line:
@@ -86,6 +85,7 @@ class Room:
             self._line.popleft()
             if not turn.done():  # its task may have been cancelled in this very moment
                 self._grant(upload, size)
+                self._moved = asyncio.get_running_loop().time()
                 turn.set_result(None)
             elif self._first is upload:
                 self._first = None
