@@ -240,6 +240,23 @@ def test_the_length_of_the_run_comes_from_the_trainer(tmp_path):
     assert callback.freezer.state_dict()["controller"]["schedule"]["record_every"] == round(0.02 * 20 * 7)
 
 
+def test_the_length_of_the_run_comes_from_the_trainer_beside_record_every_too(tmp_path):
+    callback = SmartFRZCallback(LinearFreezing(0.2), record_every=1)
+    train(tmp_path, callback)
+    assert callback.freezer.state_dict()["controller"]["total_steps"] == STEPS
+    assert callback.report().frozen
+
+
+def test_a_run_that_is_resumed_for_longer_has_the_new_length_and_says_so(killed, tmp_path, caplog):
+    callback = smartfrz(threshold=0.9)
+    train(tmp_path, callback, resume=str(killed / "checkpoint-10"), max_steps=3 * STEPS)
+    assert callback.freezer.state_dict()["controller"]["total_steps"] == 3 * STEPS
+    assert callback.freezer.schedule.threshold == 0.9
+    (said,) = [r.message for r in caplog.records if "other options" in r.message]
+    assert f"total_steps is now {3 * STEPS} (saved: {STEPS})" in said
+    assert "threshold is now 0.9 (saved: 0.75)" in said
+
+
 def test_a_second_train_starts_anew(tmp_path):
     callback = smartfrz()
     trainer = trainer_of(tmp_path, callback, save_strategy="steps", save_steps=10)

@@ -1,8 +1,9 @@
 """When a run records and decides, and how: what the user may choose, and what follows from the policy."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -112,6 +113,34 @@ class FreezeOptions:
         _require_confidence(chosen.threshold)
         _require_order(chosen.freeze_order)
         return chosen
+
+    def continuing(
+        self, policy: Policy, saved: Mapping[str, Any], total_steps: int | None
+    ) -> tuple[Schedule, int | None]:
+        """Return how a run goes on that was saved: as the user chose now, and else as it was saved.
+
+        `record_every` follows the length of the run, unless it was chosen then or is now.
+
+        Args:
+            policy: The policy of the run.
+            saved: The fields of the run's `Schedule`.
+            total_steps: The length of the run, as it was saved.
+
+        Returns:
+            The schedule, and the length of the run.
+        """
+        length = _first(self.total_steps, total_steps)
+        record_every = saved["record_every"]
+        if length != total_steps and record_every == policy.record_every(total_steps):
+            record_every = _first(policy.record_every(length), record_every)
+        schedule = Schedule(
+            int(_first(self.record_every, record_every)),
+            int(_first(self.decide_every, saved["decide_every"])),
+            float(_first(self.threshold, saved["threshold"])),
+            int(_first(self.patience, saved["patience"])),
+            _first(self.freeze_order, saved["freeze_order"]),
+        )
+        return schedule, None if length is None else int(length)
 
 
 def _first(given: T | None, otherwise: T) -> T:

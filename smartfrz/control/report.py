@@ -119,7 +119,12 @@ class Report:
             layers=layers,
             frozen=dict(controller.frozen),
             user_frozen={layer.name for layer in layers} - set(trained),
-            changes=[(e.step, e.action, e.layer) for e in controller.events if e.action != "keep"],
+            changes=[
+                (e.step, e.action, e.layer)
+                for e in controller.events
+                # A dry run that goes on for real has saved nothing so far.
+                if e.action != "keep" and (controller.dry_run or e.action != "would_freeze")
+            ],
             num_steps=controller.num_steps,
             seconds=seconds,
             decision_seconds=controller.decision_seconds,

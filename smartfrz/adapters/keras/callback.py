@@ -395,8 +395,9 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Have the next `fit` continue a saved run. Load the model with its optimizer as well.
 
-        Pass `initial_epoch=` to `fit`. What the saved run had frozen is frozen when training begins,
-        and the schedule, threshold and patience of the saved run replace the ones given to this one.
+        Pass `initial_epoch=` to `fit`. What the saved run had frozen is frozen when training begins. Options that were
+        passed to this SmartFRZ count, also where the saved run had others, and the differences are logged; options
+        left out go on as they were saved.
 
         Raises:
             StateError: If the state was not made by `state_dict`, or by another version. Whether it

@@ -35,6 +35,7 @@ class FreezingCallback:
 
     freezer: SmartFRZ | None = None
     _training = False
+    _announced: int | None = None
 
     def __init__(
         self,
@@ -59,8 +60,22 @@ class FreezingCallback:
 
     @property
     def _needs_length(self) -> bool:
-        """True if the length of the run has to come from the framework."""
+        """True if the run cannot begin unless the framework knows its length."""
         return self._options.get("total_steps") is None and self._options.get("record_every") is None
+
+    def _state(self) -> dict[str, Any]:
+        """Return all that a resumed run needs to continue as an uninterrupted one."""
+        if self.freezer is None:
+            return {"started": False}
+        return self.freezer.state_dict() | {"announced": self._announced}
+
+    def _length(self, steps_left: int | None, saved: dict[str, Any] | None) -> int | None:
+        """Return how long the framework's run is, from the first step that the freezer counts."""
+        if saved is None or not saved.get("started") or steps_left is None:
+            return steps_left
+        if saved.get("announced") == self._announced:
+            return None  # as it was: what was saved goes on
+        return int(saved["controller"]["num_steps"]) + steps_left
 
     def _logs(self) -> dict[str, float]:
         """Return what joins the logs of the framework."""
@@ -70,13 +85,25 @@ class FreezingCallback:
         self,
         model: nn.Module,
         optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
-        total_steps: int | None,
+        steps_left: int | None,
+        announced: int | None,
         saved: dict[str, Any] | None,
         steps_done: int,
         find_entry: Callable[[], nn.Module | None] | None = None,
     ) -> None:
-        """Make the freezer of a run that starts, or continues from the state `saved`."""
+        """Make the freezer of a run that starts, or continues from the state `saved`.
+
+        Args:
+            model: The model.
+            optimizers: The optimizer of the model, or several.
+            steps_left: Steps from now to the end of the run, as the framework knows; None if it does not.
+            announced: What the framework says of the length of the whole run, in whatever unit.
+            saved: The state of the run that goes on, as `_state` returned it.
+            steps_done: Steps before this run, as the framework counts them.
+            find_entry: See `SmartFRZ.set_entry`.
+        """
         self._end()
+        self._announced = announced
         if steps_done and saved is None and not self._allow_missing_state:
             raise StateError(
                 f"Training goes on from step {steps_done}, but the checkpoint holds no state of "
@@ -85,8 +112,11 @@ class FreezingCallback:
                 "watch from here on."
             )
         options = dict(self._options)
-        if self._needs_length:
-            options["total_steps"] = total_steps
+        if options.get("total_steps") is None:
+            # Also beside `record_every`: policies, and what pays in the rest of the run, depend on the length.
+            options["total_steps"] = self._length(steps_left, saved)
+            if options["total_steps"] is None and saved is not None and saved.get("started"):
+                options["total_steps"] = saved["controller"]["total_steps"]
         freezer = SmartFRZ(model, optimizers, self._predictor, **options)
         if find_entry is not None:
             freezer.set_entry(find_entry)

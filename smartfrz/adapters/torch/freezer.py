@@ -347,7 +347,8 @@ class SmartFRZ(Freezer[TorchAdapter]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue a saved run. Load the model and the optimizer first, then this.
 
-        What the saved run had frozen is frozen again at once.
+        What the saved run had frozen is frozen again at once. Options that were passed to this SmartFRZ count, also
+        where the saved run had others, and the differences are logged; options left out go on as they were saved.
 
         Raises:
             StateError: If the state belongs to another model, predictor or version. Nothing is changed then.

@@ -68,7 +68,8 @@ class SmartFRZCallback(FreezingCallback, TrainerCallback, ExportableState):
         self._begin(
             kwargs["model"],
             getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"]),  # Accelerate wraps it
-            state.max_steps - state.global_step,
+            max(1, state.max_steps - state.global_step),
+            state.max_steps,
             _unpack(packed) if packed else None,
             state.global_step,
         )
@@ -105,7 +106,7 @@ class SmartFRZCallback(FreezingCallback, TrainerCallback, ExportableState):
         args["allow_missing_state"] = self._allow_missing_state
         state: dict[str, Any] = {"args": args, "attributes": {}}
         if self._training and self.freezer is not None:
-            state["freezer"] = _pack(self.freezer.state_dict())
+            state["freezer"] = _pack(self._state())
         return state
 
 

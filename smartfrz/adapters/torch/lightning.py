@@ -69,7 +69,7 @@ class SmartFRZCallback(FreezingCallback, Callback):
         self._end()
         # The same Trainer fits on where it stopped, with max_epochs raised.
         goes_on = self.freezer is not None and 0 < trainer.global_step == self._global_step
-        self._saved = self.freezer.state_dict() if goes_on and self.freezer else None
+        self._saved = self._state() if goes_on else None
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Forget the state of an earlier fit, even if the checkpoint has none of this callback."""
@@ -82,7 +82,7 @@ class SmartFRZCallback(FreezingCallback, Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed fit needs to continue as an uninterrupted one."""
         if self.freezer is not None:
-            return self.freezer.state_dict()
+            return self._state()
         return self._saved or {"started": False}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -92,7 +92,7 @@ class SmartFRZCallback(FreezingCallback, Callback):
         self._begin(
             self._step,
             trainer.optimizers,
-            _steps_left(trainer) if self._needs_length else None,
+            *_length_of(trainer, needed=self._needs_length),
             saved,
             trainer.global_step,
             self._step.entry,
@@ -125,10 +125,15 @@ class SmartFRZCallback(FreezingCallback, Callback):
             self._end()
 
 
-def _steps_left(trainer: Trainer) -> int:
-    """Return the number of batches, until the end, after which an optimizer steps."""
+def _length_of(trainer: Trainer, *, needed: bool) -> tuple[int | None, int | None]:
+    """Return the number of batches, until the end and in all, after which an optimizer steps.
+
+    Both are None if Lightning does not know them and they are not needed.
+    """
     total = trainer.estimated_stepping_batches
     if not math.isfinite(total) or total < 1:
+        if not needed:
+            return None, None
         raise UsageError(
             f"Lightning estimates {total} steps for this fit; SmartFRZ needs to know how long the run is. Pass "
             "SmartFRZCallback(total_steps=...) or record_every=..., or give the Trainer max_steps."
@@ -137,7 +142,7 @@ def _steps_left(trainer: Trainer) -> int:
     optimizers = 1 if trainer.lightning_module.automatic_optimization else len(trainer.optimizers)
     if trainer.max_steps > 0:  # of all optimizers together
         total = min(total, math.ceil(trainer.max_steps / optimizers))
-    return max(1, int(total) - done // optimizers)
+    return max(1, int(total) - done // optimizers), int(total)
 
 
 class _TrainingStep(nn.Module):
