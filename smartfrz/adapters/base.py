@@ -1,5 +1,6 @@
 """`Freezer`: what SmartFRZ is in every framework. Loads none of them."""
 
+import logging
 import os
 import time
 from abc import ABC, abstractmethod
@@ -17,6 +18,8 @@ from smartfrz.control.protocols import Adapter
 from smartfrz.control.report import Report, ReportedLayer
 from smartfrz.errors import StateError
 from smartfrz.predictor.runtime import Device
+
+logger = logging.getLogger("smartfrz")
 
 
 class StatefulAdapter(Adapter, Protocol):
@@ -138,6 +141,13 @@ class Freezer(ABC, Generic[A]):
         """Record, decide, freeze and thaw, after one optimizer step."""
         controller = run.controller
         decisions = controller.step()
+        if controller.num_steps - 1 == controller.total_steps:
+            logger.warning(
+                "SmartFRZ: the run goes on beyond its %d steps, total_steps; records and freezing were planned for so "
+                "many. Pass the optimizer steps of the whole run, len(loader) * epochs, divided by the batches of which "
+                "gradients are accumulated, and call step() once for each optimizer step.",
+                controller.total_steps,
+            )
         if controller.thaw_on_restart:
             decisions = decisions + controller.observe_learning_rates(self._learning_rates())
         self._react(run, decisions)

@@ -421,7 +421,8 @@ class FreezeController:
             **schedule._asdict(),
             "total_steps": total_steps,
             "dry_run": self._options.dry_run,
-            "thaw_on_restart": self._options.thaw_on_restart,
+            # False is what it is when left out.
+            "thaw_on_restart": self._options.thaw_on_restart or saved["thaw_on_restart"],
             # Adapters set it again where the model is compiled.
             "freeze_every": saved["freeze_every"] if same_pace else 1,
         }
@@ -437,8 +438,12 @@ class FreezeController:
             told.append("the weights recorded so far are forgotten, as they were recorded at other distances")
         if saved["dry_run"] and not chosen["dry_run"] and state["frozen"]:
             told.append(f"{len(state['frozen'])} layers that the dry run would have frozen are trained")
+        if chosen["thaw_on_restart"] != self._options.thaw_on_restart:
+            told.append("thaw_on_restart stays True, as saved")
         if self._options.seed != saved["seed"]:
-            told.append(f"seed stays {saved['seed']!r} (received: {self._options.seed!r}), as the history was made with it")
+            told.append(
+                f"seed stays {saved['seed']!r} (received: {self._options.seed!r}), as the history was made with it"
+            )
         if told:
             logger.warning("SmartFRZ goes on from step %d with other options: %s.", state["num_steps"], "; ".join(told))
 
