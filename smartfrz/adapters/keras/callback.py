@@ -16,7 +16,7 @@ from smartfrz.adapters.keras.compiling import CompileClock
 from smartfrz.adapters.keras.freezing import KerasAdapter, thaw_leftovers
 from smartfrz.adapters.keras.layers import CallRecorder, Layer, group_layers, trace_graph
 from smartfrz.adapters.keras.neighbours import Board, Saving, come_first
-from smartfrz.adapters.keras.state_file import read_state, write_state
+from smartfrz.adapters.state_file import read_state, write_state
 from smartfrz.control.controller import FreezeController
 from smartfrz.control.decision import FreezeDecision
 from smartfrz.control.learned import AsksPredictor
