@@ -377,7 +377,8 @@ def test_what_is_passed_when_a_run_is_resumed_counts_and_each_difference_is_said
     assert (second.threshold, second.patience, second.total_steps) == (0.7, 1, 600)
     assert (second.dry_run, second.thaw_on_restart, second.seed) == (False, True, 0)
     assert second.num_steps == 30
-    assert second.frozen == {} and not second_adapter.frozen
+    assert second.frozen == {}
+    assert not second_adapter.frozen
     (said,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
     for difference in (
         "total_steps is now 600 (saved: 90)",
@@ -406,7 +407,7 @@ def test_options_left_out_go_on_as_they_were_saved_without_a_word(caplog):
 def test_a_longer_run_is_recorded_anew_at_its_own_pace_unless_that_was_chosen(record_every, expected):
     first, adapter, _ = controller_of(record_every=record_every, total_steps=60)
     run(first, adapter, 12)
-    second, second_adapter, predictor = controller_of(adapter=restored(adapter), record_every=None, total_steps=600)
+    second, _, _ = controller_of(adapter=restored(adapter), record_every=None, total_steps=600)
     second.load_state_dict(first.state_dict())
     assert second.record_every == expected
     assert bool(second.state_dict()["history"]) == (record_every is not None)

@@ -16,6 +16,7 @@ from smartfrz.control.options import FreezeOptions, Schedule
 from smartfrz.control.policy import Policy
 from smartfrz.control.protocols import Adapter
 from smartfrz.control.report import Report, ReportedLayer
+from smartfrz.control.saying import describe_stage, say
 from smartfrz.errors import StateError
 from smartfrz.predictor.runtime import Device
 
@@ -151,12 +152,24 @@ class Freezer(ABC, Generic[A]):
         if controller.thaw_on_restart:
             decisions = decisions + controller.observe_learning_rates(self._learning_rates())
         self._react(run, decisions)
+        if decisions and self._speaks:
+            say(describe_stage(decisions, controller.total_steps, len(controller.frozen), len(run.adapter.layers())))
         if (
             min(self.options.norm_batches, controller.record_every * controller.decide_every)
             == controller.steps_to_stage
         ):
             run.adapter.snapshot_statistics()
         return decisions
+
+    @property
+    def _speaks(self) -> bool:
+        """True if this process says what happens."""
+        return self.options.verbose
+
+    def say_report(self) -> None:
+        """Write the report where the lines of `verbose` go; nothing if `verbose` is False."""
+        if self._speaks and self._run is not None:
+            say(str(self.report()))
 
     def _react(self, run: Run[A], decisions: list[FreezeDecision]) -> None:
         changed = any(decision.action in ("freeze", "thaw") for decision in decisions)

@@ -49,6 +49,7 @@ class FreezeController:
         num_records: Records taken so far.
         frozen: Layer name to the step at which it froze (in a dry run: would have).
         events: Every decision so far, oldest first.
+        unpaid_steps: Steps of the stages at which layers were ready, but freezing them did not pay.
         decision_seconds: Time spent recording, deciding and freezing.
         costs: What each layer costs; empty if unknown.
         freeze_every: Freezing stages for each one at which anything is frozen; see `note_compiled`.
@@ -91,6 +92,7 @@ class FreezeController:
         self.num_records = 0
         self.frozen: dict[str, int] = {}
         self.events: list[FreezeDecision] = []
+        self.unpaid_steps: set[int] = set()
         self.decision_seconds = 0.0
         self._streaks: dict[str, int] = {}
         self._warned: set[str] = set()
@@ -239,8 +241,10 @@ class FreezeController:
             keep_one_of=self._keep_one_of,
         )
         decisions, streaks = make(hold=self.num_records // self.decide_every % self.freeze_every != 0)
-        if not self._pays(active, [decision.layer for decision in decisions if decision.action != "keep"]):
+        chosen = [decision.layer for decision in decisions if decision.action != "keep"]
+        if not self._pays(active, chosen):
             decisions, streaks = make(hold=True)
+            self.unpaid_steps.add(self.num_steps)
         return {"decisions": [dataclasses.asdict(decision) for decision in decisions], "streaks": streaks}
 
     def _ordering(self) -> Ordering:
@@ -348,6 +352,7 @@ class FreezeController:
             "costs": {layer: dataclasses.astuple(cost) for layer, cost in self.costs.items()},
             "decision_seconds": self.decision_seconds,
             "events": [dataclasses.asdict(event) for event in self.events],
+            "unpaid_steps": sorted(self.unpaid_steps),
             "history": self._policy.state_dict(),
         }
 
@@ -403,6 +408,7 @@ class FreezeController:
         self.costs = {layer: LayerCost(*cost) for layer, cost in state["costs"].items()}
         self.decision_seconds = state["decision_seconds"]
         self.events = [FreezeDecision(**event) for event in state["events"]]
+        self.unpaid_steps = set(state.get("unpaid_steps", ()))  # earlier states have none
         if same_pace:
             self._policy.load_state_dict(state["history"])
         self._adapter.unfreeze(thawed)  # what froze after the state was saved

@@ -60,6 +60,8 @@ class FreezeOptions:
             fourth training step, which take about twice as long; Keras estimates it from shapes.
         thaw_on_restart: Thaw every layer when the learning rate rises above twice its lowest value since layers
             froze, as in warm restarts.
+        verbose: Write one line at each freezing stage, and in the callbacks the report at the end of training. The lines
+            go to the logger `smartfrz` (level INFO) where logging is set up to show that, else to standard error.
 
     Raises:
         ValueError: If a value is out of range.
@@ -75,6 +77,7 @@ class FreezeOptions:
     norm_batches: int = 24
     freeze_order: FreezeOrder | None = None
     thaw_on_restart: bool = False
+    verbose: bool = True
 
     def __post_init__(self) -> None:
         if self.freeze_order is not None:

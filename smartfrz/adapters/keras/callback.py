@@ -75,6 +75,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         norm_batches: int = 24,
         freeze_order: FreezeOrder | None = None,
         thaw_on_restart: bool = False,
+        verbose: bool = True,
         recompile_steps: float | None = None,
     ):
         options = FreezeOptions(
@@ -88,6 +89,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
             norm_batches=norm_batches,
             freeze_order=freeze_order,
             thaw_on_restart=thaw_on_restart,
+            verbose=verbose,
         )
         if recompile_steps is not None and not recompile_steps >= 0.0:
             raise ValueError(
@@ -243,6 +245,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
             self._run.adapter.unfreeze(self._run.adapter.frozen_layers())
         if self._board is not None:
             self._board.close(self.report())
+        self.say_report()
         self._let_go()
 
     def _let_go(self) -> None:

@@ -9,11 +9,15 @@ import torch
 from torch import nn
 
 from smartfrz import zoo
+from smartfrz.adapters.torch.cache.options import PrefixCache
+from smartfrz.adapters.torch.distributed import RANK_TIMEOUT
 from smartfrz.adapters.torch.freezer import SmartFRZ
-from smartfrz.control.learned import AsksPredictor
+from smartfrz.control.learned import AsksPredictor, policy_of
+from smartfrz.control.ordering import FreezeOrder
 from smartfrz.control.policy import Policy
 from smartfrz.control.report import Report
 from smartfrz.errors import StateError
+from smartfrz.predictor.runtime import Device
 
 
 class FreezingCallback:
@@ -23,13 +27,13 @@ class FreezingCallback:
         predictor: A predictor or policy, as for `SmartFRZ`.
         allow_missing_state: Whether training may resume from a checkpoint that was made without this callback. It
             then starts to watch at that step. By default that raises a `StateError`.
-        **options: Other keyword arguments of `SmartFRZ`. `total_steps` comes from the framework.
+
+    The other arguments are those of `SmartFRZ`. `total_steps` comes from the framework.
 
     Attributes:
         freezer: The `SmartFRZ` of the current or the last run; None before the first.
 
     Raises:
-        TypeError: If an option is unknown.
         UnknownPredictorError: If the zoo has no predictor of that name.
     """
 
@@ -41,18 +45,49 @@ class FreezingCallback:
         self,
         predictor: str | os.PathLike[str] | AsksPredictor | Policy = zoo.DEFAULT,
         *,
+        total_steps: int | None = None,
+        record_every: int | None = None,
+        decide_every: int | None = None,
+        threshold: float | None = None,
+        patience: int | None = None,
+        dry_run: bool = False,
+        seed: int = 0,
+        device: Device = "auto",
+        norm_batches: int = 24,
+        freeze_order: FreezeOrder | None = None,
+        thaw_on_restart: bool = False,
+        verbose: bool = True,
+        rank_timeout: float = RANK_TIMEOUT,
+        cache: PrefixCache | None = None,
         allow_missing_state: bool = False,
-        **options: Any,
     ):
-        # A misspelled option is an error now, not after the model and the data have been loaded.
-        try:
-            inspect.signature(SmartFRZ).bind(None, None, predictor, **options)
-        except TypeError as error:
-            raise TypeError(f"{type(self).__name__} {error}; expected keyword arguments of SmartFRZ.") from None
-        zoo.load(predictor)
+        # Spelled out, as LightningCLI and editors read the signature.
+        given = {
+            "total_steps": total_steps,
+            "record_every": record_every,
+            "decide_every": decide_every,
+            "threshold": threshold,
+            "patience": patience,
+            "dry_run": dry_run,
+            "seed": seed,
+            "device": device,
+            "norm_batches": norm_batches,
+            "freeze_order": freeze_order,
+            "thaw_on_restart": thaw_on_restart,
+            "verbose": verbose,
+            "rank_timeout": rank_timeout,
+            "cache": cache,
+        }
+        defaults = inspect.signature(SmartFRZ).parameters
+        policy_of(zoo.load(predictor))  # complain now, not after the model and the data have been loaded
         self._predictor = predictor
-        self._options = options
+        self._options = {name: value for name, value in given.items() if value != defaults[name].default}
         self._allow_missing_state = allow_missing_state
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle holds: the options. A copy has no run, as it has no model."""
+        own = self.__dict__
+        return {name: own[name] for name in ("_predictor", "_options", "_allow_missing_state")}
 
     def report(self) -> Report:
         """Report what froze when, what that saved, and what deciding cost."""
@@ -124,6 +159,12 @@ class FreezingCallback:
             freezer.load_state_dict(saved)
         self.freezer, self._training = freezer, True
 
+    def _finish(self) -> None:
+        """End a run that went to its end, and say what became of it."""
+        if self._training and self.freezer is not None:
+            self.freezer.say_report()
+        self._end()
+
     def _end(self) -> None:
         """Thaw what this callback froze.
 
@@ -132,4 +173,4 @@ class FreezingCallback:
         """
         self._training = False
         if self.freezer is not None:
-            self.freezer.close(unfreeze=True)
+            self.freezer.close()

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -89,6 +90,7 @@ class SmartFRZ(Freezer[TorchAdapter]):
         norm_batches: int = 24,
         freeze_order: FreezeOrder | None = None,
         thaw_on_restart: bool = False,
+        verbose: bool = True,
         rank_timeout: float = RANK_TIMEOUT,
         cache: PrefixCache | None = None,
         auto_step: bool = False,
@@ -104,6 +106,7 @@ class SmartFRZ(Freezer[TorchAdapter]):
             norm_batches=norm_batches,
             freeze_order=freeze_order,
             thaw_on_restart=thaw_on_restart,
+            verbose=verbose,
         )
         if not rank_timeout > 0:
             raise ValueError(f"`rank_timeout` is {rank_timeout!r}; expected a positive number of seconds.")
@@ -212,6 +215,11 @@ class SmartFRZ(Freezer[TorchAdapter]):
             controller.add_decision_seconds(self._steps.take_seconds())
         self._clock.read()
         return decisions
+
+    @property
+    def _speaks(self) -> bool:
+        first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+        return super()._speaks and first
 
     def _learning_rates(self) -> list[float]:
         return [float(group["lr"]) for optimizer in self._optimizers for group in optimizer.param_groups]

@@ -43,13 +43,13 @@ class SmartFRZCallback(FreezingCallback, TrainerCallback, ExportableState):
         predictor: A predictor or policy, as for `SmartFRZ`.
         allow_missing_state: Whether training may resume from a checkpoint that was made without this callback. It
             then starts to watch at that step. By default that raises a `StateError`.
-        **options: Other keyword arguments of `SmartFRZ`. `total_steps` comes from the Trainer.
+
+    The other arguments are those of `SmartFRZ`. `total_steps` comes from the Trainer.
 
     Attributes:
         freezer: The `SmartFRZ` of the current or the last run; None before the first.
 
     Raises:
-        TypeError: If an option is unknown.
         UnknownPredictorError: If the zoo has no predictor of that name.
 
     Example:
@@ -148,7 +148,7 @@ class SmartFRZCallback(FreezingCallback, TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave the model as it was found."""
-        self._end()
+        self._finish()
 
     def state(self) -> dict[str, Any]:
         """Return what the Trainer keeps in `trainer_state.json`, and write the rest beside it."""

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from smartfrz import zoo
 from smartfrz.adapters.torch.callback import FreezingCallback
 from smartfrz.errors import UsageError
 
@@ -40,13 +39,13 @@ class SmartFRZCallback(FreezingCallback, Callback):
         predictor: A predictor or policy, as for `SmartFRZ`.
         allow_missing_state: Whether training may resume from a checkpoint that was made without this callback. It
             then starts to watch at that step. By default that raises a `StateError`.
-        **options: Other keyword arguments of `SmartFRZ`. `total_steps` comes from the Trainer.
+
+    The other arguments are those of `SmartFRZ`. `total_steps` comes from the Trainer.
 
     Attributes:
         freezer: The `SmartFRZ` of the current or the last run; None before the first.
 
     Raises:
-        TypeError: If an option is unknown.
         UnknownPredictorError: If the zoo has no predictor of that name.
 
     Example:
@@ -56,11 +55,9 @@ class SmartFRZCallback(FreezingCallback, Callback):
         SmartFRZ: no step yet.
     """
 
-    def __init__(self, predictor: Any = zoo.DEFAULT, *, allow_missing_state: bool = False, **options: Any):
-        super().__init__(predictor, allow_missing_state=allow_missing_state, **options)
-        self._saved: dict[str, Any] | None = None
-        self._step: _TrainingStep | None = None
-        self._global_step = 0
+    _saved: dict[str, Any] | None = None
+    _step: "_TrainingStep | None" = None
+    _global_step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Keep the state of a fit that this one continues; the checkpoint is read, and the optimizers made, later."""
@@ -117,7 +114,7 @@ class SmartFRZCallback(FreezingCallback, Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the model as it was found."""
-        self._end()
+        self._finish()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the model as it was found, unless other processes would have to take part."""
