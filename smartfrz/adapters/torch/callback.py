@@ -62,7 +62,7 @@ class FreezingCallback:
         allow_missing_state: bool = False,
     ):
         # Spelled out, as LightningCLI and editors read the signature.
-        given = {
+        given: dict[str, Any] = {
             "total_steps": total_steps,
             "record_every": record_every,
             "decide_every": decide_every,

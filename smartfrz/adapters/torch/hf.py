@@ -73,7 +73,7 @@ class SmartFRZCallback(FreezingCallback, TrainerCallback, ExportableState):
         name = type(self).__name__
         kept: Any = state.stateful_callbacks  # a dict by now
         entry = kept.get(name) or {}
-        self._folder = Path(args.output_dir)
+        self._folder = Path(args.output_dir or ".")
         self._state_of_trainer = state
         self._begin(
             kwargs["model"],
@@ -104,7 +104,7 @@ class SmartFRZCallback(FreezingCallback, TrainerCallback, ExportableState):
         if "state" in entry:
             return _with_tensors(from_json(entry["state"]))
         places = [Path(place) for place in _folders_of_resumed_training(frame)]
-        places += [Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"]
+        places += [Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{step}"]
         for place in places:
             file = place / STATE_FILE
             if file.is_file():
@@ -152,7 +152,7 @@ class SmartFRZCallback(FreezingCallback, TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Return what the Trainer keeps in `trainer_state.json`, and write the rest beside it."""
-        args = {k: v.item() if isinstance(v, np.generic) else v for k, v in self._options.items()}
+        args: dict[str, Any] = {k: v.item() if isinstance(v, np.generic) else v for k, v in self._options.items()}
         if isinstance(self._predictor, (str, os.PathLike)):
             args["predictor"] = os.fspath(self._predictor)
         args["allow_missing_state"] = self._allow_missing_state
@@ -198,4 +198,4 @@ def _folders_of_resumed_training(frame: FrameType | None) -> list[str]:
         if isinstance(frame.f_locals.get("self"), Trainer):
             found.append(frame.f_locals.get("resume_from_checkpoint"))
         frame = frame.f_back
-    return list(dict.fromkeys(folder for folder in found if isinstance(folder, (str, os.PathLike))))
+    return list(dict.fromkeys(os.fspath(folder) for folder in found if isinstance(folder, (str, os.PathLike))))

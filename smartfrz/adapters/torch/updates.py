@@ -135,13 +135,13 @@ class Rounds:
     # A step of a subclass that calls the step of its base class runs the hooks twice; only after the outer step is all
     # done. No post hook runs after a step that raised, so the frame of the outer step tells whether it still runs.
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _enter(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         frame = sys._getframe(1)
         if self._outermost is None or not _runs(self._outermost, frame):
             self._outermost = _caller(frame)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _leave(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if _caller(sys._getframe(1)) is not self._outermost:
             return
