@@ -79,7 +79,7 @@ def explain_nothing_frozen(events: Sequence[FreezeDecision], unpaid_steps: Colle
     closest: dict[str, tuple[int, float, str, FreezeDecision]] = {}
     for event in events:
         unpaid = event.reason == "grouped" and event.step in unpaid_steps
-        reason = "does_not_pay" if unpaid else event.reason
+        reason: str = "does_not_pay" if unpaid else event.reason
         missing = event.threshold - event.confidence
         found = ranks.get(reason, len(ranks)), 0.0 if math.isnan(missing) else missing, reason, event
         if event.layer not in closest or found[:2] <= closest[event.layer][:2]:
