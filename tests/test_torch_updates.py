@@ -292,3 +292,17 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     for path in "~/mine.onnx", Path("~/mine.onnx"):
         assert SmartFRZ(model, sgd(model), path, total_steps=9).predictor.path == tmp_path / "mine.onnx"
     assert registry_url("~/models") == (tmp_path / "models/registry.json").as_uri()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_accelerate_counts_where_its_optimizer_really_steps():
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=3)
+    model, optimizer = accelerator.prepare(net := Net(), sgd(net))
+    freezer = attach(model, optimizer, NET, auto_step=True)
+    for step in range(12):
+        with accelerator.accumulate(model):
+            accelerator.backward(loss_of(model, step))
+            optimizer.step()
+            optimizer.zero_grad()
+    assert freezer.report().num_steps == 4
