@@ -49,6 +49,7 @@ class FreezeController:
         num_records: Records taken so far.
         frozen: Layer name to the step at which it froze (in a dry run: would have).
         events: Every decision so far, oldest first.
+        unpaid_steps: Steps of the stages at which layers were ready, but freezing them did not pay.
         decision_seconds: Time spent recording, deciding and freezing.
         costs: What each layer costs; empty if unknown.
         freeze_every: Freezing stages for each one at which anything is frozen; see `note_compiled`.
@@ -69,6 +70,7 @@ class FreezeController:
         ranks: Ranks | None = None,
     ):
         self._policy = copy.copy(policy_of(predictor))  # one policy object may serve several runs
+        self._options = options
         schedule = options.schedule(self._policy)
         self.record_every, self.decide_every, self.threshold, self.patience, self.freeze_order = schedule
         self.thaw_on_restart = options.thaw_on_restart
@@ -90,6 +92,7 @@ class FreezeController:
         self.num_records = 0
         self.frozen: dict[str, int] = {}
         self.events: list[FreezeDecision] = []
+        self.unpaid_steps: set[int] = set()
         self.decision_seconds = 0.0
         self._streaks: dict[str, int] = {}
         self._warned: set[str] = set()
@@ -238,8 +241,10 @@ class FreezeController:
             keep_one_of=self._keep_one_of,
         )
         decisions, streaks = make(hold=self.num_records // self.decide_every % self.freeze_every != 0)
-        if not self._pays(active, [decision.layer for decision in decisions if decision.action != "keep"]):
+        chosen = [decision.layer for decision in decisions if decision.action != "keep"]
+        if not self._pays(active, chosen):
             decisions, streaks = make(hold=True)
+            self.unpaid_steps.add(self.num_steps)
         return {"decisions": [dataclasses.asdict(decision) for decision in decisions], "streaks": streaks}
 
     def _ordering(self) -> Ordering:
@@ -347,6 +352,7 @@ class FreezeController:
             "costs": {layer: dataclasses.astuple(cost) for layer, cost in self.costs.items()},
             "decision_seconds": self.decision_seconds,
             "events": [dataclasses.asdict(event) for event in self.events],
+            "unpaid_steps": sorted(self.unpaid_steps),
             "history": self._policy.state_dict(),
         }
 
@@ -373,32 +379,79 @@ class FreezeController:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was called: what it had frozen is frozen, and nothing else.
 
-        The schedule, threshold and patience of the saved run replace the ones given to this one.
+        What the options of this run leave open goes on as it was saved. Where they differ from the saved run, the
+        options count, except for the seed, and the differences are logged: records that were taken at other
+        distances are forgotten, and so is what a dry run would have frozen.
 
         Raises:
             StateError: If the state belongs to another model, predictor or version. Nothing is changed then.
         """
         self.check_state(state)
-        saved = {name: state[name] for name in ("num_steps", "num_records", "frozen")}
-        self._ranks.meet("loading a state", {"schedule": state["schedule"], **saved})
-        for name in _SCHEDULE:
-            setattr(self, name, state["schedule"][name])
-        self.total_steps = state["total_steps"]
+        frozen = dict(state["frozen"])
+        if state["schedule"]["dry_run"] and not self.dry_run:
+            frozen = {}  # it was trained all the time, and has no history
+        chosen = self._chosen(state)
+        saved = {name: state[name] for name in ("num_steps", "num_records")}
+        self._ranks.meet("loading a state", {"schedule": chosen, "frozen": frozen, **saved})
+        self._say_what_differs(state, chosen)
+        for name, value in chosen.items():
+            setattr(self, name, value)
         self._policy.begin(self._adapter, self._layers, total_steps=self.total_steps, seed=self.seed)
         self.num_steps = state["num_steps"]
         self.num_records = state["num_records"]
-        thawed = [layer for layer in self.frozen if layer not in state["frozen"]]
-        self.frozen = dict(state["frozen"])
-        self._streaks = dict(state["streaks"])
+        thawed = [layer for layer in self.frozen if layer not in frozen]
+        self.frozen = frozen
+        same_pace = self.record_every == state["schedule"]["record_every"]
+        self._streaks = dict(state["streaks"]) if same_pace else {}
         self._warned = set(state["warned"])
         self._restarts.load_state(state["learning_rates"])
         self.costs = {layer: LayerCost(*cost) for layer, cost in state["costs"].items()}
         self.decision_seconds = state["decision_seconds"]
         self.events = [FreezeDecision(**event) for event in state["events"]]
-        self._policy.load_state_dict(state["history"])
+        self.unpaid_steps = set(state.get("unpaid_steps", ()))  # earlier states have none
+        if same_pace:
+            self._policy.load_state_dict(state["history"])
         self._adapter.unfreeze(thawed)  # what froze after the state was saved
         if not self.dry_run:
             self._adapter.freeze(list(self.frozen))
+
+    def _chosen(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return how a saved run goes on: every name of `_SCHEDULE`, and `total_steps`."""
+        saved = state["schedule"]
+        schedule, total_steps = self._options.continuing(
+            self._policy, {name: saved[name] for name in Schedule._fields}, state["total_steps"]
+        )
+        same_pace = (total_steps, schedule.record_every) == (state["total_steps"], saved["record_every"])
+        return {
+            **saved,
+            **schedule._asdict(),
+            "total_steps": total_steps,
+            "dry_run": self._options.dry_run,
+            # False is what it is when left out.
+            "thaw_on_restart": self._options.thaw_on_restart or saved["thaw_on_restart"],
+            # Adapters set it again where the model is compiled.
+            "freeze_every": saved["freeze_every"] if same_pace else 1,
+        }
+
+    def _say_what_differs(self, state: dict[str, Any], chosen: dict[str, Any]) -> None:
+        """Log in one line what the saved run did otherwise, and which of both counts."""
+        saved = {"total_steps": state["total_steps"], **state["schedule"]}
+        names = ("total_steps", *Schedule._fields, "dry_run", "thaw_on_restart")
+        told = [
+            f"{name} is now {chosen[name]!r} (saved: {saved[name]!r})" for name in names if chosen[name] != saved[name]
+        ]
+        if chosen["record_every"] != saved["record_every"]:
+            told.append("the weights recorded so far are forgotten, as they were recorded at other distances")
+        if saved["dry_run"] and not chosen["dry_run"] and state["frozen"]:
+            told.append(f"{len(state['frozen'])} layers that the dry run would have frozen are trained")
+        if chosen["thaw_on_restart"] != self._options.thaw_on_restart:
+            told.append("thaw_on_restart stays True, as saved")
+        if self._options.seed != saved["seed"]:
+            told.append(
+                f"seed stays {saved['seed']!r} (received: {self._options.seed!r}), as the history was made with it"
+            )
+        if told:
+            logger.warning("SmartFRZ goes on from step %d with other options: %s.", state["num_steps"], "; ".join(told))
 
 
 def require_version(state: dict[str, Any]) -> None:

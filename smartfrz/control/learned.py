@@ -164,5 +164,18 @@ class LearnedPolicy(Policy):
 
 
 def policy_of(predictor: AsksPredictor | Policy) -> Policy:
-    """Return the policy itself, or wrap a predictor in a policy."""
-    return predictor if isinstance(predictor, Policy) else LearnedPolicy(predictor)
+    """Return the policy itself, or wrap a predictor in a policy.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    if isinstance(predictor, Policy):
+        return predictor
+    if isinstance(predictor, type) or not hasattr(predictor, "info"):
+        given = f"the class {predictor.__name__}" if isinstance(predictor, type) else repr(predictor)
+        raise TypeError(
+            f"`predictor` is {given}; expected a name in the zoo, the path or address of an ONNX file, the address of a "
+            "predictor on a server, a loaded Predictor, or a policy such as smartfrz.baselines.LinearFreezing(). Leave it "
+            "out for the default, 'smartfrz-base'."
+        )
+    return LearnedPolicy(predictor)

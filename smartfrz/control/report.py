@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from smartfrz.control.controller import FreezeController
 from smartfrz.control.ordering import LayerCost, backward_cost
+from smartfrz.control.saying import explain_nothing_frozen
 
 
 class ReportedLayer(Protocol):
@@ -78,6 +79,7 @@ class Report:
         recompile_seconds: Time that these took.
         per_example: Whether the layers' FLOPs are counted for one example instead of one batch.
         cache: What the activation cache did; None without a cache.
+        why_nothing: Why no layer ever froze, one line for each reason; empty if one did.
     """
 
     layers: Sequence[ReportedLayer] = field(default_factory=list)
@@ -96,6 +98,7 @@ class Report:
     recompile_seconds: float = 0.0
     per_example: bool = False
     cache: CacheUse | None = None
+    why_nothing: list[str] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -119,11 +122,19 @@ class Report:
             layers=layers,
             frozen=dict(controller.frozen),
             user_frozen={layer.name for layer in layers} - set(trained),
-            changes=[(e.step, e.action, e.layer) for e in controller.events if e.action != "keep"],
+            changes=[
+                (e.step, e.action, e.layer)
+                for e in controller.events
+                # A dry run that goes on for real has saved nothing so far.
+                if e.action != "keep" and (controller.dry_run or e.action != "would_freeze")
+            ],
             num_steps=controller.num_steps,
             seconds=seconds,
             decision_seconds=controller.decision_seconds,
             dry_run=controller.dry_run,
+            why_nothing=[]
+            if any(e.action in ("freeze", "would_freeze") for e in controller.events)
+            else explain_nothing_frozen(controller.events, controller.unpaid_steps),
             **others,
         )
 
@@ -222,6 +233,7 @@ class Report:
             "recompile_seconds": self.recompile_seconds,
             "per_example": self.per_example,
             "dry_run": self.dry_run,
+            "why_nothing": list(self.why_nothing),
             "cache": None if self.cache is None else asdict(self.cache),
         }
 
@@ -231,6 +243,7 @@ class Report:
         what = "would have frozen" if self.dry_run else "froze"
         ever = {layer for _, action, layer in self.changes if action != "thaw"}
         lines = [f"SmartFRZ {what} {len(ever)} of {len(self.layers)} layers in {self.num_steps} steps."]
+        lines += [f"  {reason}" for reason in self.why_nothing]
         stopped = set(self.frozen) | self.user_frozen
         prefix = next((i for i, layer in enumerate(self.layers) if layer.name not in stopped), len(self.layers))
         if self.user_frozen:

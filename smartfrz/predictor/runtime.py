@@ -70,7 +70,7 @@ class Predictor:
     def __init__(self, path: str | os.PathLike[str], *, device: Device = "auto", num_threads: int = 1):
         if device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"`device` is {device!r}; expected 'auto', 'cpu' or 'cuda'.")
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         file = str(path)
         content = _read_file(self.path, file)
         self.sha256 = check_seal(content, file)

@@ -16,7 +16,7 @@ from smartfrz.adapters.keras.compiling import CompileClock
 from smartfrz.adapters.keras.freezing import KerasAdapter, thaw_leftovers
 from smartfrz.adapters.keras.layers import CallRecorder, Layer, group_layers, trace_graph
 from smartfrz.adapters.keras.neighbours import Board, Saving, come_first
-from smartfrz.adapters.keras.state_file import read_state, write_state
+from smartfrz.adapters.state_file import read_state, write_state
 from smartfrz.control.controller import FreezeController
 from smartfrz.control.decision import FreezeDecision
 from smartfrz.control.learned import AsksPredictor
@@ -75,6 +75,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         norm_batches: int = 24,
         freeze_order: FreezeOrder | None = None,
         thaw_on_restart: bool = False,
+        verbose: bool = True,
         recompile_steps: float | None = None,
     ):
         options = FreezeOptions(
@@ -88,6 +89,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
             norm_batches=norm_batches,
             freeze_order=freeze_order,
             thaw_on_restart=thaw_on_restart,
+            verbose=verbose,
         )
         if recompile_steps is not None and not recompile_steps >= 0.0:
             raise ValueError(
@@ -243,6 +245,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
             self._run.adapter.unfreeze(self._run.adapter.frozen_layers())
         if self._board is not None:
             self._board.close(self.report())
+        self.say_report()
         self._let_go()
 
     def _let_go(self) -> None:
@@ -395,8 +398,9 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Have the next `fit` continue a saved run. Load the model with its optimizer as well.
 
-        Pass `initial_epoch=` to `fit`. What the saved run had frozen is frozen when training begins,
-        and the schedule, threshold and patience of the saved run replace the ones given to this one.
+        Pass `initial_epoch=` to `fit`. What the saved run had frozen is frozen when training begins. Options that were
+        passed to this SmartFRZ count, also where the saved run had others, and the differences are logged; options
+        left out go on as they were saved.
 
         Raises:
             StateError: If the state was not made by `state_dict`, or by another version. Whether it

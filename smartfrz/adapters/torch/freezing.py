@@ -1,5 +1,6 @@
 """Freezes layers of a PyTorch model in the middle of training, around the traps of PyTorch."""
 
+import copy
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, Protocol, Self
@@ -9,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves, tree_map
 
-from smartfrz.adapters.torch.layers import Layer, LayerReader
+from smartfrz.adapters.torch.layers import Layer, LayerReader, Uncopied
 from smartfrz.adapters.torch.optimizer_steps import OptimizerSteps
 from smartfrz.control.grouping import choose_judged
 from smartfrz.control.norms import compute_old_share, compute_recent_statistics
@@ -167,7 +168,7 @@ class TorchAdapter(LayerReader):
                 for optimizer in self._optimizers:
                     _drop_state(optimizer, parameter)
             if self._reentrant and layer not in self._gradient_hooks:
-                self._gradient_hooks[layer] = self._outputs[layer].register_forward_hook(_let_gradients_pass)
+                self._gradient_hooks[layer] = self._outputs[layer].register_forward_hook(_LetsGradientsPass())
         self._freeze_norms([norm for layer in layers for norm in self._norms[layer] if norm not in self._held_in_eval])
         if self._processes is not None and layers:
             self._processes.parameters_changed()
@@ -199,7 +200,7 @@ class TorchAdapter(LayerReader):
             norm.eval()
             # model.train() at the start of each epoch would undo eval(). A forward hook is no alternative: the compiler
             # would see the flag change within the pass, and compile twice.
-            norm.__dict__["train"] = partial(_stay_in_eval, norm, _count_batches(norm) > 0)
+            norm.__dict__["train"] = _StaysInEval(norm, _count_batches(norm) > 0)
         if self._processes is not None and statistics:
             # Each process has seen batches of its own; from now on all of them have to compute the same.
             self._processes.average(statistics)
@@ -273,26 +274,52 @@ def _count_batches(norm: nn.Module) -> int:
     return 0 if tracked is None else int(tracked)
 
 
-def _stay_in_eval(norm: nn.Module, has_statistics: bool, mode: bool = True) -> nn.Module:
-    """Replace a frozen norm's `train`. Bound by `partial`, which is copied and pickled with the norm.
+class _StaysInEval:
+    """Replaces a frozen norm's `train`. A copy of the norm has a copy of it.
 
     A norm whose statistics were reset may train until it has new ones: `swa_utils.update_bn` collects them for averaged
     weights, also in a copy of the frozen model.
+
+    Args:
+        norm: The norm.
+        has_statistics: Whether it has seen batches.
     """
-    norm.training = mode and has_statistics and _count_batches(norm) == 0
-    return norm
+
+    def __init__(self, norm: nn.Module, has_statistics: bool):
+        self._norm, self._has_statistics = norm, has_statistics
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        """Stay in eval mode."""
+        self._norm.training = mode and self._has_statistics and _count_batches(self._norm) == 0
+        return self._norm
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_StaysInEval":
+        return _StaysInEval(copy.deepcopy(self._norm, memo), self._has_statistics)
+
+    def __reduce__(self) -> Any:
+        # A saved model has to load where smartfrz is not installed. The bound method of a dict returns the norm, whatever
+        # the mode, and leaves it as it is.
+        return partial, ({None: self._norm}.get, None)
 
 
-def _let_gradients_pass(module: nn.Module, args: Any, output: Any) -> Any:
-    """Make the output of a frozen layer require a gradient.
+class _LetsGradientsPass:
+    """A hook that makes the output of a frozen layer require a gradient.
 
     A reentrant checkpoint gives no gradient at all if none of its inputs requires one, not even to live layers inside of
     it. Where the layer itself runs inside of a checkpoint, gradients are disabled, and nothing is done.
     """
-    tensors = [value for value in tree_leaves(output) if isinstance(value, torch.Tensor)]
-    if any(tensor.requires_grad for tensor in tensors) or not torch.is_grad_enabled():
-        return None
-    return tree_map(_require_gradient, output)
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        tensors = [value for value in tree_leaves(output) if isinstance(value, torch.Tensor)]
+        if any(tensor.requires_grad for tensor in tensors) or not torch.is_grad_enabled():
+            return None
+        return tree_map(_require_gradient, output)
+
+    def __reduce__(self) -> Any:
+        return Uncopied(self).__reduce__()  # nothing in a file may name smartfrz
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_LetsGradientsPass":
+        return self
 
 
 def _require_gradient(value: Any) -> Any:

@@ -3,7 +3,7 @@
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -197,7 +197,8 @@ class Uncopied:
     """A hook that is left out of copies of the model.
 
     An averaged model is a deep copy, made at any moment. It must neither be traced itself nor end the trace of the model
-    that is trained. Besides, a hook that is a closure could not be pickled.
+    that is trained. A pickle of the model has a hook of the standard library instead, which does nothing, so that it
+    loads where smartfrz is not installed. (A hook that is a closure could not be pickled at all.)
     """
 
     def __init__(self, hook: Callable[..., Any]):
@@ -211,15 +212,12 @@ class Uncopied:
         return _do_nothing
 
     def __reduce__(self) -> Any:
-        return _make_empty_hook, ()
+        # Whatever the arguments, this bound method returns None.
+        return getattr, (nullcontext(), "__exit__")
 
 
 def _do_nothing(*args: Any) -> None:
     """Replace a hook in a copy."""
-
-
-def _make_empty_hook() -> Callable[..., None]:
-    return _do_nothing
 
 
 def _is_behind(output: Any, node: str) -> bool:
