@@ -117,7 +117,7 @@ def read_registry(url: str, limit: int) -> bytes:
         return content
     if urls.local_path(url) is None:
         try:
-            with replacing(copy) as temporary:
+            with replacing(copy, follow_links=False) as temporary:
                 temporary.write_bytes(content)
         except OSError as error:
             logger.debug("No copy of the registry %s is kept: %s", url, error)
