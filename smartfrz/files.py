@@ -15,7 +15,7 @@ except ImportError:  # Windows
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str], *, follow_links: bool = True) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; rename it to `path` when the block succeeds.
 
     If the block fails, for example on a full disk or a KeyboardInterrupt, the temporary file is removed and the file
@@ -23,14 +23,13 @@ def replacing(path: str | os.PathLike[str], *, follow_links: bool = True) -> Ite
     replaced keeps its permissions.
 
     Args:
-        path: Path of the finished file. Its folder is created.
-        follow_links: Replace the file that a symbolic link leads to. Otherwise the link itself is replaced: set it to
-            False in folders where other users may write.
+        path: Path of the finished file. Its folder is created. If it is a symbolic link, the file that it leads to is
+            replaced.
 
     Raises:
         OSError: If the folder cannot be written, the disk is full, or `path` is something else than a file.
     """
-    target = Path(os.path.realpath(path)) if follow_links else Path(path)
+    target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         raise OSError(
             f"{str(path)!r} is no regular file; expected a path at which a file can be written. Choose another."
@@ -42,7 +41,7 @@ def replacing(path: str | os.PathLike[str], *, follow_links: bool = True) -> Ite
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        if target.is_file() and not target.is_symlink():
+        if target.is_file():
             temporary.chmod(stat.S_IMODE(target.stat().st_mode))
         os.replace(temporary, target)
     except BaseException:
