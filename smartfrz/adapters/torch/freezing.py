@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from smartfrz.adapters.torch.layers import Layer, LayerReader
 from smartfrz.adapters.torch.optimizer_steps import OptimizerSteps
+from smartfrz.control.grouping import choose_judged
 from smartfrz.control.norms import compute_old_share, compute_recent_statistics
 from smartfrz.errors import UnsupportedModelError
 
@@ -79,7 +80,10 @@ class TorchAdapter(LayerReader):
         for name, trained in self._trainable.items():
             # It is also judged by that part: what the user froze does not move, and would look converged.
             ids = {id(p) for p in trained}
-            judged = [p for p in self._tensors[name] if id(p) in ids] or [p for p in trained if p.dim() >= 2] or trained
+            judged = [p for p in self._tensors[name] if id(p) in ids] or [p for p in trained if p.dim() >= 2]
+            judged = choose_judged(judged, trained, torch.Tensor.numel, torch.Tensor.dim)
+            if not judged:
+                trained.clear()  # what is left to train has no values
             self._tensors[name] = judged or self._tensors[name]
         self._norms = {layer.name: [model.get_submodule(n) for n in layer.norms] for layer in layers}
         self._processes = processes
