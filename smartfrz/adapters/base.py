@@ -258,5 +258,13 @@ def require_state(state: dict[str, Any]) -> None:
             f"SmartFRZ.load_state_dict received a dict with keys {sorted(map(str, state))[:5]}; expected what "
             "SmartFRZ.state_dict() returned. Save and load that."
         )
-    if state["started"]:
-        require_version(state["controller"])
+    if not state["started"]:
+        return
+    kinds: dict[str, Any] = {"seconds": (int, float), "layers": list, "controller": dict, "norms": dict}
+    for name, kind in kinds.items():
+        if not isinstance(state.get(name), kind) or isinstance(state.get(name), bool):
+            raise StateError(
+                f"The saved state is damaged: {name} is {state.get(name)!r:.100}. Resume from another checkpoint, or start "
+                "without a state."
+            )
+    require_version(state["controller"])

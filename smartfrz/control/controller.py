@@ -15,6 +15,7 @@ from smartfrz.control.ordering import LayerCost, Ordering, backward_cost
 from smartfrz.control.policy import Policy
 from smartfrz.control.protocols import Adapter, OneProcess, OptimizerAdapter, Ranks
 from smartfrz.control.restarts import RestartWatch
+from smartfrz.control.state import check_contents, check_fields, sealed
 from smartfrz.errors import StateError, UnsupportedModelError
 
 logger = logging.getLogger("smartfrz")
@@ -337,7 +338,7 @@ class FreezeController:
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs to decide as an uninterrupted one: plain data and arrays."""
-        return {
+        state = {
             "version": STATE_VERSION,
             "predictor": self._policy.sha256,
             "layers": list(self._layers),
@@ -355,14 +356,16 @@ class FreezeController:
             "unpaid_steps": sorted(self.unpaid_steps),
             "history": self._policy.state_dict(),
         }
+        return sealed(state)
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise if `load_state_dict` would refuse this state. Nothing is changed.
 
         Raises:
-            StateError: If the state belongs to another model, predictor or version.
+            StateError: If the state belongs to another model, predictor or version, or was damaged.
         """
         require_version(state)
+        check_fields(state)
         if state["predictor"] != self._policy.sha256:
             raise StateError(
                 f"The saved state was made with predictor {state['predictor'][:12]}..., this run has "
@@ -375,6 +378,8 @@ class FreezeController:
                 f"The saved state belongs to a model with {len(state['layers'])} layers, this one has {len(self._layers)}; "
                 f"they differ in {unknown[:4] or 'their order'}. Resume with the same model."
             )
+        self._policy.check_state_dict(state["history"])
+        check_contents(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was called: what it had frozen is frozen, and nothing else.
@@ -384,7 +389,8 @@ class FreezeController:
         distances are forgotten, and so is what a dry run would have frozen.
 
         Raises:
-            StateError: If the state belongs to another model, predictor or version. Nothing is changed then.
+            StateError: If the state belongs to another model, predictor or version, or was damaged. Nothing is changed
+                then.
         """
         self.check_state(state)
         frozen = dict(state["frozen"])
@@ -460,9 +466,10 @@ def require_version(state: dict[str, Any]) -> None:
     Raises:
         StateError: If it did.
     """
-    if state.get("version") != STATE_VERSION:
+    version = state.get("version")
+    if not isinstance(version, int) or version != STATE_VERSION:
         raise StateError(
-            f"The saved state has version {state.get('version')!r}; this version of smartfrz reads {STATE_VERSION}. "
+            f"The saved state has version {version!r}; this version of smartfrz reads {STATE_VERSION}. "
             "Pass what state_dict() returned."
         )
 

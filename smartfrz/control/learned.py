@@ -11,7 +11,7 @@ from smartfrz.control.decision import Reason
 from smartfrz.control.history import WeightHistory
 from smartfrz.control.policy import Policy
 from smartfrz.control.tailoring import tailoring_positions
-from smartfrz.errors import PredictionError
+from smartfrz.errors import PredictionError, StateError
 
 RECORDS_PER_STAGE = 2
 PATIENCE = 2
@@ -153,6 +153,15 @@ class LearnedPolicy(Policy):
     def state_dict(self) -> dict[str, NDArray[Any]]:
         """Return the history."""
         return self.history.state_dict()
+
+    def check_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Raise `StateError` if these are no vectors that the predictor reads."""
+        for layer, rows in state.items():
+            if rows.shape[1:] != (self.history.tailored_size,) or rows.ndim != 2:
+                raise StateError(
+                    f"The saved state is damaged: the history of layer {layer!r} has shape {rows.shape}; expected vectors "
+                    f"of length {self.history.tailored_size}. Resume from another checkpoint, or start without a state."
+                )
 
     def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Replace the history.

@@ -103,5 +103,8 @@ class Policy:
         """Return what was recorded, one array for each layer."""
         return {}
 
+    def check_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Raise `StateError` if `load_state_dict` could not use this. Nothing is changed."""
+
     def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Replace what was recorded by what `state_dict` returned."""
