@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from smartfrz.adapters.torch.layers import Layer, LayerReader
 from smartfrz.adapters.torch.optimizer_steps import OptimizerSteps
 from smartfrz.control.norms import compute_old_share, compute_recent_statistics
+from smartfrz.control.protocols import Untrained
+from smartfrz.control.watch import Disturbance
 from smartfrz.errors import UnsupportedModelError
 
 
@@ -184,6 +186,21 @@ class TorchAdapter(LayerReader):
                 self._gradient_hooks.pop(layer).remove()
         if self._processes is not None and layers:
             self._processes.parameters_changed()
+
+    def disturbed(self, layers: list[str]) -> dict[str, Disturbance]:
+        """Return which of these frozen layers no longer stand still."""
+        return {}
+
+    def untrained(self, layers: list[str]) -> dict[str, Untrained]:
+        """Return which of these active layers are not trained, and why."""
+        return {}
+
+    def find_layers(self) -> list[str]:
+        """Return the names of the layers that may be frozen now."""
+        return self.layers()
+
+    def set_layers(self, layers: list[str]) -> None:
+        """Have `layers` return these names from now on."""
 
     def _freeze_norms(self, norms: list[nn.Module]) -> None:
         statistics: list[torch.Tensor] = []
