@@ -57,7 +57,8 @@ def test_a_flag_that_comes_back_in_every_step_is_set_back_and_told_once(caplog):
     for _ in range(6):
         adapter.trainable = {"a"}  # after the training step, so that nothing has moved
         controller.step()
-        assert "a" in adapter.frozen and not adapter.trainable
+        assert "a" in adapter.frozen
+        assert not adapter.trainable
     assert controller.frozen == {"a": 2}
     assert thaws(controller) == []
     assert [r.getMessage().partition(",")[0] for r in caplog.records] == ["SmartFRZ keeps layer 'a' frozen"]
@@ -69,7 +70,7 @@ def test_a_flag_that_was_set_once_is_believed_and_told(caplog):
     adapter.trainable = {"a"}
     controller.step()
     assert controller.frozen == {"a": 3}
-    assert [(d.layer, d.action) for d in controller.step()][0] == ("a", "thaw")
+    assert [(d.layer, d.action) for d in controller.step() if d.action != "keep"][:1] == [("a", "thaw")]
     assert thaws(controller) == [(5, "a", "unfrozen_by_user", None)]
     [told] = caplog.records
     assert (

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -54,7 +54,7 @@ class FreezeController:
         adapter: The model, as its framework's adapter shows it.
         predictor: A loaded predictor, or another policy.
         options: What the user chose.
-        keep_one_of: Groups of layers, such as the layers of one optimizer. One layer of each group stays active.
+        keep_one_of: Returns groups of layers, such as the layers of one optimizer. One layer of each group stays active.
         ranks: The processes that train together.
 
     Attributes:
@@ -80,7 +80,7 @@ class FreezeController:
         predictor: AsksPredictor | Policy,
         options: FreezeOptions,
         *,
-        keep_one_of: Collection[Collection[str]] = (),
+        keep_one_of: Callable[[], Collection[Collection[str]]] | None = None,
         ranks: Ranks | None = None,
     ):
         self._policy = copy.copy(policy_of(predictor))  # one policy object may serve several runs
@@ -96,7 +96,7 @@ class FreezeController:
         self._prefix_is_cached = False
         self._adapter = adapter
         self._layers = adapter.layers()
-        self._keep_one_of = [list(group) for group in keep_one_of]
+        self._keep_one_of = keep_one_of
         self._ranks = ranks or OneProcess()
         _require_layers(self._layers)
         _require_methods(adapter, self._policy)
@@ -326,7 +326,7 @@ class FreezeController:
             ordering=self._ordering(),
             patience=self.patience,
             dry_run=self.dry_run,
-            keep_one_of=self._keep_one_of,
+            keep_one_of=self._keep_one_of() if self._keep_one_of else (),
         )
         decisions, streaks = make(hold=self.num_records // self.decide_every % self.freeze_every != 0)
         if not self._pays(active, [decision.layer for decision in decisions if decision.action != "keep"]):
@@ -477,11 +477,10 @@ class FreezeController:
         moved = {layer: what for layer, what in self._find_disturbed().items() if what != "trainable"}
         watch = copy.deepcopy(self._watch)
         verdict = watch.judge(moved, list(moved))
-        return [
-            self._thawing(layer, reason, self._stood_still([layer])[layer])
-            for layers, reason in ((verdict.believed, "unfrozen_by_user"), (verdict.moved, "moved_while_frozen"))
-            for layer in layers
-        ], watch
+        since = self._stood_still(list(moved))
+        thaws = [self._thawing(layer, "unfrozen_by_user", since[layer]) for layer in verdict.believed]
+        thaws += [self._thawing(layer, "moved_while_frozen", since[layer]) for layer in verdict.moved]
+        return thaws, watch
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise if `load_state_dict` would refuse this state. Nothing is changed.

@@ -63,8 +63,10 @@ class Adapter(Protocol):
         ...
 
     def find_layers(self) -> list[str]:
-        """Return what `layers` would be if the model were looked at now: the user may freeze and unfreeze layers, and
-        layers may run for the first time. Called at every record, on the first process; nothing is changed.
+        """Return what `layers` would be if the model were looked at now.
+
+        The user may freeze and unfreeze layers, and layers may run for the first time. Called at every record, on the
+        first process; nothing is changed.
         """
         ...
 

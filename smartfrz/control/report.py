@@ -273,8 +273,9 @@ class Report:
         lines = [f"SmartFRZ {what} {len(ever)} of {len(self.layers)} layers in {self.num_steps} steps."]
         stopped = set(self.frozen) | self.user_frozen
         prefix = next((i for i, layer in enumerate(self.layers) if layer.name not in stopped), len(self.layers))
-        if self.user_frozen:
-            lines.append(f"{len(self.user_frozen)} layers are frozen by the training script.")
+        left = {layer for _, action, layer in self.layer_changes if action == "left"}
+        if self.user_frozen - left:
+            lines.append(f"{len(self.user_frozen - left)} layers were frozen before.")
         if stopped:
             lines.append(
                 f"The frozen prefix is {prefix} layers long; {len(stopped) - prefix} frozen layers are behind it."
