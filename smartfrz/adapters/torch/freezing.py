@@ -263,10 +263,15 @@ class TorchAdapter(LayerReader):
             mark(parameter, frozen=False)
 
     def _buffers(self, layer: str) -> list[torch.Tensor]:
-        """Return what a layer holds besides parameters and has to stand still: buffers that checkpoints hold."""
+        """Return what a layer holds besides parameters and has to stand still: buffers that checkpoints hold.
+
+        PyTorch's own norms are held in eval mode. There only the user moves them, who may let `update_bn` gather their
+        statistics anew.
+        """
         return [
             buffer
             for module in self._owners[layer]
+            if not (isinstance(module, _NormBase) and type(module).__module__.startswith("torch."))
             for name, buffer in module._buffers.items()
             if buffer is not None and buffer.is_floating_point() and name not in module._non_persistent_buffers_set
         ]
@@ -383,6 +388,7 @@ class TorchAdapter(LayerReader):
         self._newcomers = []
         for layer in new.values():
             self._describe(layer, ours=set())
+            self._unmoved.forget(layer.name)  # it has had a gradient
         for name in self._layers:
             if name not in layers and name in self._trainable:
                 self._let_go(name)

@@ -2,7 +2,7 @@
 
 import gc
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -47,7 +47,7 @@ class Samples:
     def __contains__(self, key: str) -> bool:
         return key in self._kept
 
-    def moved(self, tensors: dict[str, list[torch.Tensor]]) -> set[str]:
+    def moved(self, tensors: Mapping[str, Sequence[torch.Tensor]]) -> set[str]:
         """Return the keys whose tensors have moved, to the last bit, since their values were kept."""
         now = {key: [view for tensor in each for view in self._view(tensor)] for key, each in tensors.items()}
         then = _by_device([kept for key in now for kept in self._kept[key]])
