@@ -158,7 +158,7 @@ class StepGuard:
     def set_back(self) -> None:
         """Set back the flags of frozen parameters."""
         for parameter, layer in self.frozen.values():
-            if parameter.requires_grad:
+            if parameter.requires_grad and _MARK in vars(parameter):  # else a later run has taken it back
                 parameter.requires_grad_(False)
                 parameter.grad = None
                 if layer in self._flagged_before:
