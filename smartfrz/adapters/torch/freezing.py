@@ -137,11 +137,12 @@ class TorchAdapter(LayerReader):
         return [p for trainable in self._trainable.values() for p in trainable if not p.requires_grad]
 
     def layers_of_each_optimizer(self) -> list[list[str]]:
-        """Return, for each optimizer of several parameters, the names of the layers that it trains."""
+        """Return, for each optimizer, the names of the layers that it trains; nothing if each has one parameter."""
         owned = [{id(p) for group in o.param_groups for p in group["params"]} for o in self._optimizers]
-        # An optimizer for each single parameter, as for steps inside of the backward pass, need not be stepped at all.
-        several = [ids for ids in owned if len(ids) > 1]
-        return [[name for name in self.layers() if any(id(p) in ids for p in self._trainable[name])] for ids in several]
+        if len(owned) > 1 and all(len(ids) == 1 for ids in owned):
+            # Optimizers of single parameters step inside of the backward pass, and not at all without a gradient.
+            return []
+        return [[name for name in self.layers() if any(id(p) in ids for p in self._trainable[name])] for ids in owned]
 
     def keep_one_of(self) -> list[list[str]]:
         """Return groups of layers of which one has to stay active.

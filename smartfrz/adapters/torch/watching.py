@@ -64,14 +64,14 @@ class Samples:
 
     def _view(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Return the bytes of the values to look at; nothing if there are none."""
+        owner, address, known = self._views.get(id(tensor), (None, 0, None))
+        if owner is tensor and known is not None and address == tensor.data_ptr():
+            return [known]
         data: Any = tensor.detach()
         if is_sharded(tensor):
             data = data.to_local()
         if data.numel() == 0 or data.is_meta:
             return []
-        owner, address, view = self._views.get(id(tensor), (None, 0, None))
-        if owner is tensor and address == data.data_ptr() and view is not None:
-            return [view]
         flat, shares_memory = _flatten(data)
         if self._spread:
             flat = flat[:: max(1, len(flat) // _BLOCK)][:_BLOCK].contiguous()
@@ -80,7 +80,7 @@ class Samples:
             start = max(0, (len(flat) - _BLOCK) // 2)
             flat = flat[start : start + _BLOCK]
         view = flat.view(torch.uint8)
-        if shares_memory:
+        if shares_memory and not is_sharded(tensor):
             self._views[id(tensor)] = (tensor, data.data_ptr(), view)
         return [view]
 
