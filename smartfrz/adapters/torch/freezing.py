@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from smartfrz.adapters.torch.layers import Layer, LayerReader, group_later
 from smartfrz.adapters.torch.optimizer_steps import OptimizerSteps
 from smartfrz.adapters.torch.watching import Samples, StepGuard, find_optimizers, mark, thaw_leftovers
+from smartfrz.control.grouping import choose_judged
 from smartfrz.control.norms import compute_old_share, compute_recent_statistics
 from smartfrz.control.protocols import Untrained
 from smartfrz.control.watch import Disturbance
@@ -109,7 +110,10 @@ class TorchAdapter(LayerReader):
         # It is also judged by that part: what the user froze does not move, and would look converged.
         ids = {id(p) for p in trained}
         matrices = [self._parameters[n] for n in layer.weights]
-        judged = [p for p in matrices if id(p) in ids] or [p for p in trained if p.dim() >= 2] or trained
+        judged = [p for p in matrices if id(p) in ids] or [p for p in trained if p.dim() >= 2]
+        judged = choose_judged(judged, trained, torch.Tensor.numel, torch.Tensor.dim)
+        if not judged:
+            trained.clear()  # what is left to train has no values
         self._tensors[name] = judged or matrices
         self._norms[name] = [model.get_submodule(n) for n in layer.norms]
         names = {n.rpartition(".")[0] for n in layer.parameters} | set(layer.norms)
@@ -358,7 +362,7 @@ class TorchAdapter(LayerReader):
     def _may_freeze(self, layer: str, present: Mapping[int, nn.Parameter]) -> bool:
         ours = {id(p) for p in self._trainable[layer]} if layer in self._kept else set()
         return any(
-            id(p) in present and (id(p) in ours or id(p) in self._guard.frozen or self._guard.is_live(p))
+            id(p) in present and p.numel() and (id(p) in ours or id(p) in self._guard.frozen or self._guard.is_live(p))
             for p in self._all[layer]
         )
 
