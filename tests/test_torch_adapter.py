@@ -412,17 +412,9 @@ def test_step_before_any_backward_pass_and_then_after_one():
     assert freezer.layers == LAYERS
 
 
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (
-            nn.Sequential(nn.BatchNorm1d(4)),
-            "found no layer to freeze in Sequential.*Pass the model that holds the layers",
-        ),
-        (nn.Sequential(nn.Linear(4, 2)), r"has 1 layers that can be trained, \['0'\].*Train without it"),
-    ],
-)
-def test_a_model_with_nothing_to_freeze(model, message):
+def test_a_model_with_nothing_to_freeze():
+    model = nn.Sequential(nn.BatchNorm1d(4))
+    message = "found no layer to freeze in Sequential.*Pass the model that holds the layers"
     freezer = SmartFRZ(model, torch.optim.SGD(model.parameters(), lr=0.1), ScriptedPredictor(), record_every=1)
     model(torch.randn(3, 4)).sum().backward()
     with pytest.raises(UnsupportedModelError, match=message):

@@ -18,6 +18,7 @@ _WHY = {
     "below_threshold": "below the threshold",
     "no_answer": "not judged: the predictor's server did not answer",
     "not_finite": "not judged: the weights hold NaN or infinity",
+    "not_trained": "not judged: no optimizer trains it, its learning rate is 0, or it has never moved",
     "history_too_short": "not judged: too few records so far; the run is short, or `record_every` large",
 }
 

@@ -105,6 +105,13 @@ _NUMBERS = _a("an array of numbers", lambda v: isinstance(v, np.ndarray) and v.d
 _CONFIDENCE = _or(_number(0, 1), "NaN", _is_nan)
 _RATES = _list(_a("a number", lambda v: _is_number(v) and not _is_nan(v)))
 
+
+def _change(value: Any, where: str) -> None:
+    _list(_a("a step and two texts", lambda v: isinstance(v, int | str)), 3)(value, where)
+    for check, entry in zip((_integer(0), _one_of(("joined", "appeared", "left")), _TEXT), value, strict=True):
+        check(entry, where)
+
+
 _STATE = _record(
     predictor=_TEXT,
     layers=_list(_TEXT),
@@ -138,8 +145,13 @@ _STATE = _record(
             action=_one_of(get_args(Action)),
             reason=_one_of(get_args(Reason)),
             threshold=_CONFIDENCE,
+            since=_or(_integer(0), "None", lambda v: v is None),
         )
     ),
+    unpaid_steps=_list(_integer(0)),
+    watch=_record(barred=_list(_TEXT), pending=_list(_TEXT), believed=_list(_TEXT), held=_list(_TEXT)),
+    looked_at=_integer(0),
+    layer_changes=_list(_change),
     history=_by_layer(_NUMBERS),
 )
 
@@ -164,7 +176,7 @@ def check_contents(state: Mapping[str, Any]) -> None:
     Raises:
         StateError: If they do not, or one was.
     """
-    for name in ("frozen", "streaks", "warned"):
+    for name in ("frozen", "streaks"):
         unknown = [layer for layer in state[name] if layer not in state["layers"]]
         if unknown:
             raise _wrong(f"controller[{name!r}]", unknown, "names of its layers")

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils._pytree import tree_map
 
 from smartfrz.adapters.state_file import from_json, read_state, to_json, write_state
 from smartfrz.adapters.torch.callback import FreezingCallback
+from smartfrz.adapters.torch.freezing import take_back
 from smartfrz.errors import StateError
 
 try:
@@ -64,6 +66,8 @@ class SmartFRZCallback(FreezingCallback, TrainerCallback, ExportableState):
         """Thaw what an interrupted run left frozen: the optimizer only takes parameters that require a gradient."""
         self._go_before_reporters(inspect.currentframe())
         self._end()
+        if isinstance(kwargs.get("model"), nn.Module):  # perhaps with another callback, whose run was interrupted
+            take_back(kwargs["model"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
