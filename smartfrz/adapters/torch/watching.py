@@ -15,7 +15,7 @@ from smartfrz.adapters.torch.updates import unwrap
 
 _BLOCK = 256  # the number of values of each tensor that are looked at
 # A plain attribute of what SmartFRZ froze: a later run can take back what an interrupted one left frozen.
-_MARK = "_smartfrz_frozen"
+_MARK = "_frozen_by_layer_freezing"  # a file of the model names nothing of smartfrz
 
 
 class Samples:
