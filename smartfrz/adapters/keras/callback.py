@@ -93,10 +93,20 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
             raise ValueError(
                 f"`recompile_steps` is {recompile_steps}; expected 0 or more steps, or None to measure it."
             )
-        keras.callbacks.Callback.__init__(self)
-        Freezer.__init__(self, predictor, device, options)
+        self._begin(predictor, device, options, recompile_steps)
         # Complain now, not when training begins. The length of the run may show only then.
         replace(options, total_steps=total_steps or 1).schedule(self._policy)
+
+    def _begin(
+        self,
+        predictor: str | os.PathLike[str] | AsksPredictor | Policy,
+        device: Device,
+        options: FreezeOptions,
+        recompile_steps: float | None,
+    ) -> None:
+        """Set the attributes of a callback that has seen no training."""
+        keras.callbacks.Callback.__init__(self)
+        Freezer.__init__(self, predictor, device, options)
         self._recompile_steps = recompile_steps
         self._pending: dict[str, Any] | None = None
         self._training = False
@@ -104,6 +114,23 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         self._uncompiled = False
         self._saving: Saving | None = None
         self._board: Board | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle of the callback holds: the options, and a state that the next `fit` continues.
+
+        Keras Tuner copies the callbacks for each trial. A copy has no model and no run.
+        """
+        return {
+            "predictor": self.predictor,
+            "options": self.options,
+            "recompile_steps": self._recompile_steps,
+            "pending": self._pending,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make the callback that `__getstate__` described."""
+        self._begin(state["predictor"], "auto", state["options"], state["recompile_steps"])
+        self._pending = state["pending"]
 
     def _reset(self) -> None:
         super()._reset()
