@@ -13,6 +13,7 @@ import keras
 from smartfrz import zoo
 from smartfrz.adapters.base import Freezer, Run, require_state
 from smartfrz.adapters.keras.compiling import CompileClock
+from smartfrz.adapters.keras.continuing import End, note_trained, warn_of_new_run
 from smartfrz.adapters.keras.freezing import KerasAdapter, thaw_leftovers
 from smartfrz.adapters.keras.layers import CallRecorder, Layer, group_layers, trace_graph
 from smartfrz.adapters.keras.neighbours import Board, Saving, come_first
@@ -30,11 +31,12 @@ from smartfrz.predictor.runtime import Device
 class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore[misc]
     """Freezes layers of a model while `fit` trains it, when the predictor says that they have converged.
 
-    Each `fit` starts over, unless a state was loaded before, or `BackupAndRestore` is among the
-    callbacks and continues an interrupted run. When training ends, everything that this callback
-    froze can be trained again. With `TensorBoard` among the callbacks, confidences and a picture of
-    the layers are written there; `smartfrz/frozen_layers` and `smartfrz/backward_saved` join the
-    logs of every epoch.
+    With `total_steps` given, a `fit` of the same model goes on with the run of the one before it until that many
+    steps are taken, as where `fit(epochs=1)` is called in a loop. Else each `fit` starts over, unless a state was
+    loaded before, or `BackupAndRestore` is among the callbacks and continues an interrupted run. When training
+    ends, everything that this callback froze can be trained again. With `TensorBoard` among the callbacks,
+    confidences and a picture of the layers are written there; `smartfrz/frozen_layers` and
+    `smartfrz/backward_saved` join the logs of every epoch.
 
     Args:
         predictor: A name in the zoo, the path or address of an ONNX file, the address of a predictor on a
@@ -109,6 +111,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         Freezer.__init__(self, predictor, device, options)
         self._recompile_steps = recompile_steps
         self._pending: dict[str, Any] | None = None
+        self._end: End | None = None
         self._training = False
         self._recorder: CallRecorder | None = None
         self._uncompiled = False
@@ -169,9 +172,9 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         if self._begun or not self._training:
             return
         self._begun = True
-        self._compiling.note_new_function(self._compiles)
         self._iterations = self._read_iterations()
         state = self._saved_state()
+        self._compiling.note_new_function(self._compiles)
         run = trace_graph(self._model)
         if state is not None:
             layers = [Layer.from_dict(x) for x in state["layers"]] if run is None else group_layers(self._model, run)
@@ -184,9 +187,15 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
     def _saved_state(self) -> dict[str, Any] | None:
         """Return the state that this run continues: one that was loaded, or one next to a backup."""
         state, self._pending = self._pending, None
+        end, self._end = self._end, None
         backup = self._saving.find_state(self._iterations) if self._saving else None
         if state is None and backup is not None:
             state = read_state(backup)
+        if state is None and end is not None and end.describes(self._model, self._iterations):
+            self._compiling, self._given_up = end.compiling, end.given_up
+            return end.state
+        if state is None:
+            warn_of_new_run(self._model, self._iterations, self.options.total_steps)
         return state if state is not None and state["started"] else None
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
@@ -266,11 +275,31 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         """Leave the model as it was found: the next run would take frozen layers for layers that the user froze."""
         self._stop_watching()
         self._training = False
+        iterations = self._read_iterations()
+        note_trained(self._model, iterations)
         if self._run is not None:
-            self._run.adapter.unfreeze(self._run.adapter.frozen_layers())
+            frozen = self._run.adapter.frozen_layers()
+            self._run.adapter.unfreeze(frozen)
+            self._end = self._note_end(self._run, frozen, iterations)
         if self._board is not None:
             self._board.close(self.report())
         self._let_go()
+
+    def _note_end(self, run: Run[KerasAdapter], frozen: list[str], iterations: int) -> End | None:
+        """Return what the next `fit` goes on with; None if the run is over."""
+        total_steps = self.options.total_steps
+        if total_steps is None or run.controller.num_steps >= total_steps:
+            return None
+        return End(
+            run.adapter,
+            self._model.optimizer,
+            iterations,
+            self._model.trainable_variables,
+            run.adapter.read_pieces(frozen),
+            self.state_dict(),
+            self._compiling,
+            self._given_up,
+        )
 
     def _let_go(self) -> None:
         if self._saving is not None:

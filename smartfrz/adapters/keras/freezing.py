@@ -27,6 +27,9 @@ class KerasAdapter:
         layers: The model's layers, in execution order. Layers that the user has frozen are left
             out of `layers()`, and are never unfrozen.
 
+    Attributes:
+        model: The model.
+
     Raises:
         StateError: If the model lacks a variable that a layer names.
         UnsupportedModelError: If the model is not compiled, or trained by several processes.
@@ -38,7 +41,7 @@ class KerasAdapter:
                 f"{type(model).__name__} {model.name!r} has no optimizer. Call compile() first."
             )
         _require_one_process(model)
-        self._model = model
+        self.model = model
         self._named = named_layers(model)
         self._layers = {layer.name: layer for layer in layers}
         self._variables = {x.name: [find_variable(self._named, n) for n in x.parameters] for x in layers}
@@ -140,7 +143,7 @@ class KerasAdapter:
         On JAX, `fit` holds the values during an epoch, and reading a variable raises "'NoneType' object is not callable".
         """
         if keras.backend.backend() == "jax":
-            self._model.jax_state_sync()
+            self.model.jax_state_sync()
 
     def freeze(self, layers: list[str]) -> None:
         """Stop training these layers. From the next step on their weights and statistics stay bit-identical."""
@@ -152,7 +155,7 @@ class KerasAdapter:
             for name in dict.fromkeys(self._layers[layer].norms):
                 self._correct_statistics(name)
         self._switch(new, False)
-        self._watched |= self._gather({layer: self._pieces(layer) for layer in new})
+        self._watched |= self.read_pieces(new)
 
     def unfreeze(self, layers: list[str]) -> None:
         """Train these layers again, with the momenta that they had when they froze."""
@@ -171,8 +174,12 @@ class KerasAdapter:
         if not self._watched:
             return []
         then, self._watched = self._watched, {}
-        now = self._gather({layer: self._pieces(layer) for layer in then})
+        now = self.read_pieces(list(then))
         return [layer for layer, values in then.items() if values.tobytes() != now[layer].tobytes()]
+
+    def read_pieces(self, layers: list[str]) -> dict[str, NDArray[np.float32]]:
+        """Return some values of all that must not move while these layers are frozen."""
+        return self._gather({layer: self._pieces(layer) for layer in layers}) if layers else {}
 
     def _pieces(self, layer: str) -> list[tuple[Any, Any]]:
         """Return positions in everything that must not move while the layer is frozen: weights and statistics."""
@@ -201,7 +208,7 @@ class KerasAdapter:
                 _hold_spectral(wrapper, not trainable)
 
     def _switch(self, layers: list[str], trainable: bool) -> None:
-        model, optimizer = self._model, self._model.optimizer
+        model, optimizer = self.model, self.model.optimizer
         jax = keras.backend.backend() == "jax"
         # JAX keeps the values in two lists, of trained and untrained ones, and matches them to variables by position. If
         # the flags changed first, weights would silently move from one layer into another.
