@@ -4,6 +4,7 @@ import copy
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 from adapter_contract import same
 from keras_runs import (
@@ -14,15 +15,20 @@ from keras_runs import (
     WARNINGS,
     Watch,
     compiled,
+    data,
     everything,
     fit,
     freezer,
+    keras,
     make_model,
+    mlp,
+    not_on_torch,
     read,
 )
 from numpy_adapter import ScriptedPredictor
 
 from smartfrz.adapters.keras import SmartFRZ
+from smartfrz.errors import UnsupportedModelError
 
 pytestmark = WARNINGS
 
@@ -116,3 +122,76 @@ def test_another_model_another_optimizer_and_other_weights_begin_another_run(cha
         fit(model, [callback], epochs=1)
     assert callback.report().num_steps == 8
     assert callback.report().user_frozen == ({"conv2"} if change == "trainable" else set())
+
+
+class Parts(keras.Model):
+    """Two models, each with an optimizer of its own that asks it for its variables, as in the usual GAN example."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = mlp(5, 6, 6), mlp(6, 6, 3)
+        self.own = {"first": keras.optimizers.Adam(0.01), "second": keras.optimizers.SGD(0.01)}
+
+    def call(self, inputs):
+        return self.second(self.first(inputs))
+
+    def train_step(self, data):
+        for name, optimizer in self.own.items():
+            self.update(getattr(self, name), optimizer, data[0])
+        return {"steps": 0.0}
+
+    def update(self, part, optimizer, x):
+        if BACKEND == "torch":
+            self.zero_grad()
+            keras.ops.mean(self(x) ** 2).backward()
+            gradients = [v.value.grad for v in part.trainable_weights]
+            assert gradients
+            optimizer.apply(gradients, part.trainable_weights)
+            return
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            loss = keras.ops.mean(self(x) ** 2)
+        gradients = tape.gradient(loss, part.trainable_weights)
+        assert gradients
+        optimizer.apply_gradients(zip(gradients, part.trainable_weights, strict=True))
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="Keras trains with one optimizer on JAX")
+@pytest.mark.parametrize("steps_per_execution", [1, pytest.param(4, marks=not_on_torch)])
+def test_one_layer_of_each_part_with_an_optimizer_of_its_own_stays_active(steps_per_execution):
+    model = Parts()
+    model.compile(steps_per_execution=steps_per_execution)
+    sure = dict.fromkeys(["first/a", "first/b", "second/a", "second/b"], 0.9)
+    script = [sure, {"first/b": 0.9, "second/b": 0.9}]
+    callback = freezer(script, record_every=4)
+    fit(model, [callback], epochs=4, inputs=data(shape=(5,)))
+    assert callback.frozen_layers == ["first/a", "second/a"]
+    assert callback.report().num_steps == 32
+    reasons = {event.layer: event.reason for event in callback.events if event.action == "keep"}
+    assert reasons == {"first/b": "last_active_layer", "second/b": "last_active_layer"}
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_weight_regularizers_of_frozen_layers_stay_in_the_loss(eager):
+    losses = []
+    for script in ([], [{"a": 0.9, "b": 0.9, "c": 0.1}]):
+        model = compiled(mlp(5, 4, 4, 3, kernel_regularizer=keras.regularizers.L2(5.0)), keras.optimizers.SGD(1e-9))
+        model.run_eagerly = eager
+        callback, inputs = freezer(script), data(shape=(5,))
+        history = fit(model, [callback], inputs=inputs, validation_data=inputs)
+        assert callback.frozen_layers == (["a", "b"] if script else [])
+        losses.append([*history.history["loss"], *history.history["val_loss"], model.evaluate(*inputs, 8, 0)])
+        assert "_get_regularization_losses" not in vars(model)
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="only on PyTorch a Keras model is a module")
+def test_a_keras_model_in_a_pytorch_loop_is_named_as_such():
+    import torch
+
+    from smartfrz.adapters.torch import SmartFRZ as Other
+
+    model = mlp(5, 4, 3)
+    with pytest.raises(UnsupportedModelError, match=r"received Sequential, a Keras model.*smartfrz\.adapters\.keras"):
+        Other(model, torch.optim.SGD(model.parameters(), 0.1), total_steps=9)

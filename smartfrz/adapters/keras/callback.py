@@ -17,6 +17,7 @@ from smartfrz.adapters.keras.continuing import End, note_trained, warn_of_new_ru
 from smartfrz.adapters.keras.freezing import KerasAdapter, thaw_leftovers
 from smartfrz.adapters.keras.layers import CallRecorder, Layer, group_layers, trace_graph
 from smartfrz.adapters.keras.neighbours import Board, Saving, come_first
+from smartfrz.adapters.keras.parts import group_parts, list_own_optimizers
 from smartfrz.adapters.keras.state_file import read_state, write_state
 from smartfrz.control.controller import FreezeController
 from smartfrz.control.decision import FreezeDecision
@@ -140,6 +141,8 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         self._iterations = 0  # batches that the optimizer has seen, including batches before this run
         self._begun = False
         self._given_up = False
+        self._stepping: Any = None  # the optimizer whose steps count
+        self._candidates: list[tuple[Any, int]] = []
         self._compiling = CompileClock()
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
@@ -173,6 +176,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
             return
         self._begun = True
         self._iterations = self._read_iterations()
+        self._candidates = [(o, self._read_iterations(o)) for o in list_own_optimizers(self._model)]
         state = self._saved_state()
         self._compiling.note_new_function(self._compiles)
         run = trace_graph(self._model)
@@ -214,15 +218,29 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
             self._control(group_layers(self._model, recorder.run()))
         if self._run is None:
             return
+        self._choose_optimizer()
         for _ in range(self._count_steps(self._run.adapter)):
             self._step(self._run)
         self._clock.read()
+
+    def _choose_optimizer(self) -> None:
+        """Count, from the first batch on, the steps of an optimizer that the model holds if the compiled one takes none.
+
+        Of several the one with the fewest steps counts: the generator's, where the discriminator takes more.
+        """
+        candidates, self._candidates = self._candidates, []
+        if not candidates or self._read_iterations() != self._iterations:
+            return
+        taken = [(self._read_iterations(optimizer) - start, start, optimizer) for optimizer, start in candidates]
+        moved = [each for each in taken if each[0] > 0]
+        if moved:
+            _, self._iterations, self._stepping = min(moved, key=lambda each: each[0])
 
     def _count_steps(self, adapter: KerasAdapter) -> int:
         """Return how many optimizer steps were taken since the last call."""
         before = self._iterations
         # Where every batch is one iteration, counting them spares a wait for the device.
-        self._iterations = self._read_iterations() if self._must_ask else before + 1
+        self._iterations = self._read_iterations(self._optimizer) if self._must_ask else before + 1
         adapter.add_batches(self._iterations - before)
         return self._iterations // self._accumulation - before // self._accumulation
 
@@ -234,6 +252,8 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         self._check_frozen(run)
         if self._compiles:
             self._spare_compilations(run.controller)
+        if run.controller.steps_to_stage == 1:
+            run.controller.keep_one_of(group_parts(self._model, run.adapter.described))
         decisions = self._decide(run)
         if decisions and self._board is not None:
             self._board.stage(decisions, self.report())
@@ -311,10 +331,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
 
     @property
     def _optimizer(self) -> Any:
-        optimizer = self._model.optimizer
-        while getattr(optimizer, "inner_optimizer", None) is not None:
-            optimizer = optimizer.inner_optimizer
-        return optimizer
+        return _innermost(self._stepping or self._model.optimizer)
 
     @property
     def _accumulation(self) -> int:
@@ -328,7 +345,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         when gradients overflow.
         """
         several = int(self._model.steps_per_execution) > 1 or self._accumulation > 1
-        return several or self._optimizer is not self._model.optimizer
+        return several or self._optimizer is not (self._stepping or self._model.optimizer)
 
     @property
     def _compiles(self) -> bool:
@@ -337,17 +354,25 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         return not model.run_eagerly and (keras.backend.backend() == "tensorflow" or bool(model.jit_compile))
 
     def _learning_rates(self) -> list[float]:
-        rate = self._optimizer._learning_rate
-        if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
-            return [float(keras.ops.convert_to_numpy(rate(self._iterations // self._accumulation)))]
         if keras.backend.backend() == "jax":
             self._model.jax_state_sync()
-        return [float(keras.ops.convert_to_numpy(rate.value))]
+        own = [o for o in list_own_optimizers(self._model) if o is not self._stepping]
+        return [self._learning_rate(o, self._read_iterations(o)) for o in own] + [
+            self._learning_rate(self._optimizer, self._iterations)
+        ]
 
-    def _read_iterations(self) -> int:
+    def _learning_rate(self, optimizer: Any, iterations: int) -> float:
+        rate = _innermost(optimizer)._learning_rate
+        if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+            return float(keras.ops.convert_to_numpy(rate(iterations // self._accumulation)))
+        return float(keras.ops.convert_to_numpy(rate.value))
+
+    def _read_iterations(self, optimizer: Any = None) -> int:
+        """Return how many batches an optimizer has seen, by default the one that the model was compiled with."""
         if keras.backend.backend() == "jax":
             self._model.jax_state_sync()
-        return int(keras.ops.convert_to_numpy(self._optimizer._iterations.value))
+        optimizer = _innermost(optimizer or self._model.optimizer)
+        return int(keras.ops.convert_to_numpy(optimizer._iterations.value))
 
     def _options_of_fit(self) -> FreezeOptions:
         """Return the options of this run: its length, and no more records than `fit` lets callbacks take."""
@@ -475,3 +500,10 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
             StateError: If the file is of another kind, or damaged.
         """
         self.load_state_dict(read_state(path))
+
+
+def _innermost(optimizer: Any) -> Any:
+    """Return the optimizer inside of one that scales the loss."""
+    while getattr(optimizer, "inner_optimizer", None) is not None:
+        optimizer = optimizer.inner_optimizer
+    return optimizer

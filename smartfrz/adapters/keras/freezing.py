@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smartfrz.adapters.keras.layers import Layer, find_variable, from_torch_positions, named_layers, torch_axes
+from smartfrz.adapters.keras.parts import list_inner_optimizers, list_own_optimizers
 from smartfrz.control.norms import compute_old_share, compute_recent_statistics
 from smartfrz.control.tailoring import split_positions
 from smartfrz.errors import UnsupportedModelError, UsageError
@@ -29,6 +30,7 @@ class KerasAdapter:
 
     Attributes:
         model: The model.
+        described: Its layers, in execution order.
 
     Raises:
         StateError: If the model lacks a variable that a layer names.
@@ -42,6 +44,7 @@ class KerasAdapter:
             )
         _require_one_process(model)
         self.model = model
+        self.described = layers
         self._named = named_layers(model)
         self._layers = {layer.name: layer for layer in layers}
         self._variables = {x.name: [find_variable(self._named, n) for n in x.parameters] for x in layers}
@@ -207,6 +210,26 @@ class KerasAdapter:
             for wrapper in self._spectral[layer]:
                 _hold_spectral(wrapper, not trainable)
 
+    def _frozen_penalties(self) -> list[Any]:
+        """Return the penalties of frozen weights, which Keras leaves out of the loss."""
+        # Flags may be set while another callback saves the model.
+        variables = [v for x in self.frozen_layers() for v in self._trainable[x] if not v.trainable]
+        return [v.regularizer(v) for v in variables if v.regularizer is not None]
+
+    def _hold_penalties(self) -> None:
+        """Keep the weight regularizers of frozen layers in the loss, which would fall by them at every freeze.
+
+        Callbacks that wait for a better loss would be misled. It has no gradient any more.
+        """
+        model = self.model
+        if self._frozen:
+            original = type(model)._get_regularization_losses
+            object.__setattr__(
+                model, "_get_regularization_losses", lambda: [*original(model), *self._frozen_penalties()]
+            )
+        else:
+            vars(model).pop("_get_regularization_losses", None)
+
     def _switch(self, layers: list[str], trainable: bool) -> None:
         model, optimizer = self.model, self.model.optimizer
         jax = keras.backend.backend() == "jax"
@@ -218,16 +241,21 @@ class KerasAdapter:
             with _enter_scope(model):
                 optimizer.build(model.trainable_variables)
         if not self._lists:
-            self._lists = [_OptimizerLists(o) for o in _list_optimizers(optimizer)]
+            own = [o for o in list_own_optimizers(model) if o.built]
+            self._lists = [_OptimizerLists(o) for o in (*list_inner_optimizers(optimizer), *own)]
         self.set_flags(layers, trainable)
         self._frozen = self._frozen.difference(layers) if trainable else self._frozen.union(layers)
+        self._hold_penalties()
         # JAX applies gradients to exactly the variables in the optimizer's list, and raises if there are fewer. On any
         # backend an optimizer of several optimizers does so, too, and an EMA writes its averages into every variable in
         # that list.
         if jax or hasattr(optimizer, "optimizers") or any(lists.averages is not None for lists in self._lists):
             live = {id(v) for v in model.trainable_variables}
+            dead = {id(v) for layer in self._frozen for v in self._trainable[layer]}
+            own = list_own_optimizers(model)  # what they train may not be trainable just now, as in some GANs
             for lists in self._lists:
-                lists.restrict(live)
+                mine = any(lists.belongs_to(each) for each in own)
+                lists.restrict({id(v) for v in lists.variables} - dead if mine else live)
         # Without this, TensorFlow silently goes on training the variables in its traced function.
         model.make_train_function(force=True)
         if jax:
@@ -364,19 +392,13 @@ def thaw_leftovers(model: keras.Model) -> None:
         adapter.unfreeze(frozen)
         return
     adapter.set_flags(frozen, True)
+    vars(model).pop("_get_regularization_losses", None)
     vars(model).pop(_ADAPTER)
     # fit() has built the optimizer by now, and it accepts no more variables.
     raise UsageError(
         f"compile() was called while {frozen} were still frozen by an interrupted run, so the new optimizer does not "
         "know them. They are trainable again now: call compile() again, and then fit()."
     )
-
-
-def _list_optimizers(optimizer: Any) -> list[Any]:
-    """Return the optimizer with the ones inside of a `LossScaleOptimizer` (mixed_float16) or `MultiOptimizer`."""
-    inner = getattr(optimizer, "inner_optimizer", None)
-    passed_to = getattr(optimizer, "optimizers", []) if inner is None else [inner]
-    return [optimizer, *(each for one in passed_to for each in _list_optimizers(one))]
 
 
 class _OptimizerLists:
