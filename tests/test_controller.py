@@ -271,11 +271,9 @@ def test_bad_arguments(options, message):
         FreezeController(NumpyAdapter.random(SIZES), ScriptedPredictor(), FreezeOptions(**options))
 
 
-@pytest.mark.parametrize("names", [[], ["head"]])
-def test_a_model_in_which_nothing_can_be_frozen(names):
-    adapter = NumpyAdapter.random(dict.fromkeys(names, 4))
-    with pytest.raises(UnsupportedModelError, match=rf"has {len(names)} layers .*at least two.*Train without it"):
-        FreezeController(adapter, ScriptedPredictor(), FreezeOptions(record_every=1))
+def test_a_model_in_which_nothing_can_be_frozen():
+    with pytest.raises(UnsupportedModelError, match=r"has 0 layers .*at least two.*Train without it"):
+        FreezeController(NumpyAdapter({}), ScriptedPredictor(), FreezeOptions(record_every=1))
 
 
 def change_controller(**options):

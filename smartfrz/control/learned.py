@@ -101,13 +101,22 @@ class LearnedPolicy(Policy):
         """Choose the positions of the tailored weights, and start with an empty history."""
         info = self.predictor.info
         self._adapter = adapter
-        everything = adapter.all_layers()  # including layers that the user froze
+        self._seed = seed
+        self._positions: dict[str, NDArray[np.int64]] = {}
+        self.layers_changed(layers)
+        self.history = WeightHistory(info.window, info.tailored_size)
+
+    def layers_changed(self, layers: Sequence[str]) -> None:
+        """Choose the positions of layers that are new."""
+        everything = self._adapter.all_layers()  # including layers that the user froze
         self._places = {layer: index / max(1, len(everything) - 1) for index, layer in enumerate(everything)}
+        known, size = self._positions, self.predictor.info.tailored_size
         self._positions = {
-            layer: tailoring_positions(layer, adapter.num_weights(layer), info.tailored_size, seed=seed)
+            layer: known[layer]
+            if layer in known
+            else tailoring_positions(layer, self._adapter.num_weights(layer), size, seed=self._seed)
             for layer in layers
         }
-        self.history = WeightHistory(info.window, info.tailored_size)
 
     def record(self, active: list[str], *, ask: bool) -> None:
         """Read the tailored weights of the active layers."""

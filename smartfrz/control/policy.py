@@ -74,6 +74,9 @@ class Policy:
             UnsupportedModelError: If the adapter does not offer what the policy needs.
         """
 
+    def layers_changed(self, layers: Sequence[str]) -> None:
+        """Go on with these layers, in execution order: some are new, or some are not trained any more."""
+
     def record(self, active: list[str], *, ask: bool) -> None:
         """Record the active layers. `ask` is true if a freezing stage follows."""
 

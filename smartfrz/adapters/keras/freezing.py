@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from smartfrz.adapters.keras.layers import Layer, find_variable, from_torch_positions, named_layers, torch_axes
 from smartfrz.adapters.keras.parts import list_inner_optimizers, list_own_optimizers
 from smartfrz.control.norms import compute_old_share, compute_recent_statistics
+from smartfrz.control.protocols import Untrained
 from smartfrz.control.tailoring import split_positions
+from smartfrz.control.watch import Disturbance
 from smartfrz.errors import UnsupportedModelError, UsageError
 
 _ADAPTER = "_smartfrz_adapter"
@@ -190,6 +192,21 @@ class KerasAdapter:
         statistics = [v for norm in norms for v in (norm.moving_mean, norm.moving_variance)]
         watched = self._variables[layer] + statistics + [wrapper.vector_u for wrapper in self._spectral[layer]]
         return [(v, _spread_positions(int(np.prod(v.shape)))) for v in watched if 0 not in v.shape]
+
+    def disturbed(self, layers: list[str]) -> dict[str, Disturbance]:
+        """Return which of these frozen layers no longer stand still."""
+        return {}
+
+    def untrained(self, layers: list[str]) -> dict[str, Untrained]:
+        """Return which of these active layers are not trained, and why."""
+        return {}
+
+    def find_layers(self) -> list[str]:
+        """Return the names of the layers that may be frozen now."""
+        return self.layers()
+
+    def set_layers(self, layers: list[str]) -> None:
+        """Have `layers` return these names from now on."""
 
     def frozen_layers(self) -> list[str]:
         """Return the names of the layers that `freeze` has frozen."""

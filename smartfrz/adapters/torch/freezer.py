@@ -4,6 +4,7 @@ import os
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,11 @@ from smartfrz.adapters.torch.cache.prefix import CachedPrefix
 from smartfrz.adapters.torch.compiling import CompileWatch, EagerHold
 from smartfrz.adapters.torch.costs import CostProfiler
 from smartfrz.adapters.torch.distributed import RANK_TIMEOUT, TrainingProcesses, processes_of, reshard
-from smartfrz.adapters.torch.freezing import TorchAdapter
+from smartfrz.adapters.torch.freezing import TorchAdapter, take_back
 from smartfrz.adapters.torch.layers import Layer, LayerTracer
 from smartfrz.adapters.torch.optimizer_steps import OptimizerSteps
 from smartfrz.adapters.torch.sharding import GradientWatch
+from smartfrz.adapters.torch.watching import Samples, owned_by, sample_of_foreign
 from smartfrz.control.controller import FreezeController
 from smartfrz.control.decision import FreezeDecision
 from smartfrz.control.learned import AsksPredictor
@@ -108,6 +110,8 @@ class SmartFRZ(Freezer[TorchAdapter]):
         self._model = _unwrapped(model)
         reshard(self._model)
         self._optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        take_back(self._model)
+        self._foreign = sample_of_foreign(self._model, self._optimizers)
         self._cache = None if cache is None else _cached(cache, model, self._model)
         self._find_entry: Callable[[], nn.Module | None] | None = None
         self._steps = self._optimizer_steps()
@@ -168,6 +172,8 @@ class SmartFRZ(Freezer[TorchAdapter]):
             if controller.total_steps:
                 self._cache.note_progress((controller.num_steps + 1) / controller.total_steps)
         decisions = self._decide(run)
+        if len(run.adapter.all_layers()) != len(run.layers):
+            self._run = replace(run, layers=run.adapter.descriptions())
         if self._steps is not None:
             controller.add_decision_seconds(self._steps.take_seconds())
         self._clock.read()
@@ -235,6 +241,7 @@ class SmartFRZ(Freezer[TorchAdapter]):
                 "SmartFRZ."
             )
         reshard(self._model)
+        _require_own_optimizer(self._model, self._optimizers, self._foreign)
         run = self._control(self._tracer.layers(), self._tracer.reentrant)
         if self.options.norm_batches:
             run.adapter.snapshot_statistics()  # for a first stage that comes before the next snapshot
@@ -248,7 +255,7 @@ class SmartFRZ(Freezer[TorchAdapter]):
             self.predictor,
             self.options,
             # GradScaler refuses to step an optimizer none of whose parameters has a gradient.
-            keep_one_of=adapter.layers_of_each_optimizer(),
+            keep_one_of=adapter.keep_one_of,
             ranks=self._processes,
         )
         if state is not None:
@@ -306,8 +313,10 @@ class SmartFRZ(Freezer[TorchAdapter]):
             self._steps.close()
         if self._cache is not None:
             self._cache.close()
-        if unfreeze and self._run is not None:
-            self._run.adapter.unfreeze(self.frozen_layers)
+        if self._run is not None:
+            if unfreeze:
+                self._run.adapter.unfreeze(self.frozen_layers)
+            self._run.adapter.forget_marks()
 
     def _stop_watching(self) -> None:
         self._eager.release()
@@ -379,6 +388,21 @@ def _cached(cache: PrefixCache, given: nn.Module, model: nn.Module) -> CachedPre
             "each process. Use DistributedDataParallel."
         )
     return CachedPrefix(cache, model)
+
+
+def _require_own_optimizer(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], samples: Samples | None
+) -> None:
+    """Refuse optimizers that hold no parameter of the model, unless the model moves: they may train copies of them."""
+    parameters = list(model.parameters())
+    owned = owned_by(optimizers)
+    if owned & {id(p) for p in parameters} or samples is None or samples.moved({"": parameters}):
+        return
+    raise UsageError(
+        f"SmartFRZ received {' and '.join(type(optimizer).__name__ for optimizer in optimizers)} with {len(owned)} "
+        f"parameters, none of which is among the {len(parameters)} parameters of {type(model).__name__}; expected the "
+        "optimizer that trains this model. Make the optimizer after the model, and pass that one."
+    )
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -1,7 +1,7 @@
 """Finds the layers of a PyTorch model, in the order in which they run, and reads their weights."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -268,6 +268,29 @@ def _group_modules(model: nn.Module, ran: Iterable[str], flops: Mapping[str, int
         )
         for unit in units
     ]
+
+
+def group_later(model: nn.Module, parameters: Collection[nn.Parameter], known: Collection[str]) -> list[Layer]:
+    """Join modules that ran for the first time after the layers were learned to layers of their own.
+
+    Their floating point operations are unknown.
+
+    Args:
+        model: The model.
+        parameters: Parameters of these modules.
+        known: Names of parameters that belong to layers already.
+    """
+    ids = {id(parameter) for parameter in parameters}
+    ran = [
+        name for name, module in model.named_modules() if any(id(p) in ids for p in module.parameters(recurse=False))
+    ]
+    if not ran:
+        return []
+    try:
+        layers = _group_modules(model, ran, {})
+    except UnsupportedModelError:  # vectors only
+        return []
+    return [layer for layer in layers if not set(known).intersection(layer.parameters)]
 
 
 def _describe_modules(model: nn.Module, flops: Mapping[str, int]) -> list[Module]:

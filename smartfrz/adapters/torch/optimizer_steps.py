@@ -43,7 +43,7 @@ class OptimizerSteps:
         self._whole: dict[torch.optim.Optimizer, list[dict[str, Any]]] = {}
         self._seconds = 0.0
         self._handles: list[Any] = []
-        for optimizer in map(_unwrap, optimizers):
+        for optimizer in map(unwrap, optimizers):
             self._handles += [
                 optimizer.register_step_pre_hook(self._enter),
                 optimizer.register_step_post_hook(self._leave),
@@ -163,7 +163,7 @@ class OptimizerSteps:
             optimizer.param_groups = self._whole.pop(optimizer)
 
 
-def _unwrap(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def unwrap(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Return the optimizer that takes the steps. Accelerate wraps it in one that has no hooks."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner
