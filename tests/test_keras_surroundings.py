@@ -195,3 +195,105 @@ def test_a_keras_model_in_a_pytorch_loop_is_named_as_such():
     model = mlp(5, 4, 3)
     with pytest.raises(UnsupportedModelError, match=r"received Sequential, a Keras model.*smartfrz\.adapters\.keras"):
         Other(model, torch.optim.SGD(model.parameters(), 0.1), total_steps=9)
+
+
+class Sets(keras.callbacks.Callback):
+    """Sets `trainable` of layers at the begin of these epochs."""
+
+    def __init__(self, epochs, trainable, *names):
+        super().__init__()
+        self.epochs, self.trainable, self.names = epochs, trainable, names
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch in self.epochs:
+            for layer in self.model.layers:
+                if not self.names or layer.name in self.names:
+                    layer.trainable = self.trainable
+            self.model.make_train_function(force=True)
+
+
+def thaws(callback):
+    return [(event.step, event.layer, event.reason) for event in callback.events if event.action == "thaw"]
+
+
+def test_a_layer_that_a_callback_makes_trainable_once_is_thawed_and_told(caplog):
+    callback, watch = freezer(FREEZE_FIRST), Watch()
+    fit(make_model(), [callback, watch, Sets([1], True)], epochs=3)
+    assert thaws(callback) == [(12, "conv1", "unfrozen_by_user")]
+    assert [watch.moved(step) for step in (6, 8, 11)] == [["conv2", "head"]] * 3
+    assert watch.moved(12) == LAYERS
+    assert "SmartFRZ had frozen layer 'conv1'" in caplog.text
+    assert callback.frozen_layers == []
+
+
+def test_a_layer_that_is_made_trainable_again_and_again_is_held(caplog):
+    callback, watch = freezer(FREEZE_FIRST, record_every=8, decide_every=1, total_steps=8), Watch()
+    fit(make_model(), [callback, watch, Sets(range(1, 9), True)], epochs=9)
+    assert callback.frozen_layers == ["conv1"]
+    assert thaws(callback) == []
+    assert {tuple(watch.moved(step)) for step in range(33, 72)} == {("conv2", "head")}
+    assert "SmartFRZ keeps layer 'conv1' frozen" in caplog.text
+
+
+class Writes(keras.callbacks.Callback):
+    """Writes to a variable at the end of every batch from the tenth on."""
+
+    def __init__(self, variable):
+        super().__init__()
+        self.variable, self.batches = variable, 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.batches += 1
+        if self.batches > 9:
+            assert self.model is not None  # on JAX, asking for it gives the variables their values back
+            self.variable.assign(self.variable.value + 0.25)
+
+
+@pytest.mark.parametrize("what", ["weights", "statistics"])
+def test_a_frozen_layer_that_moves_later_is_thawed_for_good(what, caplog):
+    model = make_model()
+    variable = model.get_layer("conv1").kernel if what == "weights" else model.get_layer("norm1").moving_mean
+    callback = freezer(FREEZE_FIRST)
+    fit(model, [callback, Writes(variable)], epochs=3)
+    assert [(layer, why) for _, layer, why in thaws(callback)] == [("conv1", "moved_while_frozen")]
+    assert callback.report().moved == ["conv1"]
+    assert callback.frozen_layers == []
+    assert "SmartFRZ thaws layer 'conv1' and freezes no more of that" in caplog.text
+
+
+def test_a_layer_that_the_training_script_unfreezes_later_joins():
+    model = make_model()
+    model.optimizer.build(model.trainable_variables)  # Keras trains no variable that the optimizer was not built with
+    model.get_layer("conv1").trainable = model.get_layer("norm1").trainable = False
+    callback = freezer(record_every=4)
+    if BACKEND == "jax":
+        pytest.skip("Keras itself needs compile() after a change of `trainable` on JAX")
+    fit(model, [callback, watch := Watch(), Sets([2], True)], epochs=4)
+    assert [watch.moved(step) for step in (10, 17)] == [["conv2", "head"], LAYERS]
+    assert callback.report().layer_changes == [(20, "joined", "conv1")]
+    assert callback.report().user_frozen == set()
+
+
+def test_what_the_learning_rate_does_not_train_is_never_frozen_as_converged(caplog):
+    callback = freezer([dict.fromkeys(LAYERS, 0.9)])
+    fit(make_model(keras.optimizers.SGD(0.0)), [callback])
+    assert callback.frozen_layers == []
+    assert {event.reason for event in callback.events} == {"not_trained"}
+    assert caplog.text.count("the learning rate of these weights is 0") == 1
+
+
+def test_what_has_never_moved_is_never_frozen_as_converged(caplog):
+    layers = mlp(5, 4, 4, 3).layers
+    stop = keras.layers.Lambda(lambda x: keras.ops.stop_gradient(x))
+    model = compiled(keras.Sequential([keras.Input((5,)), layers[0], stop, *layers[1:]]), keras.optimizers.SGD(0.05))
+    callback = freezer([{"b": 0.9, "c": 0.1}])
+    fit(model, [callback], inputs=data(shape=(5,)))
+    assert callback.frozen_layers == ["b"]
+    assert {event.reason for event in callback.events if event.layer == "a"} == {"not_trained"}
+    assert caplog.text.count("layer 'a' as converged, since these weights have not moved") == 1
+
+
+def test_a_model_with_one_layer_trains_and_nothing_freezes():
+    callback = freezer()
+    fit(compiled(mlp(5, 3)), [callback], inputs=data(shape=(5,)))
+    assert (callback.frozen_layers, callback.report().num_steps) == ([], 16)

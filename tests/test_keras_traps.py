@@ -779,7 +779,7 @@ def test_dropout_goes_on_drawing_as_in_an_unfrozen_twin():
         model = keras.Sequential(
             [keras.Input((5,)), keras.layers.Dense(6, name="a"), dropout, keras.layers.Dense(3, name="b")]
         )
-        compiled(model, optimizers.SGD(0.0))
+        compiled(model, optimizers.SGD(1e-9))
         note = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: losses.append(logs["loss"]))
         fit(model, [attach(["a", "b"], *stages), note], epochs=1, inputs=inputs)
     np.testing.assert_allclose(losses[:5], losses[5:], rtol=1e-6)

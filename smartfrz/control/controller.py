@@ -167,10 +167,6 @@ class FreezeController:
         """
         self.steps_per_change = float(steps)
 
-    def keep_one_of(self, groups: Collection[Collection[str]]) -> None:
-        """Set groups of layers of which one has to stay active each, in the place of those given before."""
-        self._keep_one_of = [list(group) for group in groups]
-
     def set_prefix_cached(self, cached: bool) -> None:
         """Set whether the outputs of a frozen prefix are cached: closing a prefix then saves its forward pass, too."""
         self._prefix_is_cached = cached

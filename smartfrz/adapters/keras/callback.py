@@ -203,7 +203,9 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         return state if state is not None and state["started"] else None
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Note the time."""
+        """Note the time, and keep frozen what another callback has made trainable again."""
+        if self._training and self._run is not None:
+            self._run.adapter.hold()
         self._compiling.call_begins()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
@@ -252,8 +254,6 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         self._check_frozen(run)
         if self._compiles:
             self._spare_compilations(run.controller)
-        if run.controller.steps_to_stage == 1:
-            run.controller.keep_one_of(group_parts(self._model, run.adapter.described))
         decisions = self._decide(run)
         if decisions and self._board is not None:
             self._board.stage(decisions, self.report())
@@ -426,7 +426,9 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
     def _control(self, layers: list[Layer], state: dict[str, Any] | None = None) -> Run[KerasAdapter]:
         """Take control of these layers, as the controller's saved state says."""
         adapter = KerasAdapter(self._model, layers)
-        controller = FreezeController(adapter, self.predictor, self._run_options)
+        controller = FreezeController(
+            adapter, self.predictor, self._run_options, keep_one_of=lambda: group_parts(adapter.model, layers)
+        )
         controller.set_costs({x.name: LayerCost(*(x.forward_flops,) * 3) for x in layers})
         if state is not None:
             controller.load_state_dict(state)
@@ -461,11 +463,13 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
             yield
             return
         adapter.sync()
+        adapter.shown_unfrozen = True
         adapter.set_flags(frozen, True)
         try:
             yield
         finally:
             adapter.set_flags(frozen, False)
+            adapter.shown_unfrozen = False
 
     def _report_facts(self) -> dict[str, Any]:
         return {"per_example": True, "compiler": "Keras"} | self._compiling.facts()
