@@ -127,6 +127,8 @@ class KerasAdapter:
             for pieces in parts.values()
             for v, where in pieces
         ]
+        if not picked:
+            return {layer: np.empty(0, np.float32) for layer in parts}
         # A copy: on the PyTorch backend the array may share memory with the weights.
         joined = np.array(keras.ops.convert_to_numpy(keras.ops.concatenate(picked)), np.float32)
         ends = np.cumsum([sum(len(where) for _, where in pieces) for pieces in parts.values()])
