@@ -17,6 +17,7 @@ import time
 
 import torch
 
+from benchmarks.options import positive
 from benchmarks.overhead import networks
 from smartfrz.adapters.torch import SmartFRZ
 from smartfrz.baselines import AutoFreeze, FullTraining, LinearFreezing, WeightChange
@@ -72,7 +73,7 @@ def main():
     """Measure and print."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=12, help="Training steps of each policy.")
+    parser.add_argument("--rounds", type=positive, default=12, help="Training steps of each policy.")
     options = parser.parse_args()
     torch.manual_seed(0)
 

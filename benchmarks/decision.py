@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.options import positive
 from smartfrz import zoo
 from smartfrz.control.history import WeightHistory
 from smartfrz.errors import SmartFRZError
@@ -42,8 +43,8 @@ def main():
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("files", nargs="*", metavar="FILE", help="other predictors")
-    parser.add_argument("--layers", type=int, default=54)
-    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--layers", type=positive, default=54)
+    parser.add_argument("--rounds", type=positive, default=50)
     parser.add_argument("--cuda", action="store_true", help="ask smartfrz-base on the GPU as well, by wall time")
     arguments = parser.parse_args()
     clock = time.perf_counter if arguments.cuda else time.process_time

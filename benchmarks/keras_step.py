@@ -21,7 +21,7 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks.options import lines_of, run_alone
+from benchmarks.options import lines_of, positive, run_alone
 from smartfrz.comparing.lines import add_line
 
 NETWORKS = ("mobilenetv2", "resnet14")
@@ -54,7 +54,9 @@ def main():
     )
     parser.add_argument("--cases", default=",".join(CASES), help="Backend, a slash, `jit` or `plain`.")
     parser.add_argument("--networks", default=",".join(NETWORKS))
-    parser.add_argument("--steps", type=int, default=10, help="In each of the seven blocks, the first not counted.")
+    parser.add_argument(
+        "--steps", type=positive, default=10, help="In each of the seven blocks, the first not counted."
+    )
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # in the process of a case
     options = parser.parse_args()
     if options.here:

@@ -99,6 +99,6 @@ def oracle(job, run):
 
 @functools.cache
 def _onnxruntime_has_cuda():
-    import onnxruntime
+    from smartfrz.predictor.runtime import import_onnxruntime
 
-    return torch.cuda.is_available() and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    return torch.cuda.is_available() and "CUDAExecutionProvider" in import_onnxruntime().get_available_providers()

@@ -16,6 +16,7 @@ import time
 
 import torch
 
+from benchmarks.options import positive
 from smartfrz.adapters.torch import SmartFRZ
 from smartfrz.control.learned import RECORDS_PER_STAGE
 
@@ -85,8 +86,8 @@ def main():
     """Measure and print."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=12, help="Training steps measured.")
-    parser.add_argument("--steps", type=int, default=2000, help="Length of the run that the share is given for.")
+    parser.add_argument("--rounds", type=positive, default=12, help="Training steps measured.")
+    parser.add_argument("--steps", type=positive, default=2000, help="Length of the run that the share is given for.")
     options = parser.parse_args()
     torch.manual_seed(0)
     print(f"| network | layers | step | record | decision | freezing | share of {options.steps} steps | 0.2 % from |")

@@ -5,9 +5,14 @@ and for predictors that take it "position": [0 for the first layer to 1 for the 
 """
 
 import json
+import os
 import sys
 
 import numpy as np
+
+os.environ.setdefault(
+    "ORT_DISABLE_TELEMETRY", "1"
+)  # ONNX Runtime reports to its makers unless this is set before the import
 import onnxruntime
 
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])

@@ -7,7 +7,8 @@
       RegistryError            a list of predictors that cannot be read as written, or be added to
       DownloadError            a file that cannot be fetched or kept, or is refused
         UnreachableError       no answer, or one that breaks off: trying again may help
-      ServerError              a server of predictors that does not answer, or not as it should
+      PredictionError          a predictor that gives no usable answer
+        ServerError            a server of predictors that does not answer, or not as it should
       UnsupportedModelError    a model in which nothing can be frozen
       StateError               a saved state that does not belong to this model or predictor
       RecipeError              a recipe that cannot be run as written
@@ -50,7 +51,11 @@ class UnreachableError(DownloadError):
     """There is no answer, or it breaks off; trying again may help."""
 
 
-class ServerError(SmartFRZError):
+class PredictionError(SmartFRZError):
+    """A predictor gives no usable answer."""
+
+
+class ServerError(PredictionError):
     """A server of predictors does not answer, or with what cannot be used."""
 
 

@@ -33,7 +33,7 @@ PASSES = 4  # in which layers are measured
 VALUES = 12  # of the default grid, besides 0
 NOISY = 0.1  # half of the interquartile range, as a share of the median
 NOTE = """\
-Frozen: so many layers from the first on, in execution order, so that the backward pass ends before them. A layer frozen
+Frozen: how many layers, counted from the first in execution order; the backward pass ends before them. A layer frozen
 behind one that is still trained saves the gradient of its weights only, not that of its input, and less memory.
 Steps are forward, backward and plain SGD on random inputs; loading data is not part of them. This is what a step saves
 once the layers are frozen; what a training saves depends on when they freeze."""
@@ -181,7 +181,7 @@ def estimate(options: EstimateOptions, progress: Callable[[float], None] = lambd
         positional = [value for keyword, value in inputs if not keyword]
         keywords = {keyword: value for keyword, value in inputs if keyword}
         received = ", ".join(f"{n}{'=' if n else ''}{tuple(t.shape)} {t.dtype}" for n, t in inputs)
-        hint = "Change --input. Integers are drawn from 0 to HIGH - 1, HIGH being 100 unless told: 8,128:int64:1000."
+        hint = "Change --input. Integers are drawn from 0 to HIGH - 1, HIGH is 100 by default: 8,128:int64:1000."
         with _explained(f"The model's forward pass failed on the inputs {received}", hint):
             layers = trace_layers(model, *positional, **keywords)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)  # hardly moves, so that nothing overflows

@@ -23,8 +23,9 @@ OUT_OF_RANGE = [
     {"record_fraction": "1.5"},
     {"min_records": "0"},
     {"min_records": "11"},  # of a window of 10: it would never decide
+    {"window": "1048577"},  # times tailored_size, more memory than a decision may take
 ]
-UNREADABLE = [{"window": "ten"}, {"threshold": ""}, {"metrics": "{"}]
+UNREADABLE = [{"window": "ten"}, {"threshold": ""}, {"metrics": "{"}, {"metrics": "[]"}, {"metrics": "[" * 10**5}]
 NEEDED = [
     "name",
     "tailored_size",
@@ -44,8 +45,8 @@ def metadata(**changes):
 
 infos = st.builds(
     PredictorInfo,
-    name=st.text(),
-    tailored_size=st.integers(1, 10**6),
+    name=st.text(max_size=200),
+    tailored_size=st.integers(1, 1000),
     window=st.integers(4, 1000),
     representation=st.sampled_from(REPRESENTATIONS),
     threshold=st.floats(0, 1, exclude_min=True, exclude_max=True),
@@ -55,6 +56,11 @@ infos = st.builds(
     metrics=st.dictionaries(st.text(), st.one_of(st.floats(allow_nan=False), st.text(), st.booleans())),
     min_records=st.integers(1, 4),
 )
+
+
+def test_a_name_without_end():
+    with pytest.raises(PredictorFileError, match=r"out of range: name='x{80}',.*a name of at most 200 characters"):
+        PredictorInfo.from_metadata(metadata(name="x" * 201), "f.onnx")
 
 
 @given(infos)

@@ -8,10 +8,14 @@ from smartfrz.errors import PredictorFileError
 from smartfrz.predictor.contract import seal
 from smartfrz.predictor.inspection import (
     EXTERNAL_DATA,
-    FUNCTION_DOMAIN,
+    FORBIDDEN,
     MAX_FILE_SIZE,
+    MAX_NODES,
     MESSAGES,
     NODE_DOMAIN,
+    OPERATOR,
+    PROPERTY,
+    PROPERTY_KEY,
     check_onnx,
 )
 from smartfrz.predictor.runtime import Predictor
@@ -83,7 +87,15 @@ def test_the_field_numbers_are_those_of_onnx():
         holders |= {(name, f.name): f.number for f in fields}
     assert holders[EXTERNAL_DATA[0], "external_data"] == EXTERNAL_DATA[1]
     assert holders[NODE_DOMAIN[0], "domain"] == NODE_DOMAIN[1]
-    assert holders[FUNCTION_DOMAIN[0], "domain"] == FUNCTION_DOMAIN[1]
+    assert holders[OPERATOR[0], "op_type"] == OPERATOR[1]
+    assert onnx.ModelProto.DESCRIPTOR.fields_by_name["metadata_props"].number == PROPERTY[1]
+    assert onnx.StringStringEntryProto.DESCRIPTOR.fields_by_name["key"].number == PROPERTY_KEY[1]
+    names = {
+        "ModelProto": ("training_info", "functions"),
+        "AttributeProto": ("g", "graphs", "sparse_tensor", "sparse_tensors"),
+        "GraphProto": ("sparse_initializer",),
+    }
+    assert {(message, holders[message, name]) for message in names for name in names[message]} == set(FORBIDDEN)
 
 
 def test_a_predictor_passes(predictor_file):
@@ -123,11 +135,53 @@ def test_custom_operators_in_a_branch_are_refused(model):
         check_onnx(model.SerializeToString(), "x.onnx")
 
 
-def test_functions_that_the_file_brings_along_are_none(model):
-    model.functions.add(name="f", domain="local")
-    model.graph.node[0].domain = "local"
-    model.graph.node[1].domain = "ai.onnx"
-    check_onnx(model.SerializeToString(), "x.onnx")
+def branch(model):
+    model.graph.node.append(onnx.helper.make_node("Identity", ["x"], ["y"], body=onnx.GraphProto(name="inner")))
+
+
+FORBIDDEN_PARTS = {
+    "functions of its own": lambda model: model.functions.add(name="f", domain=""),
+    "subgraphs": branch,
+    "subgraphs, as": lambda model: model.graph.node[0].attribute.add(name="graphs", type=10).graphs.add(name="inner"),
+    "sparse tensors": lambda model: model.graph.sparse_initializer.add(),
+    "sparse": lambda model: model.graph.node[0].attribute.add(name="s", type=11).sparse_tensor.SetInParent(),
+    "steps of training": lambda model: model.training_info.add(),
+    "operators that no predictor needs: RandomNormal": lambda model: model.graph.node.add(op_type="RandomNormal"),
+    "operators that no predictor needs: If, Loop": lambda model: model.graph.node.extend(
+        [onnx.NodeProto(op_type="Loop"), onnx.NodeProto(op_type="If")]
+    ),
+}
+
+
+@pytest.mark.parametrize("part", FORBIDDEN_PARTS)
+def test_a_graph_that_can_do_more_than_a_predictor_is_refused(part, model):
+    FORBIDDEN_PARTS[part](model)
+    with pytest.raises(PredictorFileError, match=rf"'x\.onnx' contains {part}.*is not run. Export it again"):
+        check_onnx(model.SerializeToString(), "x.onnx")
+
+
+def test_operators_of_microsoft_are_custom_ones(model):
+    model.graph.node[0].domain = "com.microsoft"
+    with pytest.raises(PredictorFileError, match=r"custom operators of 'com\.microsoft'"):
+        check_onnx(model.SerializeToString(), "x.onnx")
+
+
+def test_a_graph_of_too_many_nodes(model):
+    model.graph.node.extend([onnx.helper.make_node("Identity", ["x"], ["y"])] * MAX_NODES)
+    with pytest.raises(PredictorFileError, match=rf"has \d{{4}} nodes; expected at most {MAX_NODES}"):
+        check_onnx(model.SerializeToString(), "x.onnx")
+
+
+def test_a_metadata_property_that_is_there_twice(model):
+    model.metadata_props.add(key="smartfrz.threshold", value="0.01")
+    with pytest.raises(PredictorFileError, match=r"has the metadata property 'smartfrz\.threshold' twice"):
+        check_onnx(model.SerializeToString(), "x.onnx")
+
+
+def test_a_metadata_property_that_is_no_text(model):
+    content = model.SerializeToString().replace(b"Apache-2.0", b"Apache\xff2.0")
+    with pytest.raises(PredictorFileError, match=r"is damaged \('utf-8' codec can't decode"):
+        check_onnx(content, "x.onnx")
 
 
 @pytest.mark.parametrize("name", DAMAGED)

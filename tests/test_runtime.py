@@ -1,6 +1,8 @@
 import importlib.metadata
 import logging
+import os
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,7 +15,7 @@ onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 
 from smartfrz import zoo  # noqa: E402
-from smartfrz.errors import MissingDependencyError, PredictorFileError  # noqa: E402
+from smartfrz.errors import MissingDependencyError, PredictionError, PredictorFileError  # noqa: E402
 from smartfrz.predictor import runtime  # noqa: E402
 from smartfrz.predictor.contract import PREFIX, seal  # noqa: E402
 from smartfrz.predictor.runtime import Predictor  # noqa: E402
@@ -167,9 +169,12 @@ def mock_gpu_build(monkeypatch):
 
     def behave(behaviour):
         def session(content, options, providers, **more):
-            if ("CUDAExecutionProvider", {"use_tf32": "0"}) not in providers:
+            assert more["enable_fallback"] == 0  # it would print
+            if providers[0] == "CPUExecutionProvider":
                 return real(content, options, providers=providers)
-            assert more == {"enable_fallback": 0}  # it would print
+            name, chosen = providers[0]
+            assert (name, chosen["use_tf32"]) == ("CUDAExecutionProvider", "0")
+            assert int(chosen["gpu_mem_limit"]) == runtime.MAX_GPU_MEMORY
             return behaviour(real(content, options, providers=["CPUExecutionProvider"]))
 
         monkeypatch.setattr(ort, "InferenceSession", session)
@@ -229,7 +234,7 @@ def test_mock_gpu_runs_are_bound_and_in_one_piece(mock_gpu_build, predictor_file
     history = np.random.default_rng(0).normal(size=(100, 10, 64)).cumsum(1).astype(np.float32)
     lengths = np.full(100, 10)
     answer = gpu.predict(history, lengths)
-    assert [session.bound for session in sessions] == [1]
+    assert [session.bound for session in sessions] == [2]  # the first one when it was loaded
     np.testing.assert_allclose(answer.confidence, predictor.predict(history, lengths).confidence, atol=1e-6)
 
 
@@ -311,8 +316,8 @@ def test_a_foreign_graph_with_our_metadata(content, write):
 
 def test_a_graph_that_onnxruntime_cannot_load(content, write):
     model = onnx.load_from_string(content)
-    model.graph.node[0].op_type = "NoSuchOperator"
-    with pytest.raises(PredictorFileError, match=r"ONNX Runtime cannot load .*NoSuchOperator.*update onnxruntime"):
+    model.graph.node[0].op_type = "Xor"
+    with pytest.raises(PredictorFileError, match=r"ONNX Runtime cannot load .*Xor.*update onnxruntime"):
         Predictor(write(model))
 
 
@@ -382,3 +387,83 @@ def test_zoo_loads_paths_and_passes_predictors_on(predictor, predictor_file, tmp
     shutil.copy(predictor_file, tmp_path / "here.onnx")
     monkeypatch.chdir(tmp_path)
     assert zoo.load("here.onnx").sha256 == predictor.sha256
+
+
+def expensive_model(content, nodes, shape):
+    """The predictor with nodes beside it that compute `big` from `seed`, and whose result is added to the answer."""
+    model = onnx.load_from_string(content)
+    graph, helper = model.graph, onnx.helper
+    for output in graph.node:
+        output.output[:] = ["kept" if name == "confidence" else name for name in output.output]
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array(shape, np.int64), "wide"))
+    graph.node.extend(
+        [
+            helper.make_node("ReduceMax", ["history"], ["most"], keepdims=0),
+            helper.make_node("Sub", ["most", "most"], ["seed"]),
+            helper.make_node("Expand", ["seed", "wide"], ["big0"]),
+            *(helper.make_node("MatMul", [f"big{i}"] * 2, [f"big{i + 1}"]) for i in range(nodes)),
+            helper.make_node("ReduceMax", [f"big{nodes}"], ["top"], keepdims=0),
+            helper.make_node("Add", ["kept", "top"], ["confidence"]),
+        ]
+    )
+    return model
+
+
+@pytest.mark.parametrize("shape", [(2 * 10**9,), (40000, 40000)])
+def test_a_graph_that_takes_more_memory_than_a_predictor_needs_is_refused(content, write, shape):
+    with pytest.raises(PredictorFileError, match=r"cannot be used: on made-up weights, ONNX Runtime cannot run it"):
+        Predictor(write(expensive_model(content, 0, shape)), device="cpu")
+
+
+def test_a_graph_that_takes_more_time_than_a_predictor_needs_is_refused(content, write, monkeypatch):
+    monkeypatch.setattr(runtime, "DEADLINE", 0.3)
+    with pytest.raises(
+        PredictorFileError, match=r"made-up weights, the predictor gives no answer \(no end after 0.3 s"
+    ):
+        Predictor(write(expensive_model(content, 300, (1500, 1500))), device="cpu")
+
+
+def test_a_predictor_that_once_did_not_answer_in_time_is_not_asked_again(content, write, monkeypatch, caplog):
+    predictor = Predictor(write(expensive_model(content, 6, (1500, 1500))), device="cpu")
+    monkeypatch.setattr(runtime, "DEADLINE", 0.01)
+    with pytest.raises(PredictionError, match="gives no answer"):
+        predictor.predict(HISTORY, LENGTHS)
+    monkeypatch.undo()
+    with pytest.raises(PredictionError, match="is not asked again"):
+        predictor.predict(HISTORY, LENGTHS)
+    assert [message for message in caplog.messages if "Training goes on" in message] == [caplog.messages[0]]
+
+
+def test_a_layer_whose_weights_overflow_has_no_answer_and_the_others_have_theirs(predictor_file, caplog):
+    predictor = Predictor(predictor_file, device="cpu")
+    history = np.random.default_rng(0).normal(size=HISTORY.shape).astype(np.float32)
+    expected = predictor.predict(history[:2], LENGTHS[:2])
+    history[2] = 1e30
+    for _ in range(2):
+        answer = predictor.predict(history, LENGTHS)
+        assert np.isnan(answer.confidence[2]).all()
+        np.testing.assert_allclose(answer.confidence[:2], expected.confidence, atol=1e-6)
+    assert len(caplog.messages) == 1
+    assert "a layer without an answer does not freeze" in caplog.messages[0]
+
+
+LOAD = """
+import sys
+import numpy as np
+from smartfrz import zoo
+predictor = zoo.load(sys.argv[1], device="cpu")
+predictor.predict(np.zeros((1, 5, predictor.info.tailored_size), np.float32), np.array([5]))
+"""
+
+
+@pytest.mark.parametrize("chosen", [None, "0"])
+def test_onnxruntime_does_not_report_to_its_makers_unless_the_user_chose_that(predictor_file, tmp_path, chosen):
+    env = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"} | {"HOME": str(tmp_path)}
+    env |= {"XDG_CACHE_HOME": str(tmp_path / "cache")} | ({"ORT_DISABLE_TELEMETRY": chosen} if chosen else {})
+    say = "import os\nprint(os.environ['ORT_DISABLE_TELEMETRY'])"
+    run = subprocess.run(
+        [sys.executable, "-c", LOAD + say, str(predictor_file)], env=env, check=True, capture_output=True, text=True
+    )
+    assert (run.stdout, run.stderr) == (f"{chosen or 1}\n", "")
+    if chosen is None:
+        assert list(tmp_path.rglob("*")) == []

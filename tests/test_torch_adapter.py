@@ -374,17 +374,9 @@ def test_step_before_any_backward_pass_and_then_after_one():
     assert freezer.layers == LAYERS
 
 
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (
-            nn.Sequential(nn.BatchNorm1d(4)),
-            "found no layer to freeze in Sequential.*Pass the model that holds the layers",
-        ),
-        (nn.Sequential(nn.Linear(4, 2)), r"has 1 layers that can be trained, \['0'\].*Train without it"),
-    ],
-)
-def test_a_model_with_nothing_to_freeze(model, message):
+def test_a_model_with_nothing_to_freeze():
+    model = nn.Sequential(nn.BatchNorm1d(4))
+    message = "found no layer to freeze in Sequential.*Pass the model that holds the layers"
     freezer = SmartFRZ(model, torch.optim.SGD(model.parameters(), lr=0.1), ScriptedPredictor(), record_every=1)
     model(torch.randn(3, 4)).sum().backward()
     with pytest.raises(UnsupportedModelError, match=message):
@@ -638,3 +630,24 @@ def test_a_state_from_before_the_first_step_begins_anew():
     loop.run(freezer, 6)
     assert freezer.layers == LAYERS
     assert freezer.frozen_layers == ["conv1"]
+
+
+def test_a_layer_is_judged_by_all_that_is_trained_where_its_trained_matrices_are_a_small_part():
+    class Tuned(nn.Linear):
+        def __init__(self):
+            super().__init__(40, 40)
+            self.down, self.up = nn.Linear(40, 1, bias=False), nn.Linear(1, 40, bias=False)
+
+        def forward(self, x):
+            return super().forward(x) + self.up(self.down(x))
+
+    model = nn.Sequential(Tuned(), nn.Linear(40, 3))
+    layers = trace_layers(model, torch.randn(2, 40))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    assert TorchAdapter(model, [optimizer], layers).num_weights("0") == 1600 + 40 + 40
+    model[0].weight.requires_grad_(False)
+    assert TorchAdapter(model, [optimizer], layers).num_weights("0") == 80
+    model[0].up.weight.requires_grad_(False)
+    model[0].down.weight = nn.Parameter(torch.zeros(0, 40))
+    model[0].bias.requires_grad_(False)
+    assert TorchAdapter(model, [optimizer], layers).layers() == ["1"]  # what is left to train has no values

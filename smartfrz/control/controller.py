@@ -339,7 +339,8 @@ class FreezeController:
         )
 
     def _excused(self, active: list[str]) -> dict[str, Reason]:
-        excused = self._policy.excused(active) | self._find_untrained(active)
+        excused = self._policy.excused(active)
+        excused |= self._find_untrained([layer for layer in active if excused.get(layer) != "not_finite"])
         excused |= {layer: "moved_while_frozen" for layer in active if layer in self._watch.barred}
         for layer, reason in excused.items():
             if reason == "not_finite" and layer not in self._warned:

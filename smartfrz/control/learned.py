@@ -1,5 +1,6 @@
 """The policy that asks a predictor about the history of tailored weights."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
@@ -10,7 +11,7 @@ from smartfrz.control.decision import Reason
 from smartfrz.control.history import WeightHistory
 from smartfrz.control.policy import Policy
 from smartfrz.control.tailoring import tailoring_positions
-from smartfrz.errors import ServerError
+from smartfrz.errors import PredictionError
 
 RECORDS_PER_STAGE = 2
 PATIENCE = 2
@@ -64,7 +65,11 @@ class AsksPredictor(Protocol):
         ...
 
     def predict(self, history: NDArray[np.float32], lengths: NDArray[np.int64]) -> Any:
-        """Return confidence `[layers, 2]` and attention `[layers, window]`; raise `ServerError` if no server answers."""
+        """Return confidence `[layers, 2]` and attention `[layers, window]`.
+
+        Raises:
+            PredictionError: If there is no usable answer; it has been logged then.
+        """
         ...
 
 
@@ -135,7 +140,7 @@ class LearnedPolicy(Policy):
         return excused
 
     def confidence(self, layers: list[str], *, step: int) -> dict[str, float]:
-        """Return the predictor's answers; none if it is on a server that does not answer."""
+        """Return the predictor's answers; none if it gives no usable one."""
         if not layers:
             return {}
         asked = self.history.windows(layers)
@@ -145,9 +150,10 @@ class LearnedPolicy(Policy):
                 answer = cast(ReadsPosition, self.predictor).predict(*asked, places)
             else:
                 answer = self.predictor.predict(*asked)
-        except ServerError:  # it has been logged; training continues
+        except PredictionError:  # it has been logged; training continues
             return {}
-        return dict(zip(layers, answer[0][:, 1].tolist(), strict=True))
+        freeze = answer[0][:, 1].tolist()
+        return {layer: value for layer, value in zip(layers, freeze, strict=True) if not math.isnan(value)}
 
     def drop(self, layer: str) -> None:
         """Forget the history of a layer that was frozen."""

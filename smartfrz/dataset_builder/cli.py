@@ -191,7 +191,7 @@ def _record_all(recipes: Sequence[Any], output: str, options: RecordingOptions) 
     """Record recipes; return paths or addresses of the recordings, in the order of the recipes."""
     from smartfrz.dataset_builder.engines import Message, record_all
 
-    failures, places = [], {}
+    failures, places, missing = [], {}, None
     with _engine(output, options) as engine, _progress_bars() as bars:
         tasks = {recipe.name: bars.add_task(recipe.name, total=1.0, what="waiting") for recipe in recipes}
         for news in record_all(engine, recipes):
@@ -200,10 +200,14 @@ def _record_all(recipes: Sequence[Any], output: str, options: RecordingOptions) 
             elif news.error:
                 bars.update(tasks[news.name], completed=0, what="failed")
                 failures.append(f"{news.name}: {news.error}")
+                if isinstance(news.error, ModuleNotFoundError):
+                    missing = news.error
             else:
                 bars.update(tasks[news.name], completed=1.0, what="done")
                 places[news.name] = news.place
                 click.echo(news.place)
+    if missing and not places and str(missing.name).partition(".")[0] in _PACKAGES:
+        raise missing  # the group says what to install
     if failures:
         raise click.ClickException("Not recorded:\n" + "\n".join(failures))
     return [places[recipe.name] for recipe in recipes]

@@ -230,7 +230,7 @@ def _aligned(text: str) -> str:
 
 
 def default_file(model: str) -> Path:
-    """Where the recipe of a model goes unless told: `<name>.toml` in the current directory."""
+    """Return the default file for the recipe of a model: `<name>.toml` in the current directory."""
     short = model.rstrip("/").rpartition("/")[2].rpartition(":")[2]
     return Path(re.sub(r"[^\w.-]+", "-", short) + ".toml")
 

@@ -35,6 +35,9 @@ PREFIX = "smartfrz."
 REPRESENTATIONS = ("raw", "trajectory")
 POSITIONAL = ("trajectory",)  # representations whose graphs have the input `position`
 UNKNOWN_POSITION = -1.0
+MAX_HISTORY = 2**20  # values in the history of one layer, window * tailored_size; the shipped predictors read 30,720
+_MAX_NAME = 200
+_TOLERANCE = 1e-3  # of float32 sums
 _NO_HASH = b"0" * 64
 _HASH = re.compile(rb"smartfrz\.sha256\x12\x40([0-9a-f]{64})")
 
@@ -102,10 +105,10 @@ class PredictorInfo:
                 record_fraction=float(metadata[PREFIX + "record_fraction"]),
                 dataset_sha256=metadata[PREFIX + "dataset_sha256"],
                 license=metadata[PREFIX + "license"],
-                metrics=json.loads(metadata[PREFIX + "metrics"]),
+                metrics=_parse_object(metadata[PREFIX + "metrics"]),
                 min_records=int(metadata.get(PREFIX + "min_records", "4")),
             )
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, RecursionError) as error:
             raise PredictorFileError(
                 f"{file!r} has a missing or unreadable metadata property ({error}). Export it again."
             ) from error
@@ -116,14 +119,52 @@ class PredictorInfo:
             and 0 < info.record_fraction <= 1
             and math.isfinite(info.threshold)
             and 1 <= info.min_records <= info.window
+            and info.window * info.tailored_size <= MAX_HISTORY
+            and len(info.name) <= _MAX_NAME
         )
         if not in_range:
             raise PredictorFileError(
-                f"{file!r} has metadata out of range: tailored_size={info.tailored_size}, window={info.window}, "
-                f"threshold={info.threshold}, record_fraction={info.record_fraction}, min_records={info.min_records}. "
-                "Export it again."
+                f"{file!r} has metadata out of range: name={info.name[:80]!r}, tailored_size={info.tailored_size}, "
+                f"window={info.window}, threshold={info.threshold}, record_fraction={info.record_fraction}, "
+                f"min_records={info.min_records}; expected positive numbers, window * tailored_size of at most "
+                f"{MAX_HISTORY}, and a name of at most {_MAX_NAME} characters. Export it again."
             )
         return info
+
+
+def _parse_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"'metrics' is {type(value).__name__}; expected an object")
+    return value
+
+
+def find_fault(arrays: Mapping[str, NDArray[Any]], num_layers: int, num_records: int) -> str | None:
+    """Return what is wrong with the shapes of a predictor's answer, or None.
+
+    Args:
+        arrays: The outputs by name.
+        num_layers: Number of layers that were asked about.
+        num_records: Length of their histories.
+    """
+    expected = {CONFIDENCE: (num_layers, 2), ATTENTION: (num_layers, num_records)}
+    received = {name: array.shape for name, array in arrays.items()}
+    return None if received == expected else f"answers with {str(received)[:200]}; expected {expected}"
+
+
+def find_invalid(confidence: NDArray[np.float32], attention: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Return which layers have an answer that is none: values that are not from 0 to 1, or that do not sum to 1.
+
+    Args:
+        confidence: float32 `[layers, 2]`.
+        attention: float32 `[layers, window]`.
+
+    Returns:
+        bool `[layers]`.
+    """
+    in_range = [((array >= 0) & (array <= 1 + _TOLERANCE)).all(1) for array in (confidence, attention)]
+    valid: NDArray[np.bool_] = in_range[0] & in_range[1] & (abs(confidence.sum(1) - 1) <= _TOLERANCE)
+    return ~valid
 
 
 def check_position(position: NDArray[np.float32], info: PredictorInfo) -> None:

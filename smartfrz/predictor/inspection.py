@@ -1,16 +1,102 @@
 """Check of an ONNX file's bytes before ONNX Runtime loads them.
 
-When ONNX Runtime opens a session it reads external data from other files or, with a tag of its own, from memory. A
-predictor needs neither. The check does without the onnx package: it walks the protobuf messages that can contain
-tensors and operators, and skips everything else.
+When ONNX Runtime opens a session it reads external data from other files or, with a tag of its own, from memory. It
+also runs whatever the graph says, loops without an end included. A predictor needs neither. The check does without the
+onnx package: it walks the protobuf messages that can contain tensors, operators and metadata, and skips everything else.
+
+What the allowed operators can still cost is bounded where they run: see `MAX_MEMORY` and `DEADLINE` in
+`smartfrz.predictor.runtime`.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 
 from smartfrz.errors import PredictorFileError
 
 MAX_FILE_SIZE = 256 * 2**20  # bytes; smartfrz-base has 1 MiB
+MAX_NODES = 1000  # smartfrz-base has 208
 _MAX_FIELDS = 1_000_000  # smartfrz-base has 2,186; without a limit a file of empty nodes takes minutes
+# What the exporter writes, and what other versions of it write for the same network. None of them branches, loops,
+# draws random numbers, or keeps a state.
+OPERATORS = frozenset(
+    [
+        "Abs",
+        "Add",
+        "And",
+        "Cast",
+        "CastLike",
+        "Ceil",
+        "Clip",
+        "Concat",
+        "Constant",
+        "ConstantOfShape",
+        "CumSum",
+        "DequantizeLinear",
+        "Div",
+        "Dropout",
+        "Equal",
+        "Erf",
+        "Exp",
+        "Expand",
+        "Flatten",
+        "Floor",
+        "Gather",
+        "GatherElements",
+        "GatherND",
+        "Gelu",
+        "Gemm",
+        "Greater",
+        "GreaterOrEqual",
+        "Identity",
+        "IsInf",
+        "IsNaN",
+        "LayerNormalization",
+        "Less",
+        "LessOrEqual",
+        "Log",
+        "LogSoftmax",
+        "MatMul",
+        "Max",
+        "Mean",
+        "Min",
+        "Mul",
+        "Neg",
+        "Not",
+        "Or",
+        "Pow",
+        "QuantizeLinear",
+        "Range",
+        "Reciprocal",
+        "ReduceL2",
+        "ReduceMax",
+        "ReduceMean",
+        "ReduceMin",
+        "ReduceProd",
+        "ReduceSum",
+        "ReduceSumSquare",
+        "Relu",
+        "Reshape",
+        "Round",
+        "Shape",
+        "Sigmoid",
+        "Sign",
+        "Size",
+        "Slice",
+        "Softmax",
+        "Softplus",
+        "Split",
+        "Sqrt",
+        "Squeeze",
+        "Sub",
+        "Sum",
+        "Tanh",
+        "Transpose",
+        "Trilu",
+        "Unsqueeze",
+        "Where",
+        "Xor",
+    ]
+)
 # Message -> field number -> message, from onnx.proto. A test compares them with the onnx package.
 MESSAGES: dict[str, dict[int, str]] = {
     "ModelProto": {7: "GraphProto", 20: "TrainingInfoProto", 25: "FunctionProto"},
@@ -30,43 +116,87 @@ MESSAGES: dict[str, dict[int, str]] = {
     "TensorProto": {},
 }
 EXTERNAL_DATA = ("TensorProto", 13)
-NODE_DOMAIN, FUNCTION_DOMAIN = ("NodeProto", 7), ("FunctionProto", 10)
-_DOMAINS = {"", "ai.onnx", "com.microsoft"}  # domains that every build of onnxruntime contains
+OPERATOR, NODE_DOMAIN = ("NodeProto", 4), ("NodeProto", 7)
+PROPERTY = ("ModelProto", 14)
+PROPERTY_KEY = ("StringStringEntryProto", 1)
+# What a predictor has none of, as a message names it.
+FORBIDDEN = {
+    ("ModelProto", 20): "steps of training",
+    ("ModelProto", 25): "functions of its own",
+    ("AttributeProto", 6): "subgraphs, as of loops and branches",
+    ("AttributeProto", 11): "subgraphs, as of loops and branches",
+    ("GraphProto", 15): "sparse tensors",
+    ("AttributeProto", 22): "sparse tensors",
+    ("AttributeProto", 23): "sparse tensors",
+}
+_DOMAINS = {"", "ai.onnx"}
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 def check_onnx(content: bytes, file: str) -> None:
-    """Refuse files with data in other files, or with operators that have to be installed: a predictor needs neither.
+    """Refuse files that ONNX Runtime should not be given: a predictor has none of what is refused here.
 
     Args:
         content: The whole file.
         file: Name of the file, for the message.
 
     Raises:
-        PredictorFileError: If the file has either, or is no protobuf message.
+        PredictorFileError: If the file has data in other files, operators that are not in `OPERATORS`, subgraphs,
+            functions, more than `MAX_NODES` nodes, or a metadata property twice or not in UTF-8; or if it is no protobuf
+            message.
     """
-    used: set[str] = set()
-    defined = set(_DOMAINS)  # and the domains of functions that the file itself defines
+    operators: Counter[str] = Counter()
+    domains, forbidden = set(), set()
+    properties: Counter[str] = Counter()
     view = memoryview(content)
     try:
         for place, value in _fields(view):
+            text = view[value.start : value.stop]
             if place == EXTERNAL_DATA:
                 raise PredictorFileError(
-                    f"{file!r} keeps data outside of the file ({_text(view[value.start : value.stop])!r}), which is not "
+                    f"{file!r} keeps data outside of the file ({_text(text)!r}), which is not "
                     "read; expected one file with all its weights. Export it again with smartfrz-build train."
                 )
-            if place == NODE_DOMAIN:
-                used.add(_text(view[value.start : value.stop]))
-            elif place == FUNCTION_DOMAIN:
-                defined.add(_text(view[value.start : value.stop]))
+            if place == OPERATOR:
+                operators[_text(text)] += 1
+            elif place == NODE_DOMAIN:
+                domains.add(_text(text))
+            elif place in FORBIDDEN:
+                forbidden.add(FORBIDDEN[place])
+            elif place == PROPERTY:
+                for part, where in _fields(text, PROPERTY_KEY[0]):
+                    words = str(text[where.start : where.stop], "utf-8")
+                    properties[words] += part == PROPERTY_KEY
     except (IndexError, ValueError) as error:
         raise PredictorFileError(
             f"{file!r} is not an ONNX file, or is damaged ({error}). Copy the file again."
         ) from error
-    if custom := sorted(used - defined):
+    if custom := sorted(domains - _DOMAINS):
         raise PredictorFileError(
             f"{file!r} uses custom operators of {', '.join(map(repr, custom))}; expected operators that every onnxruntime "
             "has. Export it again with smartfrz-build train."
+        )
+    _check_cost(operators, forbidden, file)
+    if doubled := sorted(key for key, count in properties.items() if count > 1):
+        raise PredictorFileError(
+            f"{file!r} has the metadata property {doubled[0][:80]!r} twice; expected each once. Export it again with "
+            "smartfrz-build train."
+        )
+
+
+def _check_cost(operators: Counter[str], forbidden: set[str], file: str) -> None:
+    """Refuse a graph that can do more than a predictor has to."""
+    if unknown := sorted(set(operators) - OPERATORS):
+        forbidden = forbidden | {"operators that no predictor needs: " + ", ".join(unknown)[:200]}
+    if forbidden:
+        raise PredictorFileError(
+            f"{file!r} contains {'; '.join(sorted(forbidden))}. Such a graph could run for ever, and is not "
+            "run. Export it again with smartfrz-build train."
+        )
+    if operators.total() > MAX_NODES:
+        raise PredictorFileError(
+            f"{file!r} has {operators.total()} nodes; expected at most {MAX_NODES}. Export it again with smartfrz-build "
+            "train."
         )
 
 
@@ -74,9 +204,9 @@ def _text(value: memoryview) -> str:
     return bytes(value[:200]).decode("utf-8", "replace")
 
 
-def _fields(view: memoryview) -> Iterator[tuple[tuple[str, int], range]]:
+def _fields(view: memoryview, root: str = "ModelProto") -> Iterator[tuple[tuple[str, int], range]]:
     """Yield (message, field number) and byte range of every length-delimited field, nested messages included."""
-    waiting = [("ModelProto", 0, len(view))]
+    waiting = [(root, 0, len(view))]
     visited = 0
     while waiting:
         message, position, end = waiting.pop()
@@ -94,8 +224,8 @@ def _fields(view: memoryview) -> Iterator[tuple[tuple[str, int], range]]:
                 if position > end:
                     raise ValueError(f"field {number} of {message} extends beyond its message")
                 yield (message, number), range(start, position)
-                if number in MESSAGES[message]:
-                    waiting.append((MESSAGES[message][number], start, position))
+                if nested := MESSAGES.get(message, {}).get(number):
+                    waiting.append((nested, start, position))
             elif kind == _VARINT:
                 _, position = _varint(view, position)
             elif kind in (_FIXED64, _FIXED32):

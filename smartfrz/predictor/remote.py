@@ -23,7 +23,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smartfrz.errors import PredictorFileError, ServerError
-from smartfrz.predictor.contract import ATTENTION, CONFIDENCE, HISTORY, LENGTHS, POSITION, PREFIX, PredictorInfo
+from smartfrz.predictor.contract import (
+    ATTENTION,
+    CONFIDENCE,
+    HISTORY,
+    LENGTHS,
+    POSITION,
+    PREFIX,
+    PredictorInfo,
+    find_fault,
+    find_invalid,
+)
 from smartfrz.predictor.runtime import Prediction
 
 logger = logging.getLogger("smartfrz")
@@ -189,11 +199,12 @@ class RemotePredictor:
                 arrays[output["name"]] = array.reshape(output["shape"]).astype(np.float32)
             except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
                 raise ServerError(f"{self.url} answers with a tensor that cannot be read ({error!r}).") from error
-        expected = {CONFIDENCE: (shape[0], 2), ATTENTION: tuple(shape)}
-        received = {name: array.shape for name, array in arrays.items()}
-        if received != expected or not all(((array >= 0) & (array <= 1.0001)).all() for array in arrays.values()):
+        if fault := find_fault(arrays, *shape):
+            raise ServerError(f"{self.url} {fault}.")
+        if find_invalid(arrays[CONFIDENCE], arrays[ATTENTION]).any():
             raise ServerError(
-                f"{self.url} answers with {str(received)[:200]}; expected {expected}, with values from 0 to 1."
+                f"{self.url} answers with numbers that are no confidences; expected rows that sum to 1, "
+                "with values from 0 to 1."
             )
         return Prediction(arrays[CONFIDENCE], arrays[ATTENTION])
 

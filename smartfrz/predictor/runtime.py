@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from smartfrz.errors import MissingDependencyError, PredictorFileError
+from smartfrz.errors import MissingDependencyError, PredictionError, PredictorFileError
 from smartfrz.predictor.contract import (
     ATTENTION,
     CONFIDENCE,
@@ -23,13 +23,21 @@ from smartfrz.predictor.contract import (
     PredictorInfo,
     check_position,
     check_seal,
+    find_fault,
+    find_invalid,
 )
+from smartfrz.predictor.deadline import call_within
 from smartfrz.predictor.inspection import MAX_FILE_SIZE, check_onnx
 
 logger = logging.getLogger("smartfrz")
 Device = Literal["auto", "cpu", "cuda"]
 _CUDA = "CUDAExecutionProvider"
 _ROWS_PER_RUN = 240  # few enough that intermediate results stay in the cache of a core
+MAX_MEMORY = (
+    256 * 2**20
+)  # bytes of tensors of all predictors on the CPU; a decision of smartfrz-base takes less than 16 MiB
+MAX_GPU_MEMORY = 4 * 2**30  # bytes of tensors of one predictor on the GPU, which judges all layers at once
+DEADLINE = 30.0  # seconds for loading, and for each question to ONNX Runtime; eight layers take a few milliseconds
 
 
 class Prediction(NamedTuple):
@@ -53,7 +61,8 @@ class Predictor:
         num_threads: Threads of ONNX Runtime. The default is one: more of them slow down the training around it.
 
     Raises:
-        PredictorFileError: If the file is missing, damaged, or not a predictor of a supported format.
+        PredictorFileError: If the file is missing, damaged, or not a predictor of a supported format, or if a first
+            decision on made-up weights takes more time or memory than a predictor needs.
         MissingDependencyError: If onnxruntime is not installed or installed twice, or if CUDA was requested and cannot be
             used.
     """
@@ -66,12 +75,37 @@ class Predictor:
         content = _read_file(self.path, file)
         self.sha256 = check_seal(content, file)
         check_onnx(content, file)
-        self._session = open_session(content, file, device, num_threads)
+        try:
+            self._session = call_within(DEADLINE, lambda: open_session(content, file, device, num_threads))
+        except TimeoutError as error:
+            raise PredictorFileError(
+                f"ONNX Runtime does not get ready to run {file!r} ({error}). Export it again with smartfrz-build train."
+            ) from None
         self._opened = device, num_threads
         self.info = PredictorInfo.from_metadata(self._session.get_modelmeta().custom_metadata_map, file)
         _check_graph(self._session, self.info, file)
         self.device = "cuda" if _CUDA in self._session.get_providers() else "cpu"
         self._run = BoundRun(self._session, "cuda") if self.device == "cuda" else self._session.run
+        self._given_up = False
+        self._fault_logged = False
+        self._try_out(file)
+
+    def _try_out(self, file: str) -> None:
+        """Refuse a predictor that cannot answer a question about two layers."""
+        window, size = self.info.window, self.info.tailored_size
+        history = np.linspace(-1, 1, 2 * window * size, dtype=np.float32).reshape(2, window, size)
+        feed: dict[str, NDArray[Any]] = {HISTORY: history, LENGTHS: np.array([window, self.info.min_records], np.int64)}
+        try:
+            invalid = find_invalid(*self._ask(feed))
+        except PredictionError as error:
+            raise PredictorFileError(
+                f"{file!r} cannot be used: on made-up weights, {error}. Export it again with smartfrz-build train."
+            ) from error
+        if invalid.any():
+            raise PredictorFileError(
+                f"{file!r} cannot be used: on made-up weights it answers with numbers that are no confidences; expected "
+                "rows that sum to 1, with values from 0 to 1. Export it again with smartfrz-build train."
+            )
 
     def predict(
         self, history: NDArray[np.float32], lengths: NDArray[np.int64], position: NDArray[np.float32] | None = None
@@ -86,10 +120,12 @@ class Predictor:
                 without it.
 
         Returns:
-            Confidences and attention.
+            Confidences and attention. A layer for which the graph computes no number from 0 to 1 has NaN as confidences.
 
         Raises:
             ValueError: If shapes or dtypes are not those of this predictor.
+            PredictionError: If the predictor has no usable answer, or takes too long or too much memory. The first
+                time is also logged.
         """
         self._check_history(history, lengths)
         if position is not None:
@@ -99,12 +135,52 @@ class Predictor:
             feed: dict[str, NDArray[Any]] = {HISTORY: history, LENGTHS: lengths}
             if position is not None:
                 feed[POSITION] = position
-            return Prediction(*self._run([CONFIDENCE, ATTENTION], feed))
+            return self._answer(feed)
         parts = [slice(start, start + together) for start in range(0, len(history), together)]
         answers = [
             self.predict(history[part], lengths[part], None if position is None else position[part]) for part in parts
         ]
         return Prediction(*(np.concatenate(arrays) for arrays in zip(*answers, strict=True)))
+
+    def _answer(self, feed: dict[str, NDArray[Any]]) -> Prediction:
+        """Ask, and make what is no confidence NaN, which no threshold is below."""
+        try:
+            answer = self._ask(feed)
+        except PredictionError as error:
+            self._warn(str(error))
+            raise
+        invalid = find_invalid(*answer)
+        if invalid.any():
+            self._warn(f"the answer for {invalid.sum()} layers is none, as happens if weights overflow")
+            answer.confidence[invalid] = np.nan
+        return answer
+
+    def _warn(self, fault: str) -> None:
+        if not self._fault_logged:
+            logger.warning("%s: %s. Training goes on; a layer without an answer does not freeze.", self.path, fault)
+        self._fault_logged = True
+
+    def _ask(self, feed: dict[str, NDArray[Any]]) -> Prediction:
+        """Ask ONNX Runtime, and check the answer as that of a server is checked.
+
+        Raises:
+            PredictionError: If there is no usable answer in time.
+        """
+        if self._given_up:
+            raise PredictionError("the predictor is not asked again after a question that did not come to an end")
+        options = import_onnxruntime().RunOptions()
+        options.log_severity_level = 4  # what fails is said here
+        try:
+            arrays = call_within(DEADLINE, lambda: self._run([CONFIDENCE, ATTENTION], feed, options))
+        except TimeoutError as error:
+            options.terminate = True  # ends the run after the node that it is at
+            self._given_up = True
+            raise PredictionError(f"the predictor gives no answer ({error})") from None
+        except _runtime_errors() as error:
+            raise PredictionError(f"ONNX Runtime cannot run it ({str(error)[:300]})") from error
+        if fault := find_fault(dict(zip((CONFIDENCE, ATTENTION), arrays, strict=True)), *feed[HISTORY].shape[:2]):
+            raise PredictionError(f"the predictor {fault}")
+        return Prediction(*arrays)
 
     @property
     def positional(self) -> bool:
@@ -218,8 +294,12 @@ def _has_shape(received: Sequence[int | str], expected: Sequence[int | None]) ->
     )
 
 
-def _onnxruntime() -> Any:
-    """Import onnxruntime, after checking that at most one build of it is installed."""
+def import_onnxruntime() -> Any:
+    """Import onnxruntime, with its telemetry off unless the user set `ORT_DISABLE_TELEMETRY`.
+
+    Raises:
+        MissingDependencyError: If no build of it is installed, or two are.
+    """
     installed = []
     for distribution in ("onnxruntime", "onnxruntime-gpu"):
         try:
@@ -234,6 +314,8 @@ def _onnxruntime() -> Any:
             'pip uninstall -y onnxruntime onnxruntime-gpu, and then pip install "smartfrz[cpu]" or pip install '
             '"smartfrz[gpu]"'
         )
+    # Without it, ONNX Runtime reports to its makers and keeps a device id in the user's cache. It is read on loading.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:
@@ -262,7 +344,9 @@ class BoundRun:
         self._buffers: dict[str, Any] = {}
         self._lock = threading.Lock()  # callers in several threads share the buffers
 
-    def __call__(self, outputs: Sequence[str], feed: Mapping[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
+    def __call__(
+        self, outputs: Sequence[str], feed: Mapping[str, NDArray[Any]], options: Any = None
+    ) -> list[NDArray[np.float32]]:
         """Feed arrays by input name, and return the named outputs."""
         with self._lock:
             binding = self._session.io_binding()
@@ -270,7 +354,7 @@ class BoundRun:
                 binding.bind_ortvalue_input(name, self._on_device(name, array))
             for name in outputs:
                 binding.bind_output(name, self._device)
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(binding, options)
             return list(binding.copy_outputs_to_cpu())
 
     def _on_device(self, name: str, array: NDArray[Any]) -> Any:
@@ -279,7 +363,7 @@ class BoundRun:
         if buffer is not None and tuple(buffer.shape()) == array.shape and array.size:
             buffer.update_inplace(array)
         else:
-            buffer = self._buffers[name] = _onnxruntime().OrtValue.ortvalue_from_numpy(array, self._device)
+            buffer = self._buffers[name] = import_onnxruntime().OrtValue.ortvalue_from_numpy(array, self._device)
         return buffer
 
 
@@ -299,14 +383,15 @@ def open_session(content: bytes, file: str, device: Device, num_threads: int) ->
         PredictorFileError: If ONNX Runtime cannot load the file.
         MissingDependencyError: If onnxruntime is not installed, or CUDA was requested and cannot be used.
     """
-    ort = _onnxruntime()
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
+    ort = import_onnxruntime()
+    _limit_memory()
     options = ort.SessionOptions()
     options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # the format that was checked
+    options.add_session_config_entry("session.use_env_allocators", "1")
     session, reason = None, ""
     # "Available" providers are compiled in, but may not work here: only opening a session tells.
     if device != "cpu" and _CUDA in ort.get_available_providers():
@@ -326,17 +411,55 @@ def open_session(content: bytes, file: str, device: Device, num_threads: int) ->
     if session is not None:
         return session
     try:
-        return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    except (
-        state.Fail,
-        state.InvalidProtobuf,
-        state.InvalidGraph,
-        state.InvalidArgument,
-        state.NotImplemented,
-    ) as error:
+        # Constants are not folded: that would run parts of the graph while it is loaded, outside of the memory limit.
+        # Falling back to another provider would print to standard output.
+        return ort.InferenceSession(
+            content,
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=["ConstantFolding"],
+            enable_fallback=0,
+        )
+    except _runtime_errors() as error:
         raise PredictorFileError(
             f"ONNX Runtime cannot load {file!r}: {error}. Copy the file again, or update onnxruntime."
         ) from error
+
+
+@functools.cache
+def _limit_memory() -> None:
+    """Give all predictors of this process one pool of memory on the CPU, which does not grow beyond `MAX_MEMORY`.
+
+    A graph of a few bytes can ask for any amount. The limit also bounds the time that one node takes.
+    """
+    ort = import_onnxruntime()
+    place = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    # 1: grow by what is asked for, rather than by doubling
+    pool = ort.OrtArenaCfg({"max_mem": MAX_MEMORY, "arena_extend_strategy": 1})
+    try:
+        ort.create_and_register_allocator(place, pool)
+    except (
+        _runtime_errors()
+    ):  # versions that refuse a second pool: the training script has made one, with its own limit
+        logger.debug("The pool of memory that this process has already made in ONNX Runtime is used.", exc_info=True)
+
+
+@functools.cache
+def _runtime_errors() -> tuple[type[Exception], ...]:
+    """Return what ONNX Runtime raises if it cannot load or run a file."""
+    import_onnxruntime()
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    return (
+        state.Fail,
+        state.InvalidArgument,
+        state.InvalidGraph,
+        state.InvalidProtobuf,
+        state.NoSuchFile,
+        state.NotImplemented,
+        state.RuntimeException,
+        RuntimeError,
+    )
 
 
 def _cuda_session(ort: Any, content: bytes, options: Any, *, quiet: bool) -> tuple[Any, str]:
@@ -345,8 +468,10 @@ def _cuda_session(ort: Any, content: bytes, options: Any, *, quiet: bool) -> tup
         ort.set_default_logger_severity(4)  # no error lines where falling back is fine
     try:
         # Full float32 as on the CPU and in PyTorch, and no fallback by ONNX Runtime, which would print.
-        providers = [(_CUDA, {"use_tf32": "0"}), "CPUExecutionProvider"]
-        session = ort.InferenceSession(content, options, providers=providers, enable_fallback=0)
+        providers = [(_CUDA, {"use_tf32": "0", "gpu_mem_limit": str(MAX_GPU_MEMORY)}), "CPUExecutionProvider"]
+        session = ort.InferenceSession(
+            content, options, providers=providers, disabled_optimizers=["ConstantFolding"], enable_fallback=0
+        )
     except Exception as error:
         # CUDA fails in many ways. If the file is at fault, opening it on the CPU fails as well and says so.
         return None, str(error).strip().partition("\n")[0][:200]

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from smartfrz.adapters.keras.layers import Layer, find_variable, from_torch_positions, named_layers, torch_axes
 from smartfrz.adapters.keras.parts import list_inner_optimizers, list_own_optimizers
+from smartfrz.control.grouping import choose_judged
 from smartfrz.control.norms import compute_old_share, compute_recent_statistics
 from smartfrz.control.protocols import Untrained
 from smartfrz.control.tailoring import split_positions
@@ -84,11 +85,19 @@ class KerasAdapter:
             for member in map(self._named.__getitem__, layer.members)
             if member.trainable and not getattr(member, "_layers", None)
         ]
-        trained = {id(v) for v in self._trainable[name]}
+        trained = {id(v): n for n, v in zip(layer.parameters, self._variables[name], strict=True) if v.trainable}
         matrices = [(n, find_variable(self._named, n)) for n in layer.weights]
         # It is judged by what is trained: what the user froze does not move, and would look converged.
-        judged = [(n, v) for n, v in matrices if id(v) in trained] or matrices
-        self._read[name] = [(v, torch_axes(self._named[n.rpartition(":")[0]], len(v.shape))) for n, v in judged]
+        judged = choose_judged(
+            [v for _, v in matrices if id(v) in trained],
+            self._trainable[name],
+            lambda v: math.prod(v.shape),
+            lambda v: len(v.shape),
+        )
+        if not judged:
+            self._trainable[name] = []  # what is left to train has no values
+        read = [(trained[id(v)], v) for v in judged] or matrices
+        self._read[name] = [(v, torch_axes(self._named[n.rpartition(":")[0]], len(v.shape))) for n, v in read]
 
     def layers(self) -> list[str]:
         """Return the names of the layers that the user did not freeze, in execution order."""
@@ -99,8 +108,8 @@ class KerasAdapter:
         return list(self._layers)
 
     def num_weights(self, layer: str) -> int:
-        """Return the number of weights that the layer is judged by."""
-        return sum(int(np.prod(v.shape)) for v, _ in self._read[layer])
+        """Return the number of weights that the layer is judged by; a complex one counts as two."""
+        return sum(_count_values(v) for v, _ in self._read[layer])
 
     def weights(self, layer: str, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return a copy of the layer's flattened weights at `indices`.
@@ -123,7 +132,7 @@ class KerasAdapter:
         """Return the values of variables at positions, for each layer."""
         self.sync()
         picked = [
-            keras.ops.cast(keras.ops.take(keras.ops.reshape(keras.ops.stop_gradient(v.value), (-1,)), where), "float32")
+            keras.ops.cast(keras.ops.take(_flatten(v), where), "float32")
             for pieces in parts.values()
             for v, where in pieces
         ]
@@ -140,11 +149,13 @@ class KerasAdapter:
         if known is indices:
             return parts
         read = self._read[layer]
-        positions = split_positions(indices, [math.prod(variable.shape) for variable, _ in read])
+        positions = split_positions(indices, [_count_values(variable) for variable, _ in read])
         parts = []
         for (variable, axes), inside in zip(read, positions, strict=True):
             if len(inside):
-                where = from_torch_positions(inside, tuple(variable.shape), axes)
+                times = 2 if _is_complex(variable) else 1  # each real part is followed by its imaginary part
+                elements = from_torch_positions(inside // times, tuple(variable.shape), axes)
+                where = elements * times + inside % times
                 parts.append((variable, keras.ops.convert_to_tensor(where.astype(np.int32))))
         self._parts[layer] = indices, parts
         return parts
@@ -201,11 +212,11 @@ class KerasAdapter:
             norms = [self._named[name] for name in dict.fromkeys(self._layers[layer].norms)]
             watched += [v for norm in norms for v in (norm.moving_mean, norm.moving_variance)]
             watched += [wrapper.vector_u for wrapper in self._spectral[layer]]
-        return [(v, _spread_positions(int(np.prod(v.shape)))) for v in watched if 0 not in v.shape]
+        return [(v, _spread_positions(_count_values(v))) for v in watched if 0 not in v.shape]
 
     def _trained_pieces(self, layer: str) -> list[tuple[Any, Any]]:
         """Return positions in what is trained of the layer."""
-        return [(v, _spread_positions(int(np.prod(v.shape)))) for v in self._trainable[layer] if 0 not in v.shape]
+        return [(v, _spread_positions(_count_values(v))) for v in self._trainable[layer] if 0 not in v.shape]
 
     def hold(self) -> None:
         """Freeze again what another callback has made trainable since the last step; `disturbed` tells of it.
@@ -255,7 +266,9 @@ class KerasAdapter:
     def find_layers(self) -> list[str]:
         """Return the names of the layers that may be frozen now; see `Adapter`."""
         return [
-            x for x, variables in self._variables.items() if x in self._frozen or any(v.trainable for v in variables)
+            x
+            for x, variables in self._variables.items()
+            if x in self._frozen or any(v.trainable and 0 not in v.shape for v in variables)
         ]
 
     def set_layers(self, layers: list[str]) -> None:
@@ -397,6 +410,23 @@ class KerasAdapter:
             for name, (mean, variance, ago) in state.items()
             if name in self._named
         }
+
+
+def _is_complex(variable: Any) -> bool:
+    return "complex" in str(variable.dtype)
+
+
+def _count_values(variable: Any) -> int:
+    """Return the number of real values in a variable: two for each element of a complex one."""
+    return math.prod(variable.shape) * (2 if _is_complex(variable) else 1)
+
+
+def _flatten(variable: Any) -> Any:
+    """Return a variable's real values, each real part followed by its imaginary part."""
+    value = keras.ops.stop_gradient(variable.value)
+    if _is_complex(variable):
+        value = keras.ops.stack([keras.ops.real(value), keras.ops.imag(value)], axis=-1)
+    return keras.ops.reshape(value, (-1,))
 
 
 def _require_one_process(model: keras.Model) -> None:

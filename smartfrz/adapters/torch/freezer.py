@@ -40,7 +40,7 @@ class SmartFRZ(Freezer[TorchAdapter]):
     Args:
         model: The model, wrapped (DistributedDataParallel, `torch.compile`) or not. Its first forward
             pass in training mode shows which layers it has, and in which order they run; that pass
-            is not compiled.
+            is not compiled. If a step calls parts of the model only, their passes until the first `step()` show it.
         optimizer: The optimizer of the model's parameters, or several.
         predictor: A name in the zoo, the path or address of an ONNX file, the address of a predictor on a
             server (`http://host:port/NAME`), a loaded `Predictor`, or another policy, such as the policies in
@@ -131,7 +131,7 @@ class SmartFRZ(Freezer[TorchAdapter]):
         )
 
     def _learn_layers(self) -> None:
-        """Watch the next forward pass, to learn the layers."""
+        """Watch the forward passes of the next step, to learn the layers."""
         self._reset()
         self._reentrant = False
         self._eager.acquire()
@@ -294,6 +294,8 @@ class SmartFRZ(Freezer[TorchAdapter]):
             self._steps.clear()
 
     def _finish_profile(self, controller: FreezeController) -> None:
+        if self._profiler is not None:
+            self._profiler.end_step()
         if self._profiler is not None and self._profiler.done:
             controller.set_costs(self._profiler.costs())
             self._profiler.close()

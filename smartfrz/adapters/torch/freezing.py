@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from smartfrz.adapters.torch.layers import Layer, LayerReader, group_later
 from smartfrz.adapters.torch.optimizer_steps import OptimizerSteps
 from smartfrz.adapters.torch.watching import Samples, StepGuard, find_optimizers, mark, thaw_leftovers
+from smartfrz.control.grouping import choose_judged
 from smartfrz.control.norms import compute_old_share, compute_recent_statistics
 from smartfrz.control.protocols import Untrained
 from smartfrz.control.watch import Disturbance
@@ -109,7 +110,10 @@ class TorchAdapter(LayerReader):
         # It is also judged by that part: what the user froze does not move, and would look converged.
         ids = {id(p) for p in trained}
         matrices = [self._parameters[n] for n in layer.weights]
-        judged = [p for p in matrices if id(p) in ids] or [p for p in trained if p.dim() >= 2] or trained
+        judged = [p for p in matrices if id(p) in ids] or [p for p in trained if p.dim() >= 2]
+        judged = choose_judged(judged, trained, torch.Tensor.numel, torch.Tensor.dim)
+        if not judged:
+            trained.clear()  # what is left to train has no values
         self._tensors[name] = judged or matrices
         self._norms[name] = [model.get_submodule(n) for n in layer.norms]
         names = {n.rpartition(".")[0] for n in layer.parameters} | set(layer.norms)
@@ -137,11 +141,12 @@ class TorchAdapter(LayerReader):
         return [p for trainable in self._trainable.values() for p in trainable if not p.requires_grad]
 
     def layers_of_each_optimizer(self) -> list[list[str]]:
-        """Return, for each optimizer of several parameters, the names of the layers that it trains."""
+        """Return, for each optimizer, the names of the layers that it trains; nothing if each has one parameter."""
         owned = [{id(p) for group in o.param_groups for p in group["params"]} for o in self._optimizers]
-        # An optimizer for each single parameter, as for steps inside of the backward pass, need not be stepped at all.
-        several = [ids for ids in owned if len(ids) > 1]
-        return [[name for name in self.layers() if any(id(p) in ids for p in self._trainable[name])] for ids in several]
+        if len(owned) > 1 and all(len(ids) == 1 for ids in owned):
+            # Optimizers of single parameters step inside of the backward pass, and not at all without a gradient.
+            return []
+        return [[name for name in self.layers() if any(id(p) in ids for p in self._trainable[name])] for ids in owned]
 
     def keep_one_of(self) -> list[list[str]]:
         """Return groups of layers of which one has to stay active.
@@ -263,10 +268,15 @@ class TorchAdapter(LayerReader):
             mark(parameter, frozen=False)
 
     def _buffers(self, layer: str) -> list[torch.Tensor]:
-        """Return what a layer holds besides parameters and has to stand still: buffers that checkpoints hold."""
+        """Return what a layer holds besides parameters and has to stand still: buffers that checkpoints hold.
+
+        PyTorch's own norms are held in eval mode. There only the user moves them, who may let `update_bn` gather their
+        statistics anew.
+        """
         return [
             buffer
             for module in self._owners[layer]
+            if not (isinstance(module, _NormBase) and type(module).__module__.startswith("torch."))
             for name, buffer in module._buffers.items()
             if buffer is not None and buffer.is_floating_point() and name not in module._non_persistent_buffers_set
         ]
@@ -352,7 +362,7 @@ class TorchAdapter(LayerReader):
     def _may_freeze(self, layer: str, present: Mapping[int, nn.Parameter]) -> bool:
         ours = {id(p) for p in self._trainable[layer]} if layer in self._kept else set()
         return any(
-            id(p) in present and (id(p) in ours or id(p) in self._guard.frozen or self._guard.is_live(p))
+            id(p) in present and p.numel() and (id(p) in ours or id(p) in self._guard.frozen or self._guard.is_live(p))
             for p in self._all[layer]
         )
 
@@ -383,6 +393,7 @@ class TorchAdapter(LayerReader):
         self._newcomers = []
         for layer in new.values():
             self._describe(layer, ours=set())
+            self._unmoved.forget(layer.name)  # it has had a gradient
         for name in self._layers:
             if name not in layers and name in self._trainable:
                 self._let_go(name)

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from smartfrz.adapters.torch.callback import FreezingCallback
+from smartfrz.adapters.torch.freezing import take_back
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -56,6 +58,8 @@ class SmartFRZCallback(FreezingCallback, TrainerCallback, ExportableState):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Thaw what an interrupted run left frozen: the optimizer only takes parameters that require a gradient."""
         self._end()
+        if isinstance(kwargs.get("model"), nn.Module):  # perhaps with another callback, whose run was interrupted
+            take_back(kwargs["model"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

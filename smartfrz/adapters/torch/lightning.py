@@ -8,6 +8,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from smartfrz import zoo
 from smartfrz.adapters.torch.callback import FreezingCallback
+from smartfrz.adapters.torch.freezing import take_back
 from smartfrz.errors import UsageError
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class SmartFRZCallback(FreezingCallback, Callback):
         if stage != "fit":
             return
         self._end()
+        take_back(pl_module)  # perhaps with another callback, whose run was interrupted
         # The same Trainer fits on where it stopped, with max_epochs raised.
         goes_on = self.freezer is not None and 0 < trainer.global_step == self._global_step
         self._saved = self.freezer.state_dict() if goes_on and self.freezer else None

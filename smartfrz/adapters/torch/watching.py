@@ -2,7 +2,7 @@
 
 import gc
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -47,7 +47,7 @@ class Samples:
     def __contains__(self, key: str) -> bool:
         return key in self._kept
 
-    def moved(self, tensors: dict[str, list[torch.Tensor]]) -> set[str]:
+    def moved(self, tensors: Mapping[str, Sequence[torch.Tensor]]) -> set[str]:
         """Return the keys whose tensors have moved, to the last bit, since their values were kept."""
         now = {key: [view for tensor in each for view in self._view(tensor)] for key, each in tensors.items()}
         then = _by_device([kept for key in now for kept in self._kept[key]])
@@ -64,14 +64,14 @@ class Samples:
 
     def _view(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Return the bytes of the values to look at; nothing if there are none."""
+        owner, address, known = self._views.get(id(tensor), (None, 0, None))
+        if owner is tensor and known is not None and address == tensor.data_ptr():
+            return [known]
         data: Any = tensor.detach()
         if is_sharded(tensor):
             data = data.to_local()
         if data.numel() == 0 or data.is_meta:
             return []
-        owner, address, view = self._views.get(id(tensor), (None, 0, None))
-        if owner is tensor and address == data.data_ptr() and view is not None:
-            return [view]
         flat, shares_memory = _flatten(data)
         if self._spread:
             flat = flat[:: max(1, len(flat) // _BLOCK)][:_BLOCK].contiguous()
@@ -80,7 +80,7 @@ class Samples:
             start = max(0, (len(flat) - _BLOCK) // 2)
             flat = flat[start : start + _BLOCK]
         view = flat.view(torch.uint8)
-        if shares_memory:
+        if shares_memory and not is_sharded(tensor):
             self._views[id(tensor)] = (tensor, data.data_ptr(), view)
         return [view]
 
@@ -158,7 +158,7 @@ class StepGuard:
     def set_back(self) -> None:
         """Set back the flags of frozen parameters."""
         for parameter, layer in self.frozen.values():
-            if parameter.requires_grad:
+            if parameter.requires_grad and _MARK in vars(parameter):  # else a later run has taken it back
                 parameter.requires_grad_(False)
                 parameter.grad = None
                 if layer in self._flagged_before:
