@@ -33,7 +33,7 @@ from smartfrz.control.learned import AsksPredictor
 from smartfrz.control.options import FreezeOptions
 from smartfrz.control.ordering import FreezeOrder
 from smartfrz.control.policy import Policy
-from smartfrz.errors import UsageError
+from smartfrz.errors import UnsupportedModelError, UsageError
 from smartfrz.predictor.runtime import Device
 
 logger = logging.getLogger("smartfrz")
@@ -115,6 +115,7 @@ class SmartFRZ(Freezer[TorchAdapter]):
         self._optimizers = list_optimizers(optimizer)
         super().__init__(predictor, device, options)
         options.schedule(self._policy)  # complain now, not after the first batch
+        _refuse_keras(model)
         self._given = weakref.ref(model)
         self._rank_timeout = rank_timeout
         self._processes: TrainingProcesses | None = None
@@ -473,3 +474,12 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
+
+
+def _refuse_keras(model: Any) -> None:
+    """Refuse a Keras model, which is a PyTorch module, too, on that backend; but its layers are others."""
+    if any(kind.__module__.partition(".")[0] == "keras" and kind.__name__ == "Layer" for kind in type(model).__mro__):
+        raise UnsupportedModelError(
+            f"smartfrz.adapters.torch.SmartFRZ received {type(model).__name__}, a Keras model; expected an nn.Module that "
+            "is none. Train it with fit(), and pass it smartfrz.adapters.keras.SmartFRZ in `callbacks`."
+        )
