@@ -159,7 +159,7 @@ def registry_url(location: str) -> str:
     Raises:
         DownloadError: If it may not be read.
     """
-    url = check(location if is_url(location) else Path(location).absolute().as_uri())
+    url = check(location if is_url(location) else Path(location).expanduser().absolute().as_uri())
     parts = urlsplit(url)
     if not parts.path.endswith(".json"):
         url = parts._replace(path=parts.path.rstrip("/") + "/registry.json").geturl()

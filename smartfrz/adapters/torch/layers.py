@@ -2,8 +2,8 @@
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -203,7 +203,8 @@ class Uncopied:
     """A hook that is left out of copies of the model.
 
     An averaged model is a deep copy, made at any moment. It must neither be traced itself nor end the trace of the model
-    that is trained. Besides, a hook that is a closure could not be pickled.
+    that is trained. A pickle of the model has a hook of the standard library instead, which does nothing, so that it
+    loads where smartfrz is not installed. (A hook that is a closure could not be pickled at all.)
     """
 
     def __init__(self, hook: Callable[..., Any]):
@@ -217,15 +218,12 @@ class Uncopied:
         return _do_nothing
 
     def __reduce__(self) -> Any:
-        return _make_empty_hook, ()
+        # Whatever the arguments, this bound method returns None.
+        return getattr, (nullcontext(), "__exit__")
 
 
 def _do_nothing(*args: Any) -> None:
     """Replace a hook in a copy."""
-
-
-def _make_empty_hook() -> Callable[..., None]:
-    return _do_nothing
 
 
 def _is_behind(output: Any, node: str) -> bool:
@@ -339,6 +337,29 @@ def _group_modules(model: nn.Module, ran: Iterable[str], flops: Mapping[str, int
         )
         for unit in units
     ]
+
+
+def group_later(model: nn.Module, parameters: Collection[nn.Parameter], known: Collection[str]) -> list[Layer]:
+    """Join modules that ran for the first time after the layers were learned to layers of their own.
+
+    Their floating point operations are unknown.
+
+    Args:
+        model: The model.
+        parameters: Parameters of these modules.
+        known: Names of parameters that belong to layers already.
+    """
+    ids = {id(parameter) for parameter in parameters}
+    ran = [
+        name for name, module in model.named_modules() if any(id(p) in ids for p in module.parameters(recurse=False))
+    ]
+    if not ran:
+        return []
+    try:
+        layers = _group_modules(model, ran, {})
+    except UnsupportedModelError:  # vectors only
+        return []
+    return [layer for layer in layers if not set(known).intersection(layer.parameters)]
 
 
 def _describe_modules(model: nn.Module, flops: Mapping[str, int]) -> list[Module]:
