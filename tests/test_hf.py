@@ -76,7 +76,7 @@ def smartfrz(**options):
     return SmartFRZCallback(options.pop("predictor", ChangePredictor(scale=5.0)), **options)
 
 
-def trainer_of(folder, *callbacks, model=None, **arguments):
+def trainer_of(folder, *callbacks, model=None, kind=Trainer, **arguments):
     arguments = {
         "max_steps": STEPS,
         "per_device_train_batch_size": 6,
@@ -91,7 +91,7 @@ def trainer_of(folder, *callbacks, model=None, **arguments):
     } | arguments
     arguments = TrainingArguments(str(folder), **arguments)
     model = model or tiny_bert()
-    return Trainer(model, arguments, train_dataset=sentences(), eval_dataset=sentences(12), callbacks=[*callbacks])
+    return kind(model, arguments, train_dataset=sentences(), eval_dataset=sentences(12), callbacks=[*callbacks])
 
 
 def train(folder, *callbacks, resume=None, **arguments):
@@ -128,6 +128,26 @@ def test_frozen_layers_are_bit_identical_and_the_others_train(whole):
     assert report.num_steps == STEPS == len(probe.after)
     # otherwise resuming from step 15 would prove little
     assert min(report.frozen.values()) < 15 < max(report.frozen.values())
+
+
+class CallsParts(Trainer):
+    """Its loss never calls the model itself."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        labels = inputs.pop("labels")
+        logits = model.classifier(model.dropout(model.bert(**inputs).pooler_output))
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+
+def test_a_loss_that_calls_parts_of_the_model_is_the_same_run(whole, tmp_path):
+    callback, probe = smartfrz(), Probe()
+    trainer = trainer_of(tmp_path, callback, probe, kind=CallsParts)
+    trainer.train()
+    assert [layer.to_dict() for layer in callback.report().layers] == [x.to_dict() for x in whole[1].report().layers]
+    assert repr(callback.freezer.events) == repr(whole[1].freezer.events)
+    assert_same_weights(whole[0].model.state_dict(), trainer.model.state_dict())
+    assert_frozen_means_bit_identical(probe.after, callback.report())
 
 
 def test_when_training_ends_everything_can_be_trained_again(whole):

@@ -5,10 +5,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from numpy_adapter import ScriptedPredictor  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.utils._python_dispatch import _get_current_dispatch_mode  # noqa: E402
 
-from smartfrz.adapters.torch import Layer, trace_layers  # noqa: E402
+from smartfrz.adapters.torch import Layer, SmartFRZ, trace_layers  # noqa: E402
 from smartfrz.adapters.torch.layers import LayerReader, LayerTracer, collect_outputs  # noqa: E402
 from smartfrz.errors import StateError, UnsupportedModelError  # noqa: E402
 
@@ -463,3 +464,61 @@ def test_layers_are_learned_from_parts_that_run_without_the_model():
     tracer.close()
     assert num_hooks(model) == 0
     assert _get_current_dispatch_mode() is None
+
+
+class Siamese(nn.Module):
+    """Runs on two inputs in a step; the second time its last layer runs as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.body, self.head = nn.Embedding(9, 4), nn.Linear(4, 5), nn.Linear(5, 3)
+        self.own = nn.Parameter(torch.ones(5, 5))
+
+    def forward(self, x, score=False):
+        x = self.body(self.words(x)).relu()
+        return self.head(x) if score else x
+
+
+@pytest.mark.parametrize("auto_step", [False, True])
+def test_every_pass_before_the_first_optimizer_step_counts(auto_step):
+    model = Siamese()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    freezer = SmartFRZ(model, optimizer, ScriptedPredictor(), record_every=1, auto_step=auto_step)
+    for _ in range(2):  # two batches are accumulated
+        x = torch.randint(9, (6,))
+        (model(x).sum() + model(x.flip(0), score=True).sum()).backward()
+    assert num_hooks(model) > 0
+    optimizer.step()
+    assert num_hooks(model) == 0
+    freezer.step()
+    flops = {layer.name: layer.forward_flops for layer in freezer.report().layers}
+    assert flops == {"words": 0, "body": 4 * 2 * 6 * 4 * 5, "head": 2 * 2 * 6 * 5 * 3}
+    assert "estimated from the first step" in str(freezer.report())
+    assert freezer.report().uncounted == []  # an embedding computes nothing
+
+
+class Kernel(nn.Module):
+    """A layer whose operations PyTorch does not count, as those of kernels of one's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 4))
+
+    def forward(self, x):
+        return (x.unsqueeze(-1) * self.weight).sum(-2)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_savings_that_cannot_be_known_are_said_to_be_unknown(known):
+    model = nn.Sequential(Kernel(), Kernel(), *[nn.Linear(4, 4) for _ in range(known)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    freezer = SmartFRZ(model, optimizer, ScriptedPredictor(), record_every=1)
+    model(torch.randn(3, 4)).sum().backward()
+    optimizer.step()
+    freezer.step()
+    report = freezer.report()
+    assert report.uncounted == report.to_dict()["uncounted"] == ["0", "1"]
+    if known:
+        assert "That leaves out layers whose operations cannot be counted: 0, 1." in str(report)
+    else:
+        assert "Backward computation saved: unknown" in str(report)

@@ -85,7 +85,8 @@ class Report:
         compile_seconds: Time that they took.
         num_recompilations: Number of compilations after layers first froze.
         recompile_seconds: Time that these took.
-        per_example: Whether the layers' FLOPs are counted for one example instead of one batch.
+        per_example: Whether the layers' FLOPs are counted for one example instead of one step.
+        uncounted: Layers that compute, but whose FLOPs are unknown, and 0 in all sums.
         cache: What the activation cache did; None without a cache.
         why_nothing: Why no layer ever froze, one line for each reason; empty if one did.
         layer_changes: (step, `joined`, `appeared` or `left`, layer): layers that the user unfroze, that ran for the first
@@ -107,6 +108,7 @@ class Report:
     num_recompilations: int = 0
     recompile_seconds: float = 0.0
     per_example: bool = False
+    uncounted: Collection[str] = ()
     cache: CacheUse | None = None
     why_nothing: list[str] = field(default_factory=list)
     layer_changes: list[tuple[int, str, str]] = field(default_factory=list)
@@ -223,7 +225,7 @@ class Report:
 
     @property
     def backward_flops(self) -> int:
-        """Backward FLOPs of all layers in the run so far, had nothing been frozen; estimated from the first batch."""
+        """Backward FLOPs of all layers in the run so far, had nothing been frozen; estimated from the first step."""
         return self._savings[0]
 
     @property
@@ -268,6 +270,7 @@ class Report:
             "num_recompilations": self.num_recompilations,
             "recompile_seconds": self.recompile_seconds,
             "per_example": self.per_example,
+            "uncounted": list(self.uncounted),
             "dry_run": self.dry_run,
             "why_nothing": list(self.why_nothing),
             "cache": None if self.cache is None else asdict(self.cache),
@@ -304,7 +307,7 @@ class Report:
             lines.append(f"Moved although they were frozen, and therefore thawed for good: {_shorten(self.moved)}.")
         if self.backward_flops:
             share = self.backward_flops_saved / self.backward_flops
-            unit, name, basis = 1e12, "TFLOPs", "estimated from the first batch"
+            unit, name, basis = 1e12, "TFLOPs", "estimated from the first step"
             if self.per_example:
                 unit, name, basis = 1e9, "GFLOPs for each example of a batch", "estimated from shapes"
             lines.append(
@@ -313,6 +316,12 @@ class Report:
                 f"{self._share(self.backward_flops_saved_by_prefix)} in the frozen prefix, "
                 f"{self._share(self.backward_flops_saved_by_interior)} behind it."
             )
+            if self.uncounted:
+                lines.append(
+                    f"That leaves out layers whose operations cannot be counted: {_shorten(list(self.uncounted))}."
+                )
+        elif self.uncounted:
+            lines.append("Backward computation saved: unknown, since operations of the layers cannot be counted.")
         share = self.decision_seconds / self.seconds if self.seconds else 0.0
         lines.append(
             f"Recording and deciding took {self.decision_seconds:.2f} s ({share:.1%} of {self.seconds:.1f} s)."

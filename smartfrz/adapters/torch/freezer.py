@@ -22,10 +22,10 @@ from smartfrz.adapters.torch.compiling import CompileWatch, EagerHold
 from smartfrz.adapters.torch.costs import CostProfiler
 from smartfrz.adapters.torch.distributed import RANK_TIMEOUT, TrainingProcesses, processes_of, reshard
 from smartfrz.adapters.torch.freezing import TorchAdapter, take_back
-from smartfrz.adapters.torch.layers import Layer, LayerTracer
+from smartfrz.adapters.torch.layers import Layer, LayerTracer, list_uncounted
 from smartfrz.adapters.torch.optimizer_steps import OptimizerSteps
 from smartfrz.adapters.torch.sharding import GradientWatch
-from smartfrz.adapters.torch.updates import Rounds, UpdateWatch, list_optimizers
+from smartfrz.adapters.torch.updates import Rounds, UpdateWatch, list_optimizers, unwrap
 from smartfrz.adapters.torch.watching import Samples, owned_by, sample_of_foreign
 from smartfrz.control.controller import FreezeController
 from smartfrz.control.decision import FreezeDecision
@@ -44,9 +44,9 @@ class SmartFRZ(Freezer[TorchAdapter]):
     """Freezes layers of a model while it is trained, when the predictor says that they have converged.
 
     Args:
-        model: The model, wrapped (DistributedDataParallel, `torch.compile`) or not. Its first forward
-            pass in training mode shows which layers it has, and in which order they run; that pass
-            is not compiled. If a step calls parts of the model only, their passes until the first `step()` show it.
+        model: The model, wrapped (DistributedDataParallel, `torch.compile`) or not. The forward passes in training mode
+            before the first optimizer step, of the model or of parts of it, show which layers it has, in which order they
+            run, and what they cost. These passes are not compiled.
         optimizer: The optimizer of the model's parameters, or several.
         predictor: A name in the zoo, the path or address of an ONNX file, the address of a predictor on a
             server (`http://host:port/NAME`), a loaded `Predictor`, or another policy, such as the policies in
@@ -151,7 +151,14 @@ class SmartFRZ(Freezer[TorchAdapter]):
         self._reset()
         self._reentrant = False
         self._eager.acquire()
-        self._tracer: LayerTracer | None = LayerTracer(self._model, on_done=self._eager.release)
+        tracer = LayerTracer(self._model, one_call=False, on_done=self._eager.release)
+        self._tracer: LayerTracer | None = tracer
+        self._step_hooks = [
+            optimizer.register_step_pre_hook(lambda *_: tracer.end_step())
+            for optimizer in map(unwrap, self._optimizers)
+            # Where the policy scales learning rates, the run starts before the first step already.
+            if hasattr(optimizer, "register_step_pre_hook") and not self._policy.scales_learning_rates
+        ]
         self._saw_gradient = any(is_lazy(p) for p in self._model.parameters())  # which take no hook yet
         self._gradient_hook: GradientWatch | None = None
         trainable = tuple(p for p in self._model.parameters() if p.requires_grad and not is_lazy(p))
@@ -385,6 +392,9 @@ class SmartFRZ(Freezer[TorchAdapter]):
         if self._tracer is not None:
             self._tracer.close()
             self._tracer = None
+        for hook in self._step_hooks:
+            hook.remove()
+        self._step_hooks = []
         if self._gradient_hook is not None:
             self._gradient_hook.remove()
             self._gradient_hook = None
@@ -398,6 +408,7 @@ class SmartFRZ(Freezer[TorchAdapter]):
             "compile_seconds": compile_seconds,
             "num_recompilations": num_again,
             "recompile_seconds": seconds_again,
+            "uncounted": list_uncounted(self._model, self._run.adapter.descriptions()) if self._run else [],
             "cache": None if self._cache is None else self._cache.use,
         }
 

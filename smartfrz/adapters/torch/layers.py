@@ -82,9 +82,10 @@ class LayerTracer:
 
     Args:
         model: The model. Its modules have hooks until `close`, or until one call of the model has ended.
+        one_call: Whether to close after one call of the model. Otherwise several passes count together, until `end_step`.
         training_only: Ignore forward passes in eval mode, since some modules then take other paths, and without
             gradients, since they show no checkpointing.
-        on_done: Called at `close`, or once a call of the model has been watched.
+        on_done: Called once the hooks are gone.
 
     Attributes:
         done: Whether a pass has been watched.
@@ -92,8 +93,16 @@ class LayerTracer:
         reentrant: Whether parts of the model ran under reentrant checkpointing.
     """
 
-    def __init__(self, model: nn.Module, *, training_only: bool = True, on_done: Callable[[], None] | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        one_call: bool = True,
+        training_only: bool = True,
+        on_done: Callable[[], None] | None = None,
+    ):
         self._model = model
+        self._one_call = one_call
         self._training_only = training_only
         self._on_done = on_done
         self._ran: dict[str, None] = {"": None}
@@ -169,7 +178,7 @@ class LayerTracer:
             if not self._stack:
                 self._operators.__exit__(None, None, None)
                 self._operators = None
-                if name == "" and self.done:
+                if name == "" and self.done and self._one_call:
                     self.close()
 
         return hook
@@ -181,6 +190,11 @@ class LayerTracer:
         self.wrapper = DistributedDataParallel._get_active_ddp_module() or self.wrapper
         self.reentrant = self.reentrant or _is_behind(output, "CheckpointFunctionBackward")
         self.done = True
+
+    def end_step(self) -> None:
+        """Close, if a pass has been watched and none is going on."""
+        if self.done and self._operators is None:
+            self.close()
 
     def close(self) -> None:
         """Remove every hook."""
@@ -308,6 +322,21 @@ def trace_layers(model: nn.Module, *example: Any, **keywords: Any) -> list[Layer
         return tracer.layers()
     finally:
         tracer.close()
+
+
+def list_uncounted(model: nn.Module, layers: Iterable[Layer]) -> list[str]:
+    """Return the layers with matrices whose operations nothing could count, such as those of kernels of one's own.
+
+    An embedding only looks rows up. That it has no operations is no gap.
+    """
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    return [
+        layer.name
+        for layer in layers
+        if not layer.forward_flops
+        and not isinstance(modules.get(layer.name), (nn.Embedding, nn.EmbeddingBag))
+        and any(name in parameters and parameters[name].dim() >= 2 for name in layer.parameters)
+    ]
 
 
 def _group_modules(model: nn.Module, ran: Iterable[str], flops: Mapping[str, int]) -> list[Layer]:
