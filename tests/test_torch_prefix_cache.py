@@ -937,3 +937,28 @@ def test_a_last_batch_of_one_sample():
     plain, cached = run(**options), run(always(), **options)
     assert_same_curve(plain, cached)
     assert use(cached).misses == 17
+
+
+class CallsParts(Loop):
+    """Never calls the model itself in training, only its parts; evaluates the model after each step."""
+
+    def loss(self, inputs, targets):
+        hidden = inputs
+        for part in self.model:
+            hidden = part(hidden)
+        loss = nn.functional.cross_entropy(hidden, targets)
+        with torch.no_grad():
+            self.model.eval()(inputs)
+        self.model.train()
+        return loss
+
+
+@pytest.mark.parametrize("loop", [CallsParts, type("UnnamedParts", (CallsParts, Unnamed), {})])
+def test_where_only_parts_of_the_model_are_called_the_cache_is_off_and_says_why(loop):
+    options = {"make": lambda: mlp(*SIZES), "layers": FIVE, "stages": [{"0", "2"}], "dataset": data((5,))}
+    plain, cached = run(loop=loop, **options), run(always(), loop=loop, **options)
+    assert_same_curve(plain, cached)
+    assert cached.freezer.frozen_layers == ["0", "2"]
+    assert use(cached).cut is None
+    assert "calls the parts of the model one by one" in use(cached).reason
+    assert use(cached).hits == use(cached).misses == 0

@@ -220,6 +220,7 @@ class SmartFRZ(Freezer[TorchAdapter]):
         if self._cache is not None:
             controller.set_prefix_cached(not self._cache.off)
             self._no_cache_where_compiled(self._cache)
+            self._cache.note_step()
             if controller.total_steps:
                 self._cache.note_progress((controller.num_steps + 1) / controller.total_steps)
         decisions = self._decide(run)

@@ -28,6 +28,8 @@ AUDIT_EVERY = 64  # Batches with hits between two checks.
 PAUSE = 10.0  # Pause after a search, in durations of it: searching takes a tenth of the time at most.
 # What rounding may change in a kept value, as a share of the largest one
 ERRORS: dict[StoreDtype, float] = {"float32": 0.0, "float16": 4e-3, "bfloat16": 3e-2}
+IDLE_STEPS = 4  # Steps without a call of the model after which the cache switches itself off.
+_PARTS = "the training step calls the parts of the model one by one. Put them in one module, and call that"
 _ADVICE = "Wrap the data set in PrefixCache.indexed(dataset, views=2), and pad to one length"
 
 
@@ -97,6 +99,7 @@ class CachedPrefix:
         self._automatic = ExitStack()  # routes forward passes here where the user does not
         self._length = _RunLength()
         self._search_due = False
+        self._idle_steps = 0  # since the last call of the model in training
         self._in_vain = 0
         self._not_before = 0.0
         self._counts = _Counts()
@@ -123,6 +126,12 @@ class CachedPrefix:
             seconds_saved=counts.seconds_saved - counts.overhead,
         )
 
+    def note_step(self) -> None:
+        """Note a training step. Where steps go by without any call of the model, there is nothing to cut."""
+        self._idle_steps = self._idle_steps + 1 if self.active else 0
+        if self._idle_steps > IDLE_STEPS and not self.off:
+            self.switch_off(_PARTS)
+
     def note_progress(self, progress: float) -> None:
         """Note the share of the run that is done."""
         self._length.progress = progress
@@ -136,9 +145,7 @@ class CachedPrefix:
                 there is no such part.
         """
         if entry is None:
-            self.switch_off(
-                "the training step calls the parts of the model one by one. Put them in one module, and call that"
-            )
+            self.switch_off(_PARTS)
             return
         self._entry = entry
         self._flops = dict(flops)
@@ -195,6 +202,7 @@ class CachedPrefix:
     def _forward(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self.off or not self.active or not self._entry.training or torch.compiler.is_compiling():
             return forward(*args, **kwargs)
+        self._idle_steps = 0
         with self._counts.counted():
             batch = self._describe(forward, args, kwargs)
         try:
