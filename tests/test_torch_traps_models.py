@@ -593,3 +593,38 @@ def test_norms_freeze_with_the_layer_before_them(kind):
     assert {name for name in before if name.startswith(("conv1", "norm1"))} - moved(before, model) <= {
         "norm1.num_batches_tracked"
     }
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own, of a part that moves to torchao
+@pytest.mark.parametrize("ended", [False, True])
+def test_scales_of_quantization_aware_training_stand_still_while_a_layer_is_frozen(ended):
+    quantization = pytest.importorskip("torch.ao.quantization")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(100, 3))
+    model.qconfig = quantization.get_default_qat_qconfig("x86")
+    model = quantization.prepare_qat(quantization.fuse_modules_qat(model.train(), [["0", "1", "2"]]))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    freezer = attach(model, optimizer, ["0", "4"], {"0"})
+
+    def steps(number):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        for step in range(number):
+            model(torch.randn(4, 2, 7, 7) * 2.0**step).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            freezer.step()
+        return {name for name, value in model.state_dict().items() if not torch.equal(before[name], value)}
+
+    steps(3)
+    assert freezer.frozen_layers == ["0"]
+    moved = steps(5)
+    assert not {name for name in moved if name.startswith("0.")}
+    assert "4.weight_fake_quant.scale" in moved
+    assert freezer.frozen_layers == ["0"]
+    if ended:
+        model.apply(quantization.disable_observer)
+    freezer.thaw()
+    assert [bool(module.observer_enabled[0]) for module in model.modules() if hasattr(module, "observer_enabled")] == [
+        not ended
+    ] * 4
+    assert ("0.weight_fake_quant.scale" in steps(1)) == (not ended)

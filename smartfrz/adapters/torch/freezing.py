@@ -96,6 +96,7 @@ class TorchAdapter(LayerReader):
         # The user's own override of `train`, or None, and whether the norm was in training mode
         self._held_for: dict[str, list[nn.Module]] = {}
         self._held_in_eval: dict[nn.Module, tuple[Any, bool]] = {}
+        self._held_observers: dict[str, list[Any]] = {}
         self._snapshots: dict[_NormBase, tuple[torch.Tensor, torch.Tensor, int]] = {}
         for layer in layers:
             self._describe(layer, ours)
@@ -221,6 +222,8 @@ class TorchAdapter(LayerReader):
         changing = dict.fromkeys(norm for layer in new for norm in self._changing(layer))
         self._held_for |= {layer: self._changing(layer) for layer in new}
         self._freeze_norms([norm for norm in changing if norm not in self._held_in_eval])
+        for layer in new:
+            self._hold_observers(layer)
         for layer in layers:
             self._keep(layer)
         if self._processes is not None and new:
@@ -239,10 +242,35 @@ class TorchAdapter(LayerReader):
                     if override is not None:
                         norm.__dict__["train"] = override
                     norm.train(self._model.training and was_trained)
+            self._free_observers(layer)
             if layer in self._gradient_hooks:
                 self._gradient_hooks.pop(layer).remove()
         if self._processes is not None and layers:
             self._processes.parameters_changed()
+
+    def _quantizers(self, layer: str) -> list[Any]:
+        """Return the fake quantizers of a layer (quantization-aware training), whose scales follow what they observe."""
+        return [
+            module
+            for owner in self._owners[layer]
+            if owner is not self._model
+            for module in owner.children()
+            if _is_quantizer(module)
+        ]
+
+    def _hold_observers(self, layer: str) -> None:
+        """Stop what sets the scales of a layer's fake quantizers: it goes on in eval mode, too."""
+        self._held_observers[layer] = [module for module in self._quantizers(layer) if module.observer_enabled[0]]
+        for module in self._held_observers[layer]:
+            module.disable_observer()
+
+    def _free_observers(self, layer: str) -> None:
+        held = self._held_observers.pop(layer, [])
+        others = (module for module in self._model.modules() if _is_quantizer(module))
+        # Quantization-aware training ends with all observers off. Then they stay so.
+        if held and any(module.observer_enabled[0] for module in others):  # type: ignore[index]
+            for module in held:
+                module.enable_observer()
 
     def _keep(self, layer: str) -> None:
         """Note what a frozen layer is, to see later whether it stands still."""
@@ -276,7 +304,7 @@ class TorchAdapter(LayerReader):
         """
         return [
             buffer
-            for module in self._owners[layer]
+            for module in (*self._owners[layer], *self._quantizers(layer))
             if not (isinstance(module, _NormBase) and type(module).__module__.startswith("torch."))
             for name, buffer in module._buffers.items()
             if buffer is not None and buffer.is_floating_point() and name not in module._non_persistent_buffers_set
@@ -463,6 +491,10 @@ class TorchAdapter(LayerReader):
             self._model.get_submodule(name): (mean.clone(), variance.clone(), int(batches))  # type: ignore[misc]
             for name, (mean, variance, batches) in state.items()
         }
+
+
+def _is_quantizer(module: nn.Module) -> bool:
+    return "observer_enabled" in module._buffers and hasattr(module, "disable_observer")
 
 
 def _drop_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
