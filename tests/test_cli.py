@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from builder_fixtures import TINY_PARTS, invoke, labelled_runs, write_recipe, write_runs
+from builder_fixtures import TINY_PARTS, environment_without, invoke, labelled_runs, write_recipe, write_runs
 
 from smartfrz.cli import main as smartfrz
 from smartfrz.dataset_builder import building
@@ -216,26 +216,21 @@ def test_train_passes_its_options_on(places, tmp_path, monkeypatch):
 @pytest.mark.parametrize("package", ["torch", "pyarrow", "rich"])
 def test_missing_packages_are_named(places, tmp_path, package):
     # In a process of its own, in which nothing is imported yet.
-    code = f"""
-import sys
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == {package!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Missing())  # None in sys.modules would not do: SciPy takes any entry for a module
-from smartfrz.dataset_builder.cli import main
-main(sys.argv[1:])
-"""
+    environment = environment_without(package, tmp_path / "without")
 
     def call(*arguments):
-        command = [sys.executable, "-c", code, *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True)
+        command = [sys.executable, "-c", "from smartfrz.dataset_builder.cli import main; main()", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
 
     assert call("--help").returncode == call("record", "--help").returncode == 0
-    result = call("train", places["runs"], "-o", tmp_path / "x.onnx", "--tailored-size", 16)
-    assert result.returncode == 1
-    assert f'needs {package}, which is not installed. Type: pip install "smartfrz[build,cpu]"' in result.stderr
-    assert "Traceback" not in result.stderr
+    for arguments in (
+        ("train", places["runs"], "-o", tmp_path / "x.onnx", "--tailored-size", 16),
+        ("record", places["recipe"], "-o", tmp_path / "new", "--threads", 1),  # its workers import
+    ):
+        result = call(*arguments)
+        assert result.returncode == 1
+        assert f'needs {package}, which is not installed. Type: pip install "smartfrz[build,cpu]"' in result.stderr
+        assert "Traceback" not in result.stderr
 
 
 def test_a_package_that_the_users_own_code_lacks_is_not_taken_for_one_of_ours(tmp_path):
