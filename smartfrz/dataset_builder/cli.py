@@ -222,6 +222,10 @@ def _engine(output: str, options: RecordingOptions) -> Iterator[Any]:
     """
     from smartfrz.zoo import urls
 
+    taken = () if urls.is_url(output) else (Path(output), *Path(output).parents)
+    for path in taken:
+        if path.exists() and not path.is_dir():
+            raise click.UsageError(f"Cannot record to {output!r}: {str(path)!r} is a file. Pass a folder.")
     if options.engine == "ray":
         with _ray_engine(output, options) as engine:
             yield engine
@@ -267,9 +271,16 @@ def _train(job: Any, files: Sequence[Path]) -> None:
     """Train, export, write the card and print it."""
     # The exporter warns of torchvision operators, which no predictor has.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with _progress_bars() as bars:
-        task = bars.add_task("training", total=1.0, what="")
-        card = job.run(files, lambda fraction, what: bars.update(task, completed=fraction, what=what))
+    bars = _progress_bars()
+    task = bars.add_task("training", total=1.0, what="")
+    with contextlib.ExitStack() as stack:
+
+        def progress(fraction: float, what: str) -> None:
+            if not bars.live.is_started:  # nothing is drawn above an error of what is read first
+                stack.enter_context(bars)
+            bars.update(task, completed=fraction, what=what)
+
+        card = job.run(files, progress)
     click.echo(card)
     click.echo(f"Wrote {job.output} and {job.output.with_suffix('.md')}.")
 
