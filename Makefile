@@ -25,7 +25,7 @@ help:
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) pip install -q --disable-pip-version-check "$(TORCH)" -e ".[build,demo,hf,lightning,hub,ray,serve,cpu]" peft $(KERAS) \
+	$(RUN) pip install -q --disable-pip-version-check "$(TORCH)" -e ".[build,demo,hf,lightning,hub,signatures,ray,serve,cpu]" peft $(KERAS) \
 		"$(TRITON)" pytest pytest-xdist hypothesis "pandas>=2.3" ruff mypy
 	touch $@
 

@@ -120,7 +120,7 @@ class KerasRun(keras.callbacks.Callback):  # type: ignore[misc]
         )
         self._freezer: SmartFRZ | None = None
         if method.policy is not None:
-            self._freezer = SmartFRZ(method.policy(self), total_steps=self.total_steps, **method.options)
+            self._freezer = SmartFRZ(method.policy(self), total_steps=self.total_steps, verbose=False, **method.options)
         self._logs: dict[str, Any] = {}
 
     def advance(self, steps: int) -> bool:

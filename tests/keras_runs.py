@@ -25,6 +25,8 @@ OPTIMIZERS = {
     "adamw": lambda **k: keras.optimizers.AdamW(0.01, weight_decay=0.1, **k),
 }
 WARNINGS = [
+    # Of SmartFRZ, in tests that call fit() several times; test_keras_surroundings.py looks at it.
+    pytest.mark.filterwarnings("ignore:fit\\(\\) goes on training:UserWarning"),
     # Of Keras, of a model with a layer that is not used, and of a generator that comes to its end.
     pytest.mark.filterwarnings("ignore:Gradients do not exist for variables:UserWarning"),
     pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning"),

@@ -29,13 +29,26 @@ class NumpyAdapter:
 
     Args:
         arrays: Layer name to weights, in execution order. Copied.
+        trained: The layers that a training script trains. It may change this set; all by default.
+        ran: The layers that have run; all by default.
+
+    Attributes:
+        trainable: Frozen layers whose flag somebody has set again; they are then trained.
+        decays: Frozen layers whose weights decay all the same.
+        rates: Layer name to a factor on its learning rate that the user chose.
     """
 
-    def __init__(self, arrays):
+    def __init__(self, arrays, trained=None, ran=None):
         self.arrays = {name: np.array(array) for name, array in arrays.items()}
         self.velocity = {name: np.zeros_like(array) for name, array in self.arrays.items()}
         self.frozen = set()
         self.lr_scales = {}
+        self.trained = set(self.arrays if trained is None else trained)
+        self.ran = set(self.arrays if ran is None else ran)
+        self.trainable, self.decays, self.rates = set(), set(), {}
+        self._kept = {}
+        self._known = [name for name in self.arrays if name in self.ran]
+        self._layers = self.find_layers()
         self.gradient_sums = {name: np.zeros(array.shape) for name, array in self.arrays.items()}
 
     @classmethod
@@ -45,10 +58,31 @@ class NumpyAdapter:
         return cls({name: rng.normal(size=size).astype(np.float32) for name, size in sizes.items()})
 
     def layers(self):
-        return list(self.arrays)
+        return list(self._layers)
 
     def all_layers(self):
-        return list(self.arrays)
+        return list(self._known)
+
+    def find_layers(self):
+        return [name for name in self.arrays if name in self.trained and name in self.ran]
+
+    def set_layers(self, layers):
+        self._layers = list(layers)
+        self._known = [name for name in self.arrays if name in self._known or name in layers]
+        self.frozen &= self.trained
+
+    def disturbed(self, layers):
+        found = {}
+        for layer in layers:
+            moved = self.arrays[layer].tobytes() != self._kept[layer]
+            if layer in self.trainable:
+                found[layer] = "trained" if moved else "trainable"
+            elif moved:
+                found[layer] = "moved"
+        return found
+
+    def untrained(self, layers):
+        return {layer: "learning_rate_zero" for layer in layers if self.rates.get(layer, 1.0) == 0.0}
 
     def num_weights(self, layer):
         return self.arrays[layer].size
@@ -62,12 +96,15 @@ class NumpyAdapter:
     def freeze(self, layers):
         for layer in layers:
             self.frozen.add(layer)
+            self.trainable.discard(layer)
+            self._kept[layer] = self.arrays[layer].tobytes()
             self.velocity[layer][...] = 0
             self.gradient_sums[layer][...] = 0
             self.lr_scales.pop(layer, None)
 
     def unfreeze(self, layers):
         self.frozen -= set(layers)
+        self.trainable -= set(layers)
 
     def set_lr_scale(self, layer, scale):
         self.lr_scales[layer] = scale
@@ -80,11 +117,13 @@ class NumpyAdapter:
     def train_step(self, learning_rate=0.05):
         """One real step; layers further behind converge more slowly."""
         for index, (name, array) in enumerate(self.arrays.items()):
-            if name not in self.frozen:
+            if name in self.decays and name in self.frozen:
+                array *= 0.9
+            if name in self.trained & self.ran and (name not in self.frozen or name in self.trainable):
                 gradient = (array - 1) / (index + 1) + 0.1 * array
                 self.gradient_sums[name] += gradient
                 self.velocity[name] = 0.9 * self.velocity[name] + gradient
-                array -= learning_rate * self.lr_scales.get(name, 1.0) * self.velocity[name]
+                array -= learning_rate * self.rates.get(name, 1.0) * self.lr_scales.get(name, 1.0) * self.velocity[name]
 
 
 @dataclass

@@ -342,7 +342,7 @@ def test_the_first_process_decides_for_all(name):
 
     class Second(OneProcess):
         def share(self, make):
-            return words.pop()
+            return words.pop(0)
 
     policies = [MAKE[name](), MAKE[name]()]
     pairs = [controller_of(p, ranks=ranks) for p, ranks in zip(policies, (First(), Second()), strict=True)]

@@ -13,6 +13,7 @@ from smartfrz.control.controller import FreezeController
 from smartfrz.control.learned import RECORDS_PER_STAGE, LearnedPolicy
 from smartfrz.control.options import FreezeOptions
 from smartfrz.control.ordering import LayerCost
+from smartfrz.control.report import Report
 from smartfrz.control.tailoring import tailoring_positions
 from smartfrz.errors import StateError, UnsupportedModelError
 
@@ -271,16 +272,14 @@ def test_bad_arguments(options, message):
         FreezeController(NumpyAdapter.random(SIZES), ScriptedPredictor(), FreezeOptions(**options))
 
 
-@pytest.mark.parametrize("names", [[], ["head"]])
-def test_a_model_in_which_nothing_can_be_frozen(names):
-    adapter = NumpyAdapter.random(dict.fromkeys(names, 4))
-    with pytest.raises(UnsupportedModelError, match=rf"has {len(names)} layers .*at least two.*Train without it"):
-        FreezeController(adapter, ScriptedPredictor(), FreezeOptions(record_every=1))
+def test_a_model_in_which_nothing_can_be_frozen():
+    with pytest.raises(UnsupportedModelError, match=r"has 0 layers .*at least two.*Train without it"):
+        FreezeController(NumpyAdapter({}), ScriptedPredictor(), FreezeOptions(record_every=1))
 
 
-def change_controller(**options):
+def change_controller(adapter=None, **options):
     """Decides from the whole history, so that a resumed run is right only if all of it came back."""
-    adapter = NumpyAdapter.random({f"layer{i}": 30 for i in range(6)}, seed=3)
+    adapter = adapter or NumpyAdapter.random({f"layer{i}": 30 for i in range(6)}, seed=3)
     return controller_of(adapter=adapter, predictor=ChangePredictor(), **{"patience": 2, "threshold": 0.75} | options)
 
 
@@ -301,10 +300,8 @@ def test_a_resumed_run_decides_as_an_uninterrupted_one(stop, dry_run):
     first, first_adapter, _ = change_controller(dry_run=dry_run, seed=4)
     run(first, first_adapter, stop)
     state = pickle.loads(pickle.dumps(first.state_dict()))
-    # Made with other options: the saved ones win.
-    second, second_adapter, _ = controller_of(
-        adapter=restored(first_adapter), predictor=ChangePredictor(), record_every=17, patience=9, seed=1
-    )
+    # Made with another seed: the saved one wins.
+    second, second_adapter, _ = change_controller(adapter=restored(first_adapter), dry_run=dry_run, seed=1)
     second.load_state_dict(state)
     run(second, second_adapter, 60 - stop)
 
@@ -365,6 +362,53 @@ def test_a_state_of_something_else_is_refused_and_changes_nothing(change, messag
     with pytest.raises(StateError, match=message):
         controller.load_state_dict(before | change)
     np.testing.assert_equal(controller.state_dict(), before)
+
+
+def test_what_is_passed_when_a_run_is_resumed_counts_and_each_difference_is_said_once(caplog):
+    first, adapter, _ = change_controller(dry_run=True, total_steps=90)
+    run(first, adapter, 30)
+    assert first.frozen
+    second, second_adapter, _ = change_controller(
+        adapter=restored(adapter), threshold=0.7, patience=1, total_steps=600, thaw_on_restart=True, seed=5
+    )
+    second.load_state_dict(first.state_dict())
+    assert (second.threshold, second.patience, second.total_steps) == (0.7, 1, 600)
+    assert (second.dry_run, second.thaw_on_restart, second.seed) == (False, True, 0)
+    assert second.num_steps == 30
+    assert second.frozen == {}
+    assert not second_adapter.frozen
+    (said,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    for difference in (
+        "total_steps is now 600 (saved: 90)",
+        "threshold is now 0.7 (saved: 0.75)",
+        "patience is now 1 (saved: 2)",
+        "dry_run is now False (saved: True)",
+        "thaw_on_restart is now True (saved: False)",
+        "seed stays 0 (received: 5)",
+    ):
+        assert difference in said
+    report = Report.of(second, [], second.active, 1.0)
+    assert report.changes == [], "what a dry run would have frozen is no saving of this run"
+
+
+def test_options_left_out_go_on_as_they_were_saved_without_a_word(caplog):
+    first, adapter, _ = controller_of(record_every=3, decide_every=2, threshold=0.6, patience=3, total_steps=90)
+    left_out = dict.fromkeys(("record_every", "decide_every", "patience"))
+    second, _, _ = controller_of(adapter=restored(adapter), total_steps=90, **left_out)
+    caplog.clear()
+    second.load_state_dict(first.state_dict())
+    assert second.schedule == first.schedule
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("record_every", "expected"), [(None, 12), (3, 3)])
+def test_a_longer_run_is_recorded_anew_at_its_own_pace_unless_that_was_chosen(record_every, expected):
+    first, adapter, _ = controller_of(record_every=record_every, total_steps=60)
+    run(first, adapter, 12)
+    second, _, _ = controller_of(adapter=restored(adapter), record_every=None, total_steps=600)
+    second.load_state_dict(first.state_dict())
+    assert second.record_every == expected
+    assert bool(second.state_dict()["history"]) == (record_every is not None)
 
 
 def test_a_dict_that_is_no_state():

@@ -458,3 +458,33 @@ def test_work_of_a_step():
     model[0].requires_grad_(False)
     work = measure_step(model, lambda: model(inputs).mean())
     assert (work.forward_flops, work.backward_flops, work.activation_bytes) == (first + second, second, 4 * 5 * 6)
+
+
+def test_work_of_a_recurrent_step():
+    model, inputs = nn.LSTM(5, 7), torch.randn(3, 2, 5)
+    work = measure_step(model, lambda: model(inputs)[0].sum())
+    assert work.forward_flops == 2 * 3 * 2 * 4 * 7 * (5 + 7)
+    assert work.backward_flops == 2 * work.forward_flops
+
+
+def test_costs_of_a_model_that_returns_nothing_and_of_one_whose_parts_are_called():
+    class StoresItsLoss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            self.loss = self.b(self.a(x)).sum()
+
+    for parts in False, True:
+        model = StoresItsLoss()
+        layers = trace_layers(model, torch.randn(2, 4))
+        profiler = CostProfiler(model, layers)
+        if parts:
+            model.b(model.a(torch.randn(2, 4))).sum().backward()
+            profiler.end_step()
+        else:
+            model(torch.randn(2, 4))
+        assert profiler.done
+        assert not profiler.estimated
+        assert set(profiler.costs()) == {"a", "b"}

@@ -214,3 +214,76 @@ def test_layers_are_named_after_what_ran_in_its_order_and_judged_by_matrices_of_
 def test_running_again_changes_nothing(network):
     modules, ran = network
     assert group_modules(modules, ran) == group_modules(modules, [*ran, *reversed(ran)])
+
+
+def test_an_operation_that_holds_its_norm_is_a_layer_with_it():
+    units = group(
+        module("a", MATRIX, is_operation=True, flops=5),
+        norm("a.norm", VECTOR, flops=2),
+        module("b", MATRIX, flops=7),
+        norm("b.norm", VECTOR),
+        module("head", MATRIX),
+    )
+    assert names(units) == {"a": ["a:0", "a.norm:0"], "b": ["b:0", "b.norm:0"], "head": ["head:0"]}
+    assert [unit.members for unit in units] == [["a", "a.norm"], ["b", "b.norm"], ["head"]]
+    assert [unit.statistics for unit in units] == [["a.norm"], ["b.norm"], []]
+    assert [unit.output for unit in units] == ["a", "b", "head"]
+    assert [unit.flops for unit in units] == [7, 7, 0]
+
+
+def test_an_operation_is_a_layer_whatever_it_holds():
+    units = group(
+        module("linear", MATRIX, is_operation=True),
+        module("linear.down", MATRIX),
+        module("linear.up", MATRIX),
+        module("linear.unused", MATRIX),
+        ran=["", "linear", "linear.down", "linear.up"],
+    )
+    assert [unit.members for unit in units] == [["linear", "linear.down", "linear.up", "linear.unused"]]
+
+
+def test_expert_weights_and_the_router_beside_them_are_one_layer():
+    units = group(
+        module("stem", MATRIX),
+        module("experts", (4, 3, 5), (4, 5, 3), flops=100),
+        module("experts.router", (4, 3), VECTOR, flops=10),
+        module("head", MATRIX),
+    )
+    assert names(units)["experts"] == ["experts:0", "experts:1", "experts.router:0", "experts.router:1"]
+    assert [unit.flops for unit in units] == [0, 110, 0]
+
+
+def test_a_table_that_is_added_makes_no_layer_of_what_is_around_the_patches():
+    for shape, flops in ((1, 50, 4), 9), ((50, 4), 0):
+        units = group(module("embeddings", shape, flops=flops), module("embeddings.patches", (4, 12)))
+        assert [unit.name for unit in units] == ["embeddings.patches"]
+
+
+def test_a_wrapper_that_lists_the_weight_of_what_is_inside_is_a_container():
+    kernel = Weight("dense:0", 1, MATRIX)
+    units = group(Module("wrapper", "", (kernel,)), Module("wrapper.dense", "wrapper", (kernel,)))
+    assert [unit.name for unit in units] == ["wrapper.dense"]
+
+
+def test_a_layer_is_not_judged_by_a_small_part_of_it():
+    units = group(
+        module("net", (50, 40), flops=30), module("net.small", MATRIX, VECTOR), module("net.large", (40, 50), flops=5)
+    )
+    assert [[weight.name for weight in unit.judged] for unit in units] == [["net:0", "net.small:0"], ["net.large:0"]]
+    assert [unit.flops for unit in units] == [30, 5]  # what the container computes with its own weights
+
+
+def test_vectors_judge_a_layer_whose_matrices_are_a_small_part():
+    [unit] = group(module("a", (1, 2), (40,)))
+    assert [weight.name for weight in unit.judged] == ["a:0", "a:1"]
+
+
+def test_a_kernel_of_one_input_with_its_bias_and_two_norms_is_judged_by_the_kernel():
+    [unit] = group(module("a", (64, 1), (64,)), norm("b", (64,), (64,)), norm("c", (64,), (64,)))
+    assert [weight.name for weight in unit.judged] == ["a:0"]
+
+
+def test_empty_weights_judge_nothing_but_freeze():
+    units = group(module("none", (4, 0), VECTOR), module("a", MATRIX))
+    assert names(units) == {"a": ["none:0", "none:1", "a:0"]}
+    assert [weight.name for weight in units[0].judged] == ["a:0"]

@@ -1,5 +1,6 @@
 import shutil
 
+import numpy as np
 import pytest
 from framework_runs import (
     assert_frozen_means_bit_identical,
@@ -24,7 +25,7 @@ from transformers import (  # noqa: E402
 )
 
 from smartfrz.adapters.torch import PrefixCache  # noqa: E402
-from smartfrz.adapters.torch.hf import SmartFRZCallback  # noqa: E402
+from smartfrz.adapters.torch.hf import STATE_FILE, SmartFRZCallback  # noqa: E402
 from smartfrz.baselines import AutoFreeze, LinearFreezing  # noqa: E402
 from smartfrz.errors import StateError, UnknownPredictorError  # noqa: E402
 
@@ -216,6 +217,77 @@ def test_a_checkpoint_without_our_state_is_refused_or_watched_from_there(tmp_pat
     assert again.report().num_steps == STEPS - 6
 
 
+def test_the_state_is_a_small_file_of_the_checkpoint(killed):
+    for step in 5, 10, 15:
+        folder = killed / f"checkpoint-{step}"
+        assert (folder / STATE_FILE).is_file()
+        assert (folder / "trainer_state.json").stat().st_size < 20_000
+        with np.load(folder / STATE_FILE, allow_pickle=False) as file:
+            assert len(file.files) > 1
+        assert not list(folder.glob(".*"))
+
+
+def test_an_older_state_than_the_checkpoint_is_refused(tmp_path):
+    train(tmp_path, smartfrz(), max_steps=6, save_strategy="steps", save_steps=6)
+    train(tmp_path, resume=True, max_steps=12, save_strategy="steps", save_steps=6)  # without us
+    with pytest.raises(StateError, match=r"is of step 12, but the state of SmartFRZCallback in it of step 6"):
+        train(tmp_path, smartfrz(), resume=True)
+    callback = smartfrz(allow_missing_state=True)
+    train(tmp_path, callback, resume=True)
+    assert callback.report().num_steps == STEPS - 12
+
+
+def test_a_checkpoint_whose_file_is_lost_or_of_another_run_is_refused(killed, tmp_path):
+    lost = tmp_path / "lost"
+    shutil.copytree(killed / "checkpoint-15", lost)
+    shutil.copy(killed / "checkpoint-10" / STATE_FILE, lost / STATE_FILE)
+    with pytest.raises(StateError, match=r"smartfrz_state.npz of the checkpoint.*Copy the whole folder"):
+        train(tmp_path / "new", smartfrz(), resume=str(lost))
+
+
+def test_only_the_kept_checkpoints_hold_a_state_and_the_best_model_is_loaded(tmp_path):
+    callback = smartfrz()
+    train(
+        tmp_path,
+        callback,
+        save_strategy="steps",
+        save_steps=4,
+        eval_strategy="steps",
+        eval_steps=4,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+    )
+    assert callback.report().frozen
+    kept_folders = sorted(tmp_path.glob("checkpoint-*"))
+    assert len(kept_folders) <= 2
+    assert all((folder / STATE_FILE).is_file() for folder in kept_folders)
+
+
+def test_a_state_that_has_no_folder_is_in_the_json_as_in_a_hyperparameter_search(killed, tmp_path, whole, monkeypatch):
+    monkeypatch.setattr("smartfrz.adapters.torch.hf.PREFIX_CHECKPOINT_DIR", "elsewhere")
+    train(tmp_path, smartfrz(), max_steps=STEPS, save_strategy="steps", save_steps=10)
+    assert not list(tmp_path.glob(f"*/{STATE_FILE}"))
+    callback = smartfrz()
+    trainer = train(tmp_path / "new", callback, model=tiny_bert(seed=1), resume=str(tmp_path / "checkpoint-10"))
+    assert repr(callback.freezer.events) == repr(whole[1].freezer.events)
+    assert_same_weights(whole[0].model.state_dict(), trainer.model.state_dict())
+
+
+@pytest.mark.parametrize("added", ["given", "later"])
+def test_tensorboard_gets_the_scalars(added, tmp_path, monkeypatch):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    callback, after = smartfrz(), Probe()
+    trainer = trainer_of(tmp_path, *([callback] if added == "given" else []), after, report_to=["tensorboard"])
+    if added == "later":
+        trainer.add_callback(callback)
+    trainer.train()
+    board = event_accumulator.EventAccumulator(str(tmp_path / "board")).Reload()
+    values = [event.value for event in board.Scalars("train/smartfrz/frozen_layers")]
+    assert values[-1] == len(callback.freezer.frozen_layers) > 0
+    assert len(after.after) == STEPS  # nobody's turn was lost
+
+
 def test_accumulated_batches_and_evaluation_do_not_count(tmp_path):
     callback, probe = smartfrz(record_every=1), Probe()
     trainer = train(
@@ -238,6 +310,23 @@ def test_the_length_of_the_run_comes_from_the_trainer(tmp_path):
     train(tmp_path, callback, max_steps=-1, num_train_epochs=20)
     assert callback.report().num_steps == 20 * 7
     assert callback.freezer.state_dict()["controller"]["schedule"]["record_every"] == round(0.02 * 20 * 7)
+
+
+def test_the_length_of_the_run_comes_from_the_trainer_beside_record_every_too(tmp_path):
+    callback = SmartFRZCallback(LinearFreezing(0.2), record_every=1)
+    train(tmp_path, callback)
+    assert callback.freezer.state_dict()["controller"]["total_steps"] == STEPS
+    assert callback.report().frozen
+
+
+def test_a_run_that_is_resumed_for_longer_has_the_new_length_and_says_so(killed, tmp_path, caplog):
+    callback = smartfrz(threshold=0.9)
+    train(tmp_path, callback, resume=str(killed / "checkpoint-10"), max_steps=3 * STEPS)
+    assert callback.freezer.state_dict()["controller"]["total_steps"] == 3 * STEPS
+    assert callback.freezer.schedule.threshold == 0.9
+    (said,) = [r.message for r in caplog.records if "other options" in r.message]
+    assert f"total_steps is now {3 * STEPS} (saved: {STEPS})" in said
+    assert "threshold is now 0.9 (saved: 0.75)" in said
 
 
 def test_a_second_train_starts_anew(tmp_path):

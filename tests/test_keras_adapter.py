@@ -180,7 +180,7 @@ def test_what_is_still_trained_steps_as_if_nothing_had_happened(optimizer):
 
 @pytest.mark.parametrize("norm_batches", [4, 24, 0])
 def test_statistics_of_a_frozen_batch_norm_are_those_of_the_last_batches(norm_batches):
-    model = make_model(keras.optimizers.SGD(0.0), momentum=0.9)
+    model = make_model(keras.optimizers.SGD(1e-9), momentum=0.9)
     x, _ = data()
     features = np.array(keras.ops.convert_to_numpy(model.get_layer("conv1")(x))).reshape(STEPS, -1, 4)
     fit(model, [freezer(FREEZE_FIRST, norm_batches=norm_batches), watch := Watch()], epochs=1)
@@ -574,3 +574,73 @@ def test_all_options_are_taken_with_their_defaults():
     defaults = {field.name: field.default for field in dataclasses.fields(FreezeOptions)}
     parameters = inspect.signature(SmartFRZ).parameters
     assert {name: parameters[name].default for name in defaults} == defaults
+
+
+def test_dense_layers_that_hold_a_norm_are_layers_and_freeze_with_it():
+    class DenseWithNorm(keras.layers.Dense):
+        def __init__(self, units, **options):
+            super().__init__(units, **options)
+            self.norm = keras.layers.BatchNormalization()
+
+        def build(self, shape):
+            super().build(shape)
+            self.norm.build((None, self.units))
+
+        def call(self, x, training=None):
+            return keras.ops.relu(self.norm(super().call(x), training=training))
+
+    inputs = keras.Input((7, 7, 2))
+    x = DenseWithNorm(8, name="first")(keras.layers.Flatten()(inputs))
+    x = DenseWithNorm(8, name="second")(x)
+    model = compiled(keras.Model(inputs, keras.layers.Dense(3, name="head")(x)))
+    layers = trace_layers(model, data()[0][:2])
+    assert [layer.name for layer in layers] == ["first", "second", "head"]
+    assert layers[0].members == ("first", "first/norm")
+    assert len(layers[0].weights) == 1
+    callback = freezer([{"first": 0.9, "second": 0.1, "head": 0.1}])
+    kept = {}
+
+    class Keep(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            kept[batch] = {v.path: read(v) for v in self.model.weights}
+
+    fit(model, [callback, Keep()], epochs=1)
+    assert callback.frozen_layers == ["first"]
+    still = {name for name in kept[7] if np.array_equal(kept[5][name], kept[7][name])}
+    assert still == {v.path for v in model.get_layer("first").weights}
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_flops_of_recurrent_layers_are_counted_for_each_place_of_the_sequence(wrapped):
+    inputs = keras.Input((11, 5))
+    lstm = keras.layers.LSTM(7, name="lstm")
+    x = keras.layers.Bidirectional(lstm, name="both")(inputs) if wrapped else lstm(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(2, name="head")(x))
+    layers = trace_layers(model, np.zeros((2, 11, 5), np.float32))
+    assert len(layers) == (3 if wrapped else 2)
+    assert [layer.forward_flops for layer in layers[:-1]] == [2 * 11 * 4 * 7 * (5 + 7)] * (len(layers) - 1)
+
+
+def test_flops_count_every_call_of_a_layer():
+    shared = keras.layers.Dense(5, name="shared")
+    inputs = keras.Input((5,))
+    layers = trace_layers(keras.Model(inputs, keras.layers.Dense(2)(shared(shared(inputs)))))
+    assert layers[0].forward_flops == 2 * 2 * 5 * 5
+
+
+def test_complex_weights_are_read_whole():
+    class Spectral(keras.layers.Layer):
+        def build(self, shape):
+            self.kernel = self.add_weight(shape=(3, 4), dtype="complex64", initializer="zeros", name="kernel")
+
+        def call(self, x):
+            return keras.ops.real(keras.ops.matmul(keras.ops.cast(x, "complex64"), self.kernel))
+
+    model = compiled(keras.Sequential([keras.Input((3,)), Spectral(name="a"), keras.layers.Dense(2)]))
+    values = np.arange(12, dtype=np.float32).reshape(3, 4) * np.complex64(1 + 100j)
+    model.get_layer("a").kernel.assign(values)
+    adapter = KerasAdapter(model, trace_layers(model))
+    assert adapter.num_weights("a") == 24
+    expected = np.stack([values.real, values.imag], axis=-1).ravel()
+    np.testing.assert_array_equal(adapter.weights("a", np.arange(24)), expected)
+    np.testing.assert_array_equal(adapter.weights("a", np.array([3, 10])), expected[[3, 10]])

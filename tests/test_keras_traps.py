@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -729,15 +730,15 @@ def test_a_clone_made_while_layers_are_frozen():
 
 def test_a_model_of_one_layer_and_one_that_the_user_froze():
     for names, match in (
-        ([], r"has 1 layers that can be trained, \['a'\]; SmartFRZ needs at least two"),
-        (["a", "b"], "has 1 layers"),
+        ([], None),  # one layer alone is trained, and others may join it
+        (["a", "b"], None),
         (MLP, "has 0 layers"),
     ):
         model = mlp(5, 6, 7, 3) if names else mlp(5, 3)
         for name in names:
             model.get_layer(name).trainable = False
         compiled(model)
-        with pytest.raises(UnsupportedModelError, match=match):
+        with nullcontext() if match is None else pytest.raises(UnsupportedModelError, match=match):
             fit(model, [attach(MLP)], **FIVE)
         assert [layer.name for layer in model.layers if not layer.trainable] == names
 
@@ -779,7 +780,7 @@ def test_dropout_goes_on_drawing_as_in_an_unfrozen_twin():
         model = keras.Sequential(
             [keras.Input((5,)), keras.layers.Dense(6, name="a"), dropout, keras.layers.Dense(3, name="b")]
         )
-        compiled(model, optimizers.SGD(0.0))
+        compiled(model, optimizers.SGD(1e-9))
         note = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: losses.append(logs["loss"]))
         fit(model, [attach(["a", "b"], *stages), note], epochs=1, inputs=inputs)
     np.testing.assert_allclose(losses[:5], losses[5:], rtol=1e-6)

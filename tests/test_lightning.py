@@ -223,6 +223,7 @@ def test_the_whole_module_may_be_called_and_batches_accumulated(tmp_path):
 def test_the_length_of_the_run_comes_from_the_trainer(tmp_path):
     callback = smartfrz(record_every=None)
     fit(tmp_path, callback, max_epochs=18)
+    assert callback.freezer.state_dict()["controller"]["total_steps"] == 18 * BATCHES
     assert callback.freezer.state_dict()["controller"]["schedule"]["record_every"] == round(0.02 * 18 * BATCHES)
 
 

@@ -61,6 +61,60 @@ MISTAKES = {
     "two kinds of data": ("[data]", '[data]\nfolder = "x"', r"data is .*; expected either `source` or `folder`"),
 }
 
+# section, entry as TOML, part of the message
+ODD_VALUES = [
+    ("", 'name = ""', "name is ''; expected a file name without folders"),
+    ("", 'name = ".."', r"name is '\.\.'; expected .* that does not begin with a dot"),
+    ("", 'name = ".hidden"', r"name is '\.hidden'"),
+    ("", 'name = "a/b"', "name is 'a/b'"),
+    ("", 'name = "a\\\\b"', "name is "),
+    ("", 'name = "a\\u0000b"', "name is "),
+    ("", 'name = "a\\nb"', "name is "),
+    ("", 'name = " a"', "name is ' a'"),
+    ("", f'name = "{"a" * 201}"', "name is "),
+    ("", 'architecture = ""', "architecture is ''; expected one line of text"),
+    ("", "seed = -1", "seed is -1; expected an integer from 0 to 2147483647"),
+    ("", "seed = 99999999999999999999999", "seed is 99999999999999999999999; expected an integer from 0 to"),
+    ("", "seed = true", "seed is True; expected a value of type <class 'int'>"),
+    ("model", 'source = ""', "model.source is ''; expected one line of text"),
+    (
+        "model",
+        'init = "../other"',
+        "model.init is '../other'; expected a path that ends in .safetensors, or a file name",
+    ),
+    ("model", 'init = ".."', r"model.init is '\.\.'"),
+    ("model", 'init = "a\\u0000.safetensors"', "model.init is "),
+    (
+        "model",
+        "arguments = { since = 1979-05-27 }",
+        "model.arguments is .*; expected text, numbers.*write dates as text",
+    ),
+    ("data", "arguments = { since = [1979-05-27] }", "data.arguments is .*write dates as text"),
+    ("data", 'source = "tiny_parts:pictures\\u0007"', "data is .*; expected one line of text"),
+    ("data", "image_size = 0", "data.image_size is 0; expected an integer from 1 to 4096"),
+    ("data", "image_size = -3", "data.image_size is -3"),
+    ("data", "image_size = 1000000", "data.image_size is 1000000"),
+    ("training", "epochs = inf", "training.epochs is inf; expected a positive number up to 10000000"),
+    ("training", "epochs = nan", "training.epochs is nan"),
+    ("training", "epochs = true", "epochs is True; expected a value of type <class 'float'>"),
+    ("training", "batch_size = true", "batch_size is True"),
+    ("training", f"batch_size = {10**30}", "training.batch_size is 1000"),
+    ("training", "learning_rate = -1", "training.learning_rate is -1; expected a positive number"),
+    ("training", "learning_rate = 0.0", "training.learning_rate is 0.0; expected a positive number"),
+    ("training", "learning_rate = nan", "training.learning_rate is nan"),
+    ("training", "learning_rate = inf", "training.learning_rate is inf"),
+    ("training", "momentum = -1", r"training.momentum is -1; expected a number in \[0, 1\)"),
+    ("training", "momentum = 1.0", "training.momentum is 1.0"),
+    ("training", "weight_decay = -1e-4", "training.weight_decay is -0.0001; expected a finite number from 0"),
+    ("training", "weight_decay = nan", "training.weight_decay is nan"),
+    ("training", "warmup = nan", "training.warmup is nan"),
+    ("training", "label_smoothing = 2.0", r"training.label_smoothing is 2.0; expected a number in \[0, 1\)"),
+    ("recording", f"records = {10**30}", "recording.records is 1000.*; expected at least 4, and at most"),
+    ("recording", "pool_size = false", "pool_size is False"),
+    ("recording", "seed = -5", "recording.seed is -5"),
+    ("recording", "reinitialize = 1", "reinitialize is 1; expected a value of type <class 'bool'>"),
+]
+
 # section, source, part of the message
 SOURCES = {
     "missing module": (
@@ -137,6 +191,40 @@ def test_mistakes_are_named(tmp_path, case):
     with pytest.raises(RecipeError, match=message) as caught:
         load_recipe(path)
     assert "tiny.toml" in str(caught.value)
+
+
+@pytest.mark.parametrize(("section", "entry", "message"), ODD_VALUES)
+def test_values_that_cannot_work_are_refused_where_they_are_read(tmp_path, section, entry, message):
+    path = write_recipe(tmp_path)
+    key = entry.partition(" =")[0]
+    top, *tables = path.read_text().split("\n[")
+    tables = {name: rest for name, _, rest in (table.partition("]") for table in tables)}
+    if section:
+        kept = [line for line in tables[section].splitlines() if not line.startswith(f"{key} ")]
+        tables[section] = "\n".join([*kept, entry])
+    else:
+        top = "\n".join([*(line for line in top.splitlines() if not line.startswith(f"{key} ")), entry])
+    path.write_text(top + "".join(f"\n[{name}]{rest}" for name, rest in tables.items()) + "\n")
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_recipe(path)
+    assert "tiny.toml" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["1" * 5000, "[" * 100_000], ids=["digits", "nesting"])
+def test_toml_beyond_all_bounds_is_refused(tmp_path, value):
+    with pytest.raises(RecipeError, match="is not valid TOML"):
+        load_recipe(edited(tmp_path, "epochs = 2", f"epochs = {value}"))
+
+
+def test_the_name_of_a_hidden_file_is_refused(tmp_path):
+    path = edited(tmp_path, 'name = "tiny"', "")
+    with pytest.raises(RecipeError, match=r"name is '\.tiny'"):
+        load_recipe(path.rename(tmp_path / ".tiny.toml"))
+
+
+@pytest.mark.parametrize("name", ["resnet18.a1_in1k", "größe 2", "a+b", "x..y"])
+def test_ordinary_names_are_taken(tmp_path, name):
+    assert load_recipe(edited(tmp_path, 'name = "tiny"', f'name = "{name}"')).name == name
 
 
 def test_a_missing_recipe_is_named(tmp_path):

@@ -1,18 +1,34 @@
 import dataclasses
 import json
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from builder_fixtures import recorded_run
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from smartfrz.dataset_builder.building import labelled_runs
+from smartfrz.dataset_builder.labels import LabelRule
 from smartfrz.dataset_builder.storage import RecordedRun, read_run, run_files, write_run
 from smartfrz.errors import DatasetFormatError
 
 ARRAYS = ("step", "progress", "loss", "learning_rate", "cka", "weights")
 # float32 values that a detour over text, float16 or a fixed precision would lose
 AWKWARD = np.array([0.1, 1e-45, -3.4e38, 1.0000001, -0.0, np.pi, 6e-8, np.nan, np.inf], np.float32)
+
+_LEAVES = st.none() | st.booleans() | st.integers(-3, 2**70) | st.floats() | st.text(max_size=4)
+JSON = st.recursive(
+    _LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(st.sampled_from(["records", "source", "folder", "arguments", "name"]), inner, max_size=3)
+    ),
+    max_leaves=4,
+)
 
 
 @pytest.fixture
@@ -48,8 +64,9 @@ def test_a_run_survives_a_round_trip(written):
 def test_weights_and_cka_are_exact_to_the_bit(tmp_path):
     weights = np.tile(AWKWARD, (2, 4, 1))
     cka = np.array([[0.1, np.nan, 1 / 3, 1.0], [np.nan] * 4])
+    series = {name: np.arange(1, 5) / 4 for name in ARRAYS[1:4]}
     run = dataclasses.replace(
-        recorded_run(layers=2, timestamps=14), weights=weights, cka=cka, **{name: np.arange(4.0) for name in ARRAYS[:4]}
+        recorded_run(layers=2, timestamps=14), weights=weights, cka=cka, step=np.arange(1, 5), **series
     )
     write_run(tmp_path / "run.parquet", run)
     after = read_run(tmp_path / "run.parquet")
@@ -126,6 +143,217 @@ def test_another_format_version_is_refused(written, version):
         DatasetFormatError, match=rf"format_version {version!r}; this version reads 1\. Record the run ag"
     ):
         read_run(written)
+
+
+@pytest.mark.parametrize("order", ["reversed", "by timestamp", "shuffled"])
+def test_rows_in_another_order_give_the_same_run(written, order):
+    before = read_run(written)
+    timestamps = pq.read_table(written)["timestamp"].to_numpy()
+    rows = {
+        "reversed": np.arange(len(timestamps))[::-1],
+        "by timestamp": np.argsort(timestamps, kind="stable"),
+        "shuffled": np.random.default_rng(0).permutation(len(timestamps)),
+    }
+    rewrite(written, lambda table: table.take(rows[order]))
+    after = read_run(written)
+    for name in ARRAYS:
+        np.testing.assert_array_equal(getattr(after, name), getattr(before, name), err_msg=name, strict=True)
+    assert (after.layers, after.facts) == (before.layers, before.facts)
+
+
+# what is changed, how the table changes, part of the message
+CHANGED_ROWS = {
+    "all twice": (
+        lambda t: pa.concat_tables([t, t]),
+        r"rows of layer 'layer0' are not one for each timestamp from 0 to 59",
+    ),
+    "one lost, another twice": (
+        lambda t: t.take([0, *range(t.num_rows - 1)]),
+        r"rows of layer 'layer\d' are not one for each timestamp from 0 to 29",
+    ),
+    "one layer's name": (
+        lambda t: with_column(t, "layer", ["other", *t["layer"].to_pylist()[1:]]),
+        r"rows of layer 'other', which is none of its layers",
+    ),
+    "a negative timestamp": (
+        lambda t: with_column(t, "timestamp", [-1, *t["timestamp"].to_pylist()[1:]]),
+        r"rows of layer 'layer0' are not one for each timestamp",
+    ),
+    "a step of one layer": (
+        lambda t: with_column(t, "step", [*t["step"].to_pylist()[:-1], 301]),
+        r"its layers differ in step at the same timestamp",
+    ),
+    "a value": (lambda t: with_column(t, "cka", [0.5, *t["cka"].to_pylist()[1:]]), r"changed after it was recorded"),
+    "values as text": (
+        lambda t: t.set_column(t.column_names.index("cka"), "cka", t["cka"].cast(pa.string())),
+        r"its column cka is string; expected double",
+    ),
+    "whole numbers as fractions": (
+        lambda t: t.set_column(t.column_names.index("step"), "step", t["step"].cast(pa.float64())),
+        r"its column step is double; expected int64",
+    ),
+    "lists of any size": (
+        lambda t: t.set_column(t.column_names.index("weights"), "weights", t["weights"].cast(pa.list_(pa.float32()))),
+        r"its column weights is list<.*; expected a list of float32 of one size",
+    ),
+    "a missing value": (
+        lambda t: with_column(t, "loss", [None, *t["loss"].to_pylist()[1:]]),
+        r"its column loss has missing values",
+    ),
+    "two columns of one name": (
+        lambda t: t.append_column("loss", t["loss"]),
+        r"several columns are named loss",
+    ),
+}
+
+
+def with_column(table, name, values):
+    index = table.column_names.index(name)
+    kind = pa.string() if name == "layer" else table.schema.field(name).type
+    return table.set_column(index, name, pa.array(values, kind))
+
+
+@pytest.mark.parametrize("case", CHANGED_ROWS)
+def test_changed_rows_are_refused(written, case):
+    change, message = CHANGED_ROWS[case]
+    rewrite(written, lambda table: change(table).replace_schema_metadata(table.schema.metadata))
+    with pytest.raises(DatasetFormatError, match=rf"{message}.*Record the run again"):
+        read_run(written)
+
+
+# what is written, what of the run changes, part of the message
+WRONG_RUNS = {
+    "steps that go back": ({"step": np.arange(30)[::-1] + 1}, "steps do not increase"),
+    "step 0": ({"step": np.arange(30)}, "steps do not increase from 1"),
+    "progress beyond the end": ({"progress": np.linspace(0.1, 1.1, 30)}, r"progress does not increase within \(0, 1\]"),
+    "progress that is no number": ({"progress": np.full(30, np.nan)}, "differ in progress|progress does not increase"),
+    "loss without a value": ({"loss": np.full(30, np.inf)}, "losses are not finite"),
+    "negative learning rates": ({"learning_rate": np.full(30, -0.1)}, "learning rates are not numbers from 0 on"),
+    "CKA above 1": ({"cka": np.full((6, 30), 1.5)}, r"CKA is not within \[0, 1\]"),
+    "two layers of one name": ({"layers": ["a"] * 6}, "two of its layers have the same name"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_RUNS)
+def test_values_that_no_training_gives_are_refused(tmp_path, case):
+    values, message = WRONG_RUNS[case]
+    write_run(tmp_path / "run.parquet", dataclasses.replace(recorded_run(), **values))
+    with pytest.raises(DatasetFormatError, match=rf"is no recorded run: .*({message}).*Record the run again"):
+        read_run(tmp_path / "run.parquet")
+
+
+# fact, its value, part of the message
+WRONG_FACTS = {
+    "no name": ({"name": None}, "its name is None; expected text"),
+    "a number for the architecture": ({"architecture": 5}, "its architecture is 5; expected text"),
+    "no recipe": ({"recipe": None}, r"recipe\.recording\.records is None; expected a positive integer"),
+    "records that are true": (
+        {"recipe": {"recording": {"records": True}, "data": {}}},
+        r"recipe\.recording\.records is True",
+    ),
+    "no records": ({"recipe": {"recording": {"records": 0}, "data": {}}}, r"recipe\.recording\.records is 0"),
+    "data of another kind": ({"recipe": {"recording": {"records": 9}, "data": []}}, r"recipe\.data is \[\]"),
+    "no accuracies": ({"accuracies": {}}, r"accuracies\.reference is None; expected a number in \[0, 1\]"),
+    "an accuracy that is no number": (
+        {"accuracies": {"reference": 0.5, "recorded": float("nan")}},
+        r"accuracies\.recorded is nan",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_FACTS)
+def test_facts_of_other_kinds_are_refused(tmp_path, case):
+    facts, message = WRONG_FACTS[case]
+    run = recorded_run()
+    write_run(tmp_path / "run.parquet", dataclasses.replace(run, facts=run.facts | facts))
+    with pytest.raises(DatasetFormatError, match=rf"is no recorded run: {message}.*Record the run again"):
+        read_run(tmp_path / "run.parquet")
+
+
+@pytest.mark.parametrize("layers", ["layer0", [], [1, 2], None])
+def test_layers_that_are_no_list_of_names_are_refused(written, layers):
+    rewrite(written, with_facts(layers=layers))
+    with pytest.raises(DatasetFormatError, match=r"its layers are .*; expected a list of names"):
+        read_run(written)
+
+
+@pytest.mark.parametrize("text", [b"", b"[1]", b"{", b"\xff", b"[" * 100_000])
+def test_facts_that_are_no_json_object_are_refused(written, text):
+    rewrite(written, lambda table: table.replace_schema_metadata({b"smartfrz.run": text}))
+    with pytest.raises(DatasetFormatError, match="format_version None; this version reads 1"):
+        read_run(written)
+
+
+def test_changed_facts_are_noticed(written):
+    def change(table):
+        metadata = table.schema.metadata
+        changed = metadata[b"smartfrz.run"].replace(b"0.89", b"0.88")
+        assert changed != metadata[b"smartfrz.run"]
+        return table.replace_schema_metadata(metadata | {b"smartfrz.run": changed})
+
+    rewrite(written, change)
+    with pytest.raises(
+        DatasetFormatError, match=r"changed after it was recorded: expected facts and values whose SHA-256"
+    ):
+        read_run(written)
+
+
+def test_a_recording_without_a_checksum_is_refused(written):
+    rewrite(written, with_facts())
+    with pytest.raises(DatasetFormatError, match=r"has no checksum: .*Record the run again"):
+        read_run(written)
+
+
+@pytest.fixture(scope="module")
+def small_recording(tmp_path_factory):
+    """A file of a few KiB, most of whose bytes describe its columns, and its contents."""
+    path = tmp_path_factory.mktemp("recorded") / "small.parquet"
+    run = recorded_run(layers=2, timestamps=12, pool=4)
+    write_run(path, run)
+    return path.read_bytes(), read_run(path)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.data())
+def test_a_mutated_file_is_refused_or_reads_the_same(small_recording, data):
+    content, before = small_recording
+    mutated = bytearray(content)
+    for _ in range(data.draw(st.integers(1, 3))):
+        # Most bytes at the end: no page checksum covers the description of the columns.
+        position = len(content) - 1 - data.draw(st.integers(0, len(content) - 1))
+        mutated[position] ^= 1 << data.draw(st.integers(0, 7))
+    with tempfile.NamedTemporaryFile(suffix=".parquet") as file:
+        file.write(mutated)
+        file.flush()
+        try:
+            after = read_run(file.name)
+        except DatasetFormatError:
+            return
+    assert (after.layers, after.facts) == (before.layers, before.facts)
+    for name in ARRAYS:
+        assert getattr(after, name).tobytes() == getattr(before, name).tobytes(), name
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_facts_changed_as_json_are_refused_or_usable(small_recording, data):
+    """A text whose checksum fits, but whose meaning is another: what is accepted has the types that training reads."""
+    _, before = small_recording
+    facts = json.loads(json.dumps(before.facts))
+    key = data.draw(st.sampled_from(["name", "architecture", "recipe", "accuracies"]))
+    if isinstance(facts[key], dict) and data.draw(st.booleans()):
+        facts[key][data.draw(st.sampled_from(sorted(facts[key])))] = data.draw(JSON)
+    else:
+        facts[key] = data.draw(JSON)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run.parquet"
+        write_run(path, dataclasses.replace(before, facts=facts))
+        try:
+            after = read_run(path)
+        except DatasetFormatError:
+            return
+    assert len(labelled_runs([after], LabelRule(), 6)) == 1
+    assert 0 <= after.facts["accuracies"]["recorded"] <= 1
 
 
 def test_missing_rows_are_noticed(written):

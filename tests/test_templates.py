@@ -214,3 +214,12 @@ def test_a_loss_that_is_not_finite_is_told(digit_recipe, tmp_path):
     recipe = edited(digit_recipe, tmp_path, ("learning_rate = 0.03", "learning_rate = 1e35"))
     with pytest.raises(RecipeError, match=r"The loss is (nan|inf) at step 2\. Lower training\.learning_rate"):
         check_recipe(recipe, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["..", ".hidden", "a/b"])
+def test_a_recipe_with_an_impossible_name_is_not_written(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    result = invoke(build, "new", "keras:MobileNetV2", "--name", name, "-o", "x.toml")
+    assert result.exit_code == 1
+    assert f"name is '{name}'; expected a file name without folders" in result.output + result.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,5 @@
 import copy
+import io
 import logging
 import pickle
 
@@ -351,6 +352,43 @@ def test_a_copy_of_a_frozen_model_works_and_is_independent():
     assert same(everything(loop.model, "conv1"), before)
 
 
+def without_smartfrz(model):
+    """The model, saved whole and loaded where smartfrz is not installed."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    assert b"smartfrz" not in file.getvalue()
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("order", ["free", "cost_aware"])
+@pytest.mark.parametrize("steps", [0, 1, 2, 6])
+def test_a_saved_model_names_nothing_of_smartfrz_at_any_moment(steps, order):
+    loop = Loop()
+    freezer = loop.freezer(FREEZE_FIRST, freeze_order=order)
+    loop.run(freezer, steps)
+    twin = without_smartfrz(loop.model)
+    assert same(everything(twin, "conv1"), everything(loop.model, "conv1"))
+    Loop(twin, step=6).train_step()
+    freezer.close(unfreeze=False)
+    without_smartfrz(loop.model)
+    freezer.close()
+    assert not any("train" in vars(module) for module in without_smartfrz(loop.model).modules())
+
+
+def test_close_makes_frozen_layers_trainable_unless_told_not_to():
+    for unfreeze in True, False:
+        loop = Loop()
+        freezer = loop.freezer(FREEZE_FIRST)
+        loop.run(freezer, 6)
+        freezer.close(**({} if unfreeze else {"unfreeze": False}))
+        assert freezer.frozen_layers == ["conv1"]
+        before = everything(loop.model, "conv1")
+        loop.model.train()
+        loop.train_step()
+        assert same(everything(loop.model, "conv1"), before) is not unfreeze
+
+
 def test_step_before_any_forward_pass():
     with pytest.raises(UsageError, match=r"had no forward pass in training mode .*after loss.backward\(\)"):
         Loop().freezer().step()
@@ -374,17 +412,9 @@ def test_step_before_any_backward_pass_and_then_after_one():
     assert freezer.layers == LAYERS
 
 
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (
-            nn.Sequential(nn.BatchNorm1d(4)),
-            "found no layer to freeze in Sequential.*Pass the model that holds the layers",
-        ),
-        (nn.Sequential(nn.Linear(4, 2)), r"has 1 layers that can be trained, \['0'\].*Train without it"),
-    ],
-)
-def test_a_model_with_nothing_to_freeze(model, message):
+def test_a_model_with_nothing_to_freeze():
+    model = nn.Sequential(nn.BatchNorm1d(4))
+    message = "found no layer to freeze in Sequential.*Pass the model that holds the layers"
     freezer = SmartFRZ(model, torch.optim.SGD(model.parameters(), lr=0.1), ScriptedPredictor(), record_every=1)
     model(torch.randn(3, 4)).sum().backward()
     with pytest.raises(UnsupportedModelError, match=message):
@@ -638,3 +668,24 @@ def test_a_state_from_before_the_first_step_begins_anew():
     loop.run(freezer, 6)
     assert freezer.layers == LAYERS
     assert freezer.frozen_layers == ["conv1"]
+
+
+def test_a_layer_is_judged_by_all_that_is_trained_where_its_trained_matrices_are_a_small_part():
+    class Tuned(nn.Linear):
+        def __init__(self):
+            super().__init__(40, 40)
+            self.down, self.up = nn.Linear(40, 1, bias=False), nn.Linear(1, 40, bias=False)
+
+        def forward(self, x):
+            return super().forward(x) + self.up(self.down(x))
+
+    model = nn.Sequential(Tuned(), nn.Linear(40, 3))
+    layers = trace_layers(model, torch.randn(2, 40))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    assert TorchAdapter(model, [optimizer], layers).num_weights("0") == 1600 + 40 + 40
+    model[0].weight.requires_grad_(False)
+    assert TorchAdapter(model, [optimizer], layers).num_weights("0") == 80
+    model[0].up.weight.requires_grad_(False)
+    model[0].down.weight = nn.Parameter(torch.zeros(0, 40))
+    model[0].bias.requires_grad_(False)
+    assert TorchAdapter(model, [optimizer], layers).layers() == ["1"]  # what is left to train has no values

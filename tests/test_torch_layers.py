@@ -333,3 +333,133 @@ def test_a_model_that_calls_itself_is_traced_as_a_whole():
 
     assert [layer.name for layer in trace_layers(Recursive(), torch.randn(2, 4))] == ["first", "second", "third"]
     assert not torch.utils._python_dispatch._get_current_dispatch_mode()
+
+
+class ConvWithNorm(nn.Conv2d):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.norm = nn.BatchNorm2d(self.out_channels)
+
+    def forward(self, x):
+        return self.norm(super().forward(x)).relu()
+
+
+def test_convolutions_that_hold_their_norms_are_layers():
+    model = nn.Sequential(ConvWithNorm(3, 4, 3), ConvWithNorm(4, 4, 3), nn.Flatten(), nn.Linear(64, 2))
+    layers = layers_of(model, torch.randn(IMAGES))
+    assert list(layers) == ["0", "1", "3"]
+    assert layers["0"].parameters == ("0.weight", "0.bias", "0.norm.weight", "0.norm.bias")
+    assert layers["0"].weights == ("0.weight",)
+    assert layers["0"].norms == ("0.norm",)
+    assert layers["0"].output == "0"
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own: all of torch.ao is deprecated
+def test_layers_of_quantization_aware_training_with_fused_modules():
+    quantization = pytest.importorskip("torch.ao.quantization")
+    conv_and_norm = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()]
+    model = nn.Sequential(*conv_and_norm, nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 2))
+    model = quantization.fuse_modules_qat(model.train(), [["0", "1", "2"], ["3", "4"]])
+    model.qconfig = quantization.get_default_qat_qconfig("x86")
+    layers = layers_of(quantization.prepare_qat(model), torch.randn(IMAGES))
+    assert list(layers) == ["0", "3", "6"]
+    assert layers["0"].weights == ("0.weight",)
+    assert layers["0"].norms == ("0.bn",)
+
+
+class Experts(nn.Module):
+    """Expert tensors beside a router, in one module."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(6, 3)
+        self.experts = nn.Parameter(torch.randn(3, 6, 6))
+
+    def forward(self, x):
+        return torch.einsum("be,eij,bi->bj", self.router(x).softmax(-1), self.experts, x)
+
+
+def test_experts_are_judged_with_their_router():
+    layers = layers_of(nn.Sequential(nn.Linear(4, 6), Experts(), Experts(), nn.Linear(6, 2)), torch.randn(5, 4))
+    assert list(layers) == ["0", "1", "2", "3"]
+    assert layers["1"].weights == ("1.experts", "1.router.weight")
+    assert layers["1"].parameters == ("1.experts", "1.router.weight", "1.router.bias")
+
+
+class Spectral(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 5, dtype=torch.complex64))
+
+    def forward(self, x):
+        return torch.view_as_real(x.to(torch.complex64) @ self.weight).sum(-1)
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_complex_weights_are_read_whole(contiguous):
+    model = nn.Sequential(Spectral(), nn.Linear(5, 2))
+    layers = trace_layers(model, torch.randn(3, 6))
+    if not contiguous:
+        model[0].weight = nn.Parameter(torch.randn(5, 6, dtype=torch.complex64).t())
+    reader = LayerReader(model, layers)
+    weight = model[0].weight.detach().numpy()
+    expected = np.stack([weight.real, weight.imag], axis=-1).ravel()
+    assert reader.num_weights("0") == 60
+    np.testing.assert_array_equal(reader.weights("0", np.arange(60)), expected)
+    np.testing.assert_array_equal(reader.weights("0", np.array([1, 30, 59])), expected[[1, 30, 59]])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"bidirectional": True}])
+def test_forward_flops_of_recurrent_layers(training, kind, gates, options):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.recurrent = kind(5, 7, batch_first=True, **options)
+            self.head = nn.LazyLinear(2)
+
+        def forward(self, x):
+            return self.head(self.recurrent(x)[0])
+
+    layers = layers_of(Net().train(training), torch.randn(3, 11, 5))
+    weights = {"": 7 * 5 + 7 * 7, "num_layers": 7 * 5 + 3 * 7 * 7, "bidirectional": 2 * (7 * 5 + 7 * 7)}
+    assert layers["recurrent"].forward_flops == 2 * 3 * 11 * gates * weights["".join(options)]
+
+
+class StoresItsLoss(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+
+    def forward(self, x):
+        self.loss = self.net(x).sum()
+
+
+def test_a_forward_pass_that_returns_nothing_is_traced():
+    model = StoresItsLoss()
+    tracer = LayerTracer(model)
+    model(torch.randn(2, 4))
+    assert tracer.done
+    assert num_hooks(model) == 0
+    assert [layer.name for layer in tracer.layers()] == ["net.0", "net.2"]
+
+
+def test_layers_are_learned_from_parts_that_run_without_the_model():
+    model = Backwards()
+    model.cls_token = nn.Parameter(torch.zeros(1, 5))
+    tracer = LayerTracer(model)
+    x = model.norm1(model.conv1(torch.randn(IMAGES)))
+    model.eval().extra(torch.randn(2, 7))
+    model.train()
+    with pytest.raises(RuntimeError):
+        model.extra(torch.randn(2, 3))
+    model.head(model.norm2(model.conv2(x)).mean((2, 3)))
+    assert tracer.done
+    layers = tracer.layers()
+    assert [layer.name for layer in layers] == ["conv1", "conv2", "head"]
+    assert "cls_token" in layers[0].parameters
+    assert tracer.total_flops == sum(layer.forward_flops for layer in layers) > 0
+    tracer.close()
+    assert num_hooks(model) == 0
+    assert _get_current_dispatch_mode() is None

@@ -271,26 +271,28 @@ def test_never_all_layers():
     assert loss.requires_grad
 
 
-def test_a_model_of_one_layer_is_refused_and_trains_on():
+def test_a_model_of_one_layer_trains_on_in_peace():
     model = nn.Sequential(seeded(nn.Linear, 5, 3))
     optimizer = sgd(model)
     freezer = attach(model, optimizer, ["0"])
-    loss_of(model, 0, *INPUTS).backward()
-    with pytest.raises(UnsupportedModelError, match="1 layers that can be trained"):
-        freezer.step()
+    train(model, optimizer, freezer, 0, 4, *INPUTS)
+    assert (freezer.layers, freezer.events) == (["0"], [])
     freezer.close()
     assert num_hooks(model) == 0
     train(model, optimizer, None, 0, 2, *INPUTS)
 
 
-def test_a_model_of_which_the_user_froze_all_but_one_layer_is_refused():
+def test_a_model_of_which_the_user_froze_all_but_one_layer_waits_for_more():
     model = Net()
     for name in "conv1", "norm1", "conv2", "norm2":
         getattr(model, name).requires_grad_(False)
-    freezer = attach(model, sgd(model), NET)
-    loss_of(model, 0).backward()
-    with pytest.raises(UnsupportedModelError, match=r"1 layers that can be trained, \['head'\]"):
-        freezer.step()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    freezer = attach(model, optimizer, NET)
+    train(model, optimizer, freezer, 0, 4)
+    assert (freezer.layers, freezer.events) == (["head"], [])
+    model.requires_grad_(True)
+    train(model, optimizer, freezer, 4, 6)
+    assert freezer.layers == NET
 
 
 def test_a_model_that_the_user_froze_whole():

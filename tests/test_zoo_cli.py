@@ -50,7 +50,7 @@ FAILURES = {
 @pytest.fixture(autouse=True)
 def _apart(tmp_path, monkeypatch):
     monkeypatch.setenv("SMARTFRZ_CACHE", str(tmp_path / "cache"))
-    for name in ("SMARTFRZ_ZOO", "SMARTFRZ_OFFLINE"):
+    for name in ("SMARTFRZ_ZOO", "SMARTFRZ_OFFLINE", "SMARTFRZ_ALLOW_PRIVATE", "SMARTFRZ_LOCK"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -160,6 +160,21 @@ def test_download_into_a_cache_that_cannot_be_written(server, places, tmp_path, 
     assert "Pass --output, or set SMARTFRZ_CACHE" in result.stderr
     assert smartfrz("download", "tiny-zoo", "--registry", path, "-o", tmp_path / "my.onnx").exit_code == 0
     assert (tmp_path / "my.onnx").read_bytes() == BASE.read_bytes()
+
+
+def test_addresses_inside_of_a_private_network_need_an_option(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("SMARTFRZ_ALLOW_HTTP", "1")
+    path = write_registry(tmp_path, BASE, server)
+    path.write_text(path.read_text().replace("//127.0.0.1:", "//127.1:"))  # another way to write it
+    arguments = ("download", "tiny-zoo", "--registry", path)
+    result = smartfrz(*arguments)
+    assert result.exit_code == 1
+    assert "at 127.0.0.1, inside of a private network" in " ".join(result.stderr.split())
+    assert smartfrz(*arguments, "--allow-private").exit_code == 0
+    fetch.path_of(SHA256).unlink()
+    assert smartfrz(*arguments).exit_code == 1  # it counted for one command
+    monkeypatch.setenv("SMARTFRZ_ALLOW_PRIVATE", "1")
+    assert smartfrz(*arguments).exit_code == 0
 
 
 def test_download_to_a_place_of_ones_own(tmp_path):

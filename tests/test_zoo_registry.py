@@ -3,13 +3,16 @@ import json
 import re
 import shutil
 import sys
+from unittest import mock
 
 import pytest
-from hypothesis import given
+from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from zoo_fixtures import ServerProcess
 
 from smartfrz import zoo
+from smartfrz.cli import main
 from smartfrz.errors import (
     DownloadError,
     MissingDependencyError,
@@ -118,7 +121,7 @@ def write(folder, *rows):
 @pytest.fixture(autouse=True)
 def _apart(tmp_path, monkeypatch):
     monkeypatch.setenv("SMARTFRZ_CACHE", str(tmp_path / "cache"))
-    for name in ("SMARTFRZ_ZOO", "SMARTFRZ_OFFLINE", "SMARTFRZ_ALLOW_HTTP"):
+    for name in ("SMARTFRZ_ZOO", "SMARTFRZ_OFFLINE", "SMARTFRZ_ALLOW_HTTP", "SMARTFRZ_ALLOW_PRIVATE", "SMARTFRZ_LOCK"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -126,7 +129,26 @@ def _apart(tmp_path, monkeypatch):
 def test_wrong_entries_are_refused(case):
     changes, message = WRONG_ENTRIES[case]
     with pytest.raises(RegistryError, match=rf"(?s)registry {HTTPS} cannot be used: in entry 2, .*{message}"):
-        registry.parse(content(row(name="fine"), row(**changes)), HTTPS)
+        registry.parse(content(row(name="fine"), row(**changes)), HTTPS, exact=case == "a field too many")
+
+
+def test_fields_of_a_later_version_are_ignored_and_not_lost():
+    plain = registry.parse(content(row()), HTTPS)
+    grown = json.loads(content(row(languages=["de"], card={"sha256": "x"}))) | {"signed_by": ["somebody"]}
+    assert registry.parse(json.dumps(grown).encode(), HTTPS) == plain
+    # Who adds an entry writes all of them again, and would take away what we do not know.
+    with pytest.raises(RegistryError, match=r"it has \['format_version', 'predictors', 'signed_by'\]"):
+        registry.parse(json.dumps(grown).encode(), HTTPS, exact=True)
+    with pytest.raises(RegistryError, match="languages"):
+        registry.parse(content(row(languages=["de"])), HTTPS, exact=True)
+
+
+def test_the_users_own_machine_is_named_by_registries_on_it_only():
+    url = "https://localhost:8443/x.onnx"
+    with pytest.raises(RegistryError, match="on your own machine, which a registry elsewhere may not name"):
+        registry.parse(content(row(url=url)), HTTPS)
+    for own in ("file:///zoo/registry.json", "https://localhost/zoo/registry.json"):
+        assert registry.parse(content(row(url=url)), own)[0].address == url
 
 
 @pytest.mark.parametrize("case", WRONG_FILES)
@@ -157,6 +179,60 @@ def test_any_value_of_any_field_is_read_or_refused(key, value):
         assert "/" not in entry.file
         assert 0 < entry.size <= 256 * 2**20
         assert entry.address.startswith(("https://", "hf://", "s3://", "gs://"))
+
+
+def check_hostile(folder, text):
+    (folder / "registry.json").write_bytes(text)
+    for arguments in (["list"], ["list", "--json"], ["show", "other"], ["path", "other"], ["verify", str(folder)]):
+        if arguments[0] != "verify":
+            arguments = [*arguments, "--registry", str(folder)]
+        with mock.patch.object(transport, "_open_http", side_effect=DownloadError("no network in this test")):
+            result = CliRunner().invoke(main, ["zoo", *arguments])
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+        shown = result.output.replace("\n", "").replace("\t", "")
+        assert "\x1b" not in shown
+        assert "root:" not in shown
+
+
+HOSTILE = [
+    int("9" * 4000),
+    -(10**4000),
+    1e308,
+    "\x1b[2J\x1b]0;x\x07",
+    "\ud800",
+    "a" * 100_000,
+    "../../x.onnx",
+    "file:///etc/passwd",
+    "https://169.254.169.254/x.onnx",
+    "https://[::1/x.onnx",
+    "https://example.org:99999/x.onnx",
+    "https://xn--a/\u2028.onnx",
+    {"auc": int("9" * 4000)},
+    {"auc": True, "\x1b[2J": "\x1b[2J"},
+    {"auc": "\x1b[2J"},
+    [[[[[]]]]],
+]
+
+
+@pytest.mark.parametrize("key", [*row(), "later"])
+def test_no_hostile_value_ends_in_a_traceback_or_reaches_the_terminal(key, tmp_path):
+    for value in HOSTILE:
+        check_hostile(tmp_path, content(row(**{key: value})))
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(st.sampled_from([*row(), "later"]), _VALUES, max_size=3),
+    st.dictionaries(st.sampled_from(["format_version", "predictors", "later"]), _VALUES, max_size=1),
+    st.binary(max_size=3),
+    st.integers(0, 600),
+)
+def test_no_mutated_registry_ends_in_a_traceback_or_reaches_the_terminal(tmp_path, changes, document, noise, place):
+    """Values of any kind in any field, and bytes of any kind at any place."""
+    whole = {"format_version": 1, "predictors": [row(**changes)]} | document
+    text = bytearray(json.dumps(whole).encode())
+    text[place : place + len(noise)] = noise
+    check_hostile(tmp_path, text)
 
 
 def test_two_entries_of_one_name_and_version_are_refused():
@@ -277,6 +353,45 @@ def test_a_registry_that_cannot_be_reached_is_read_from_its_copy(tmp_path, monke
     assert caplog.messages == []
     with pytest.raises(UnreachableError, match="SMARTFRZ_OFFLINE is set"):
         registry.entries([f"{server.url}/plain/other.json"])
+
+
+BROKEN_ANSWERS = {
+    "a captive portal's page": b"<!DOCTYPE html><html><body>Please sign in.</body></html>",
+    "half of it": content(row())[:-100],
+    "nothing": b"",
+    "another format": b'{"format_version": 2, "predictors": []}',
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_ANSWERS)
+def test_a_broken_answer_does_not_replace_a_good_copy(case, tmp_path, caplog):
+    write(tmp_path / "served", row())
+    shutil.copy(BASE, tmp_path / "served")
+    server = ServerProcess(tmp_path / "log", "zoo_server.py", tmp_path / "served")
+    address = f"{server.url}/plain/registry.json"
+    try:
+        registry.find("other", [address])
+        (tmp_path / "served" / "registry.json").write_bytes(BROKEN_ANSWERS[case])
+        for _ in range(2):
+            assert str(registry.find("other", [address])) == "other@1"
+        assert "answers with what cannot be used; its copy in the cache is. The registry http" in caplog.messages[1]
+        (copy,) = (tmp_path / "cache" / "registries").iterdir()
+        assert copy.read_bytes() == content(row())
+        copy.unlink()
+        with pytest.raises(RegistryError, match="cannot be used"):
+            registry.find("other", [address])
+        assert list((tmp_path / "cache" / "registries").iterdir()) == []
+        # A copy that is damaged, or a link to somewhere else, is none.
+        (tmp_path / "elsewhere.json").write_bytes(content(row()))
+        copy.symlink_to(tmp_path / "elsewhere.json")
+        with pytest.raises(RegistryError, match="cannot be used"):
+            registry.find("other", [address])
+        write(tmp_path / "served", row(version="2"))
+        assert str(registry.find("other", [address])) == "other@2"
+        assert (tmp_path / "elsewhere.json").read_bytes() == content(row())
+        assert not copy.is_symlink()
+    finally:
+        server.stop()
 
 
 def test_missing_packages_are_named(monkeypatch):

@@ -10,6 +10,10 @@ It prints its port, then a line for each request: method, path and Range header.
     /short/FILE       Content-Length is half of what comes
     /long/FILE        Content-Length is twice of what comes
     /drip/FILE        one byte at a time, with pauses
+    /head/FILE        the headers one byte at a time, with pauses
+    /continue/FILE    "100 Continue" for ever
+    /endless/FILE     headers for ever
+    /html/FILE        a page, as a captive portal answers
     /wrong-range/FILE a range is answered from another offset
     /bomb/FILE        endless zeros, chunked, without a length
     /gzip/FILE        a gzip of 64 MiB of zeros, as Content-Encoding
@@ -29,6 +33,13 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 FOLDER = Path(sys.argv[1]) if __name__ == "__main__" else Path()  # pytest imports this file to look for doctests
+PAGE = b"<!DOCTYPE html><html><body>Please sign in to use this network.</body></html>\n"
+# What is sent at the beginning, what is repeated, and the pause in seconds
+UNENDING = {
+    "head": (b"HTTP/1.1 200 OK\r\nX-Long: ", b"a", 0.02),
+    "continue": (b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0),
+    "endless": (b"HTTP/1.1 200 OK\r\n", b"X-Many: many\r\n", 0),
+}
 asked = {}
 
 
@@ -60,6 +71,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(int(number))
         elif mode == "busy" and first:
             self.answer(503)
+        elif mode == "html":
+            self.answer(200, Content_Length=str(len(PAGE)), Content_Type="text/html")
+            self.wfile.write(PAGE)
+        elif mode in UNENDING:
+            self.answer_without_end(*UNENDING[mode])
         elif not (FOLDER / name).is_file():
             self.answer(404)
         else:
@@ -105,6 +121,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 time.sleep(0.02)
         else:
             self.wfile.write(rest)
+
+    def answer_without_end(self, beginning, repeated, pause):
+        self.wfile.write(beginning)
+        while True:  # until the other side hangs up
+            self.wfile.write(repeated)
+            time.sleep(pause)
 
     def answer_chunked(self):
         self.send_response(200)

@@ -1,5 +1,6 @@
 """`Freezer`: what SmartFRZ is in every framework. Loads none of them."""
 
+import logging
 import os
 import time
 from abc import ABC, abstractmethod
@@ -15,8 +16,11 @@ from smartfrz.control.options import FreezeOptions, Schedule
 from smartfrz.control.policy import Policy
 from smartfrz.control.protocols import Adapter
 from smartfrz.control.report import Report, ReportedLayer
+from smartfrz.control.saying import describe_stage, say
 from smartfrz.errors import StateError
 from smartfrz.predictor.runtime import Device
+
+logger = logging.getLogger("smartfrz")
 
 
 class StatefulAdapter(Adapter, Protocol):
@@ -138,15 +142,34 @@ class Freezer(ABC, Generic[A]):
         """Record, decide, freeze and thaw, after one optimizer step."""
         controller = run.controller
         decisions = controller.step()
+        if controller.num_steps - 1 == controller.total_steps:
+            logger.warning(
+                "SmartFRZ: the run goes on beyond its %d steps, total_steps; records and freezing were planned for so "
+                "many. Pass the optimizer steps of the whole run, len(loader) * epochs, divided by the batches of which "
+                "gradients are accumulated, and call step() once for each optimizer step.",
+                controller.total_steps,
+            )
         if controller.thaw_on_restart:
             decisions = decisions + controller.observe_learning_rates(self._learning_rates())
         self._react(run, decisions)
+        if decisions and self._speaks:
+            say(describe_stage(decisions, controller.total_steps, len(controller.frozen), len(run.adapter.layers())))
         if (
             min(self.options.norm_batches, controller.record_every * controller.decide_every)
             == controller.steps_to_stage
         ):
             run.adapter.snapshot_statistics()
         return decisions
+
+    @property
+    def _speaks(self) -> bool:
+        """True if this process says what happens."""
+        return self.options.verbose
+
+    def say_report(self) -> None:
+        """Write the report where the lines of `verbose` go; nothing if `verbose` is False."""
+        if self._speaks and self._run is not None:
+            say(str(self.report()))
 
     def _react(self, run: Run[A], decisions: list[FreezeDecision]) -> None:
         changed = any(decision.action in ("freeze", "thaw") for decision in decisions)
@@ -235,5 +258,13 @@ def require_state(state: dict[str, Any]) -> None:
             f"SmartFRZ.load_state_dict received a dict with keys {sorted(map(str, state))[:5]}; expected what "
             "SmartFRZ.state_dict() returned. Save and load that."
         )
-    if state["started"]:
-        require_version(state["controller"])
+    if not state["started"]:
+        return
+    kinds: dict[str, Any] = {"seconds": (int, float), "layers": list, "controller": dict, "norms": dict}
+    for name, kind in kinds.items():
+        if not isinstance(state.get(name), kind) or isinstance(state.get(name), bool):
+            raise StateError(
+                f"The saved state is damaged: {name} is {state.get(name)!r:.100}. Resume from another checkpoint, or start "
+                "without a state."
+            )
+    require_version(state["controller"])

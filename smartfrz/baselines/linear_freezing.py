@@ -75,6 +75,10 @@ class LinearFreezing(Policy):
     def begin(self, adapter: Any, layers: Sequence[str], *, total_steps: int | None, seed: int) -> None:
         """Set the moment of each layer that may be frozen."""
         self._total_steps = total_steps or 1  # `record_every` refuses an unknown length
+        self.layers_changed(layers)
+
+    def layers_changed(self, layers: Sequence[str]) -> None:
+        """Spread the moments over these layers."""
         self._moments = dict(zip(layers, moments(len(layers), self.t_0, self.spacing), strict=True))
 
     def confidence(self, layers: list[str], *, step: int) -> dict[str, float]:

@@ -129,6 +129,7 @@ class TorchRun:
             method.policy(self),
             total_steps=self.total_steps,
             cache=None if method.cache is None else method.cache(),
+            verbose=False,
             **method.options,
         )
 

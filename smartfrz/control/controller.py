@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -13,11 +13,25 @@ from smartfrz.control.learned import AsksPredictor, policy_of
 from smartfrz.control.options import FreezeOptions, Schedule, stages_apart
 from smartfrz.control.ordering import LayerCost, Ordering, backward_cost
 from smartfrz.control.policy import Policy
-from smartfrz.control.protocols import Adapter, OneProcess, OptimizerAdapter, Ranks
+from smartfrz.control.protocols import Adapter, OneProcess, OptimizerAdapter, Ranks, Untrained
 from smartfrz.control.restarts import RestartWatch
+from smartfrz.control.state import check_contents, check_fields, sealed
+from smartfrz.control.watch import Disturbance, FrozenWatch
 from smartfrz.errors import StateError, UnsupportedModelError
 
 logger = logging.getLogger("smartfrz")
+# Why a frozen layer probably moved.
+_LIKELY: dict[str, str] = {
+    "trained": "the training loop sets requires_grad or trainable again and again, where SmartFRZ cannot set it back",
+    "moved": "the optimizer changes weights that have no gradient, as some do with weight decay, or the loop writes to them",
+    "statistics": "a norm updates its statistics even in eval mode, or the loop writes to its buffers",
+}
+_WHY_UNTRAINED: dict[Untrained, str] = {
+    "no_optimizer": "no optimizer that it was given holds these weights",
+    "unknown_optimizer": "an optimizer that it was not given trains these weights; pass every optimizer of the model",
+    "learning_rate_zero": "the learning rate of these weights is 0",
+    "never_moved": "these weights have not moved since training began",
+}
 STATE_VERSION = 3
 # The attributes that a saved state carries over into the run that loads it.
 _SCHEDULE = (
@@ -41,7 +55,7 @@ class FreezeController:
         adapter: The model, as its framework's adapter shows it.
         predictor: A loaded predictor, or another policy.
         options: What the user chose.
-        keep_one_of: Groups of layers, such as the layers of one optimizer. One layer of each group stays active.
+        keep_one_of: Returns groups of layers, such as the layers of one optimizer. One layer of each group stays active.
         ranks: The processes that train together.
 
     Attributes:
@@ -49,10 +63,13 @@ class FreezeController:
         num_records: Records taken so far.
         frozen: Layer name to the step at which it froze (in a dry run: would have).
         events: Every decision so far, oldest first.
+        unpaid_steps: Steps of the stages at which layers were ready, but freezing them did not pay.
         decision_seconds: Time spent recording, deciding and freezing.
         costs: What each layer costs; empty if unknown.
         freeze_every: Freezing stages for each one at which anything is frozen; see `note_compiled`.
         steps_per_change: What a change of the frozen set costs, in training steps; see `set_change_cost`.
+        layer_changes: Changes of the layers that may be frozen: the step, `joined` (the user unfroze it), `appeared`
+            (it ran for the first time) or `left` (the user froze or removed it), and the layer.
 
     Raises:
         ValueError: If the length of the run is needed and unknown.
@@ -65,10 +82,11 @@ class FreezeController:
         predictor: AsksPredictor | Policy,
         options: FreezeOptions,
         *,
-        keep_one_of: Collection[Collection[str]] = (),
+        keep_one_of: Callable[[], Collection[Collection[str]]] | None = None,
         ranks: Ranks | None = None,
     ):
         self._policy = copy.copy(policy_of(predictor))  # one policy object may serve several runs
+        self._options = options
         schedule = options.schedule(self._policy)
         self.record_every, self.decide_every, self.threshold, self.patience, self.freeze_order = schedule
         self.thaw_on_restart = options.thaw_on_restart
@@ -81,7 +99,7 @@ class FreezeController:
         self._prefix_is_cached = False
         self._adapter = adapter
         self._layers = adapter.layers()
-        self._keep_one_of = [list(group) for group in keep_one_of]
+        self._keep_one_of = keep_one_of
         self._ranks = ranks or OneProcess()
         _require_layers(self._layers)
         _require_methods(adapter, self._policy)
@@ -90,10 +108,14 @@ class FreezeController:
         self.num_records = 0
         self.frozen: dict[str, int] = {}
         self.events: list[FreezeDecision] = []
+        self.unpaid_steps: set[int] = set()
         self.decision_seconds = 0.0
         self._streaks: dict[str, int] = {}
         self._warned: set[str] = set()
         self._restarts = RestartWatch()
+        self._watch = FrozenWatch()
+        self._looked_at = 0  # the step at which the frozen layers were last seen to stand still
+        self.layer_changes: list[tuple[int, str, str]] = []
         self._ranks.meet("the first step", self._facts())
 
     def _facts(self) -> dict[str, Any]:
@@ -173,12 +195,85 @@ class FreezeController:
         start = time.perf_counter()
         decisions: list[FreezeDecision] = []
         if self.num_steps % self.record_every == 0:
+            decisions = self._look()
             active = self.active
             if len(active) > 1:  # the last layer is always kept
-                decisions = self._record(active)
+                decisions += self._record(active)
         self.set_lr_scales()
         self.decision_seconds += time.perf_counter() - start
         return decisions
+
+    def _look(self) -> list[FreezeDecision]:
+        """Look whether the layers are still the same, and whether what is frozen stands still."""
+        found = self._ranks.share(self._find)
+        self._follow(found["layers"])
+        thawed = self._settle(found["disturbed"])
+        self._looked_at = self.num_steps
+        return thawed
+
+    def _find(self) -> dict[str, Any]:
+        return {"layers": self._adapter.find_layers(), "disturbed": self._find_disturbed()}
+
+    def _find_disturbed(self) -> dict[str, Disturbance]:
+        return {} if self.dry_run or not self.frozen else dict(self._adapter.disturbed(list(self.frozen)))
+
+    def _follow(self, layers: list[str]) -> None:
+        """Go on with these layers: others than before if the user froze or unfroze some, or if some ran only now."""
+        if layers == self._layers:
+            return
+        known, before = set(self._adapter.all_layers()), set(self._layers)
+        self._adapter.set_layers(layers)
+        self._layers = list(layers)
+        for layer in layers:
+            if layer not in before:
+                self.layer_changes.append((self.num_steps, "joined" if layer in known else "appeared", layer))
+        for layer in sorted(before.difference(layers)):
+            self.layer_changes.append((self.num_steps, "left", layer))
+            self.frozen.pop(layer, None)
+            self._policy.drop(layer)
+            self._streaks.pop(layer, None)
+        self._policy.layers_changed(self._layers)
+        logger.info("From step %d on %d layers may be frozen; before, %d.", self.num_steps, len(layers), len(before))
+
+    def _settle(self, disturbed: Mapping[str, Disturbance]) -> list[FreezeDecision]:
+        """Freeze disturbed layers again, or thaw them; see `FrozenWatch`."""
+        verdict = self._watch.judge(disturbed, list(self.frozen))
+        if verdict.set_back:
+            self._adapter.freeze(verdict.set_back)
+        if verdict.held:
+            logger.warning(
+                "SmartFRZ keeps %s frozen, although the training loop sets requires_grad or trainable again and again, as "
+                "loops do that switch a whole model off and on. Call thaw() to train what is frozen.",
+                _enumerate(verdict.held),
+            )
+        decisions = []
+        if verdict.believed:
+            trained = [layer for layer in verdict.believed if disturbed.get(layer) == "trained"]
+            decisions = self.thaw(verdict.believed, "unfrozen_by_user", self._stood_still(trained))
+            logger.warning(
+                "SmartFRZ had frozen %s, and requires_grad or trainable was set again before step %d: this counts as a "
+                "call of thaw(). What was thawed may freeze again later.",
+                _enumerate(verdict.believed),
+                self.num_steps,
+            )
+        for what in dict.fromkeys(verdict.moved.values()):
+            layers = [layer for layer, found in verdict.moved.items() if found == what]
+            since = self._stood_still(layers)
+            decisions += self.thaw(layers, "moved_while_frozen", since)
+            logger.warning(
+                "SmartFRZ thaws %s and freezes no more of that: frozen, but moved all the same between step %d and step "
+                "%d. Probably %s. From step %d on this counts as trained.",
+                _enumerate(layers),
+                min(since.values()),
+                self.num_steps,
+                _LIKELY[what],
+                min(since.values()),
+            )
+        return decisions
+
+    def _stood_still(self, layers: Sequence[str]) -> dict[str, int]:
+        """Return the last step at which each of these frozen layers was seen to stand still."""
+        return {layer: max(self.frozen[layer], self._looked_at) for layer in layers}
 
     def _record(self, active: list[str]) -> list[FreezeDecision]:
         self._ranks.meet(f"step {self.num_steps}", {"active": active})
@@ -235,11 +330,13 @@ class FreezeController:
             ordering=self._ordering(),
             patience=self.patience,
             dry_run=self.dry_run,
-            keep_one_of=self._keep_one_of,
+            keep_one_of=self._keep_one_of() if self._keep_one_of else (),
         )
         decisions, streaks = make(hold=self.num_records // self.decide_every % self.freeze_every != 0)
-        if not self._pays(active, [decision.layer for decision in decisions if decision.action != "keep"]):
+        chosen = [decision.layer for decision in decisions if decision.action != "keep"]
+        if not self._pays(active, chosen):
             decisions, streaks = make(hold=True)
+            self.unpaid_steps.add(self.num_steps)
         return {"decisions": [dataclasses.asdict(decision) for decision in decisions], "streaks": streaks}
 
     def _ordering(self) -> Ordering:
@@ -249,6 +346,8 @@ class FreezeController:
 
     def _excused(self, active: list[str]) -> dict[str, Reason]:
         excused = self._policy.excused(active)
+        excused |= self._find_untrained([layer for layer in active if excused.get(layer) != "not_finite"])
+        excused |= {layer: "moved_while_frozen" for layer in active if layer in self._watch.barred}
         for layer, reason in excused.items():
             if reason == "not_finite" and layer not in self._warned:
                 self._warned.add(layer)
@@ -259,6 +358,22 @@ class FreezeController:
                     self.num_steps,
                 )
         return excused
+
+    def _find_untrained(self, active: list[str]) -> dict[str, Reason]:
+        """Return the layers that are not trained: standing still, they would pass for converged."""
+        found = self._adapter.untrained(active)
+        for why in dict.fromkeys(found.values()):
+            new = [x for x, reason in found.items() if reason == why and f"{why}: {x}" not in self._warned]
+            self._warned.update(f"{why}: {layer}" for layer in new)
+            # Schedules may end with a learning rate of 0.
+            if new and self.num_steps != self.total_steps:
+                logger.warning(
+                    "SmartFRZ does not freeze %s as converged, since %s (step %d).",
+                    _enumerate(new),
+                    _WHY_UNTRAINED[why],
+                    self.num_steps,
+                )
+        return dict.fromkeys(found, "not_trained")
 
     def _pays(self, active: list[str], chosen: list[str]) -> bool:
         """Return whether freezing these layers saves more in the rest of the run than the change costs."""
@@ -271,12 +386,18 @@ class FreezeController:
         step = now + sum(self.costs[layer].forward for layer in layers)
         return (self.total_steps - self.num_steps) * (now - then) >= self.steps_per_change * step
 
-    def thaw(self, layers: Sequence[str] | None = None, reason: Reason = "by_hand") -> list[FreezeDecision]:
+    def thaw(
+        self,
+        layers: Sequence[str] | None = None,
+        reason: Reason = "by_hand",
+        since: Mapping[str, int] | None = None,
+    ) -> list[FreezeDecision]:
         """Train layers again that this controller froze; they may freeze again later.
 
         Args:
             layers: Names of the layers; all by default. Layers that are not frozen stay as they are.
             reason: The reason that the decisions give.
+            since: For layers that were trained or moved while frozen, the last step at which they stood still.
 
         Returns:
             One decision for each layer that was thawed.
@@ -290,18 +411,19 @@ class FreezeController:
         self._ranks.meet(f"thawing after step {self.num_steps}", {"layers": thawed})
         if not self.dry_run:
             self._adapter.unfreeze(thawed)
+        self._watch.thawed(thawed)
         # The other layers were judged while these were frozen, perhaps long ago: patience starts over.
         self._streaks.clear()
-        decisions = [
-            FreezeDecision(self.num_steps, self.num_records - 1, layer, float("nan"), "thaw", reason)
-            for layer in thawed
-        ]
+        decisions = [self._thawing(layer, reason, (since or {}).get(layer)) for layer in thawed]
         for layer in thawed:
             del self.frozen[layer]
             logger.info("thaw %s at step %d (%s)", layer, self.num_steps, reason)
         self.events += decisions
         self.set_lr_scales()
         return decisions
+
+    def _thawing(self, layer: str, reason: Reason, since: int | None) -> FreezeDecision:
+        return FreezeDecision(self.num_steps, self.num_records - 1, layer, float("nan"), "thaw", reason, since=since)
 
     def _frozen_among(self, layers: Sequence[str] | None) -> list[str]:
         if isinstance(layers, str):
@@ -331,8 +453,12 @@ class FreezeController:
     # Saving and resuming.
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs to decide as an uninterrupted one: plain data and arrays."""
-        return {
+        """Return all that a resumed run needs to decide as an uninterrupted one: plain data and arrays.
+
+        What has moved since the last record, although it is frozen, is not frozen in the state.
+        """
+        thaws, watch = self._find_moved()
+        state = {
             "version": STATE_VERSION,
             "predictor": self._policy.sha256,
             "layers": list(self._layers),
@@ -340,23 +466,39 @@ class FreezeController:
             "total_steps": self.total_steps,
             "num_steps": self.num_steps,
             "num_records": self.num_records,
-            "frozen": dict(self.frozen),
+            "frozen": {layer: step for layer, step in self.frozen.items() if layer not in {e.layer for e in thaws}},
             "streaks": dict(self._streaks),
             "warned": sorted(self._warned),
             "learning_rates": self._restarts.state(),
             "costs": {layer: dataclasses.astuple(cost) for layer, cost in self.costs.items()},
             "decision_seconds": self.decision_seconds,
-            "events": [dataclasses.asdict(event) for event in self.events],
+            "events": [dataclasses.asdict(event) for event in [*self.events, *thaws]],
+            "unpaid_steps": sorted(self.unpaid_steps),
             "history": self._policy.state_dict(),
+            "watch": watch.state(),
+            "looked_at": self._looked_at,
+            "layer_changes": [list(change) for change in self.layer_changes],
         }
+        return sealed(state)
+
+    def _find_moved(self) -> tuple[list[FreezeDecision], FrozenWatch]:
+        """Return how frozen layers that have moved will be thawed at the next look, without doing it."""
+        moved = {layer: what for layer, what in self._find_disturbed().items() if what != "trainable"}
+        watch = copy.deepcopy(self._watch)
+        verdict = watch.judge(moved, list(moved))
+        since = self._stood_still(list(moved))
+        thaws = [self._thawing(layer, "unfrozen_by_user", since[layer]) for layer in verdict.believed]
+        thaws += [self._thawing(layer, "moved_while_frozen", since[layer]) for layer in verdict.moved]
+        return thaws, watch
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise if `load_state_dict` would refuse this state. Nothing is changed.
 
         Raises:
-            StateError: If the state belongs to another model, predictor or version.
+            StateError: If the state belongs to another model, predictor or version, or was damaged.
         """
         require_version(state)
+        check_fields(state)
         if state["predictor"] != self._policy.sha256:
             raise StateError(
                 f"The saved state was made with predictor {state['predictor'][:12]}..., this run has "
@@ -369,36 +511,89 @@ class FreezeController:
                 f"The saved state belongs to a model with {len(state['layers'])} layers, this one has {len(self._layers)}; "
                 f"they differ in {unknown[:4] or 'their order'}. Resume with the same model."
             )
+        self._policy.check_state_dict(state["history"])
+        check_contents(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was called: what it had frozen is frozen, and nothing else.
 
-        The schedule, threshold and patience of the saved run replace the ones given to this one.
+        What the options of this run leave open goes on as it was saved. Where they differ from the saved run, the
+        options count, except for the seed, and the differences are logged: records that were taken at other
+        distances are forgotten, and so is what a dry run would have frozen.
 
         Raises:
-            StateError: If the state belongs to another model, predictor or version. Nothing is changed then.
+            StateError: If the state belongs to another model, predictor or version, or was damaged. Nothing is changed
+                then.
         """
         self.check_state(state)
-        saved = {name: state[name] for name in ("num_steps", "num_records", "frozen")}
-        self._ranks.meet("loading a state", {"schedule": state["schedule"], **saved})
-        for name in _SCHEDULE:
-            setattr(self, name, state["schedule"][name])
-        self.total_steps = state["total_steps"]
+        frozen = dict(state["frozen"])
+        if state["schedule"]["dry_run"] and not self.dry_run:
+            frozen = {}  # it was trained all the time, and has no history
+        chosen = self._chosen(state)
+        saved = {name: state[name] for name in ("num_steps", "num_records")}
+        self._ranks.meet("loading a state", {"schedule": chosen, "frozen": frozen, **saved})
+        self._say_what_differs(state, chosen)
+        for name, value in chosen.items():
+            setattr(self, name, value)
         self._policy.begin(self._adapter, self._layers, total_steps=self.total_steps, seed=self.seed)
         self.num_steps = state["num_steps"]
         self.num_records = state["num_records"]
-        thawed = [layer for layer in self.frozen if layer not in state["frozen"]]
-        self.frozen = dict(state["frozen"])
-        self._streaks = dict(state["streaks"])
+        thawed = [layer for layer in self.frozen if layer not in frozen]
+        self.frozen = frozen
+        same_pace = self.record_every == state["schedule"]["record_every"]
+        self._streaks = dict(state["streaks"]) if same_pace else {}
         self._warned = set(state["warned"])
         self._restarts.load_state(state["learning_rates"])
         self.costs = {layer: LayerCost(*cost) for layer, cost in state["costs"].items()}
         self.decision_seconds = state["decision_seconds"]
         self.events = [FreezeDecision(**event) for event in state["events"]]
-        self._policy.load_state_dict(state["history"])
+        self.unpaid_steps = set(state["unpaid_steps"])
+        if same_pace:
+            self._policy.load_state_dict(state["history"])
+        self._watch.load_state(state["watch"])
+        self._looked_at = state["looked_at"]
+        self.layer_changes = [(step, what, layer) for step, what, layer in state["layer_changes"]]
         self._adapter.unfreeze(thawed)  # what froze after the state was saved
         if not self.dry_run:
             self._adapter.freeze(list(self.frozen))
+
+    def _chosen(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return how a saved run goes on: every name of `_SCHEDULE`, and `total_steps`."""
+        saved = state["schedule"]
+        schedule, total_steps = self._options.continuing(
+            self._policy, {name: saved[name] for name in Schedule._fields}, state["total_steps"]
+        )
+        same_pace = (total_steps, schedule.record_every) == (state["total_steps"], saved["record_every"])
+        return {
+            **saved,
+            **schedule._asdict(),
+            "total_steps": total_steps,
+            "dry_run": self._options.dry_run,
+            # False is what it is when left out.
+            "thaw_on_restart": self._options.thaw_on_restart or saved["thaw_on_restart"],
+            # Adapters set it again where the model is compiled.
+            "freeze_every": saved["freeze_every"] if same_pace else 1,
+        }
+
+    def _say_what_differs(self, state: dict[str, Any], chosen: dict[str, Any]) -> None:
+        """Log in one line what the saved run did otherwise, and which of both counts."""
+        saved = {"total_steps": state["total_steps"], **state["schedule"]}
+        names = ("total_steps", *Schedule._fields, "dry_run", "thaw_on_restart")
+        told = [
+            f"{name} is now {chosen[name]!r} (saved: {saved[name]!r})" for name in names if chosen[name] != saved[name]
+        ]
+        if chosen["record_every"] != saved["record_every"]:
+            told.append("the weights recorded so far are forgotten, as they were recorded at other distances")
+        if saved["dry_run"] and not chosen["dry_run"] and state["frozen"]:
+            told.append(f"{len(state['frozen'])} layers that the dry run would have frozen are trained")
+        if chosen["thaw_on_restart"] != self._options.thaw_on_restart:
+            told.append("thaw_on_restart stays True, as saved")
+        if self._options.seed != saved["seed"]:
+            told.append(
+                f"seed stays {saved['seed']!r} (received: {self._options.seed!r}), as the history was made with it"
+            )
+        if told:
+            logger.warning("SmartFRZ goes on from step %d with other options: %s.", state["num_steps"], "; ".join(told))
 
 
 def require_version(state: dict[str, Any]) -> None:
@@ -407,18 +602,26 @@ def require_version(state: dict[str, Any]) -> None:
     Raises:
         StateError: If it did.
     """
-    if state.get("version") != STATE_VERSION:
+    version = state.get("version")
+    if not isinstance(version, int) or version != STATE_VERSION:
         raise StateError(
-            f"The saved state has version {state.get('version')!r}; this version of smartfrz reads {STATE_VERSION}. "
+            f"The saved state has version {version!r}; this version of smartfrz reads {STATE_VERSION}. "
             "Pass what state_dict() returned."
         )
 
 
+def _enumerate(layers: Sequence[str]) -> str:
+    """Return `Layer 'a'`, or `Each of the layers 'a', 'b'`, for a message."""
+    shown = ", ".join(repr(layer) for layer in layers[:4])
+    more = f" and {len(layers) - 4} more" if len(layers) > 4 else ""
+    return f"{'layer' if len(layers) == 1 else 'layers'} {shown}{more}"
+
+
 def _require_layers(layers: list[str]) -> None:
-    if len(layers) < 2:
+    if not layers:
         raise UnsupportedModelError(
-            f"The model has {len(layers)} layers that can be trained, {layers}; SmartFRZ needs at least two, since "
-            "the last one is always kept. Train without it."
+            "The model has 0 layers that can be trained; SmartFRZ expected at least two, since the last one is always "
+            "kept. Train without it, or unfreeze layers before the first step."
         )
 
 

@@ -19,7 +19,9 @@ Reason = Literal[
     "last_active_layer",  # one layer of each optimizer has to keep learning
     "by_hand",  # thawed
     "learning_rate_raised",  # thawed
-    "moved_while_frozen",  # thawed: the training loop changed it although it was frozen
+    "moved_while_frozen",  # thawed, and not frozen again: the training loop changed it although it was frozen
+    "unfrozen_by_user",  # thawed: somebody set requires_grad or trainable again
+    "not_trained",  # no optimizer trains it, its learning rate is 0, or it has never moved
 ]
 
 
@@ -35,6 +37,8 @@ class FreezeDecision:
         action: `freeze`, `would_freeze` (dry run), `keep` or `thaw`.
         reason: Why.
         threshold: The confidence that the layer had to reach at this stage; NaN if the policy was not asked.
+        since: Where a layer is thawed that was trained or moved while it counted as frozen: the last step at which it
+            was seen to stand still. From there on it counts as trained.
     """
 
     step: int
@@ -44,6 +48,7 @@ class FreezeDecision:
     action: Action
     reason: Reason
     threshold: float = float("nan")
+    since: int | None = None
 
 
 def decide(

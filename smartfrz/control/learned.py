@@ -11,7 +11,7 @@ from smartfrz.control.decision import Reason
 from smartfrz.control.history import WeightHistory
 from smartfrz.control.policy import Policy
 from smartfrz.control.tailoring import tailoring_positions
-from smartfrz.errors import PredictionError
+from smartfrz.errors import PredictionError, StateError
 
 RECORDS_PER_STAGE = 2
 PATIENCE = 2
@@ -106,13 +106,22 @@ class LearnedPolicy(Policy):
         """Choose the positions of the tailored weights, and start with an empty history."""
         info = self.predictor.info
         self._adapter = adapter
-        everything = adapter.all_layers()  # including layers that the user froze
+        self._seed = seed
+        self._positions: dict[str, NDArray[np.int64]] = {}
+        self.layers_changed(layers)
+        self.history = WeightHistory(info.window, info.tailored_size)
+
+    def layers_changed(self, layers: Sequence[str]) -> None:
+        """Choose the positions of layers that are new."""
+        everything = self._adapter.all_layers()  # including layers that the user froze
         self._places = {layer: index / max(1, len(everything) - 1) for index, layer in enumerate(everything)}
+        known, size = self._positions, self.predictor.info.tailored_size
         self._positions = {
-            layer: tailoring_positions(layer, adapter.num_weights(layer), info.tailored_size, seed=seed)
+            layer: known[layer]
+            if layer in known
+            else tailoring_positions(layer, self._adapter.num_weights(layer), size, seed=self._seed)
             for layer in layers
         }
-        self.history = WeightHistory(info.window, info.tailored_size)
 
     def record(self, active: list[str], *, ask: bool) -> None:
         """Read the tailored weights of the active layers."""
@@ -154,6 +163,15 @@ class LearnedPolicy(Policy):
         """Return the history."""
         return self.history.state_dict()
 
+    def check_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Raise `StateError` if these are no vectors that the predictor reads."""
+        for layer, rows in state.items():
+            if rows.shape[1:] != (self.history.tailored_size,) or rows.ndim != 2:
+                raise StateError(
+                    f"The saved state is damaged: the history of layer {layer!r} has shape {rows.shape}; expected vectors "
+                    f"of length {self.history.tailored_size}. Resume from another checkpoint, or start without a state."
+                )
+
     def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Replace the history.
 
@@ -164,5 +182,18 @@ class LearnedPolicy(Policy):
 
 
 def policy_of(predictor: AsksPredictor | Policy) -> Policy:
-    """Return the policy itself, or wrap a predictor in a policy."""
-    return predictor if isinstance(predictor, Policy) else LearnedPolicy(predictor)
+    """Return the policy itself, or wrap a predictor in a policy.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    if isinstance(predictor, Policy):
+        return predictor
+    if isinstance(predictor, type) or not hasattr(predictor, "info"):
+        given = f"the class {predictor.__name__}" if isinstance(predictor, type) else repr(predictor)
+        raise TypeError(
+            f"`predictor` is {given}; expected a name in the zoo, the path or address of an ONNX file, the address of a "
+            "predictor on a server, a loaded Predictor, or a policy such as smartfrz.baselines.LinearFreezing(). Leave it "
+            "out for the default, 'smartfrz-base'."
+        )
+    return LearnedPolicy(predictor)

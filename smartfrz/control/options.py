@@ -1,8 +1,9 @@
 """When a run records and decides, and how: what the user may choose, and what follows from the policy."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -59,6 +60,8 @@ class FreezeOptions:
             fourth training step, which take about twice as long; Keras estimates it from shapes.
         thaw_on_restart: Thaw every layer when the learning rate rises above twice its lowest value since layers
             froze, as in warm restarts.
+        verbose: Write one line at each freezing stage, and in the callbacks the report at the end of training. The lines
+            go to the logger `smartfrz` (level INFO) where logging is set up to show that, else to standard error.
 
     Raises:
         ValueError: If a value is out of range.
@@ -74,6 +77,7 @@ class FreezeOptions:
     norm_batches: int = 24
     freeze_order: FreezeOrder | None = None
     thaw_on_restart: bool = False
+    verbose: bool = True
 
     def __post_init__(self) -> None:
         if self.freeze_order is not None:
@@ -112,6 +116,34 @@ class FreezeOptions:
         _require_confidence(chosen.threshold)
         _require_order(chosen.freeze_order)
         return chosen
+
+    def continuing(
+        self, policy: Policy, saved: Mapping[str, Any], total_steps: int | None
+    ) -> tuple[Schedule, int | None]:
+        """Return how a run goes on that was saved: as the user chose now, and else as it was saved.
+
+        `record_every` follows the length of the run, unless it was chosen then or is now.
+
+        Args:
+            policy: The policy of the run.
+            saved: The fields of the run's `Schedule`.
+            total_steps: The length of the run, as it was saved.
+
+        Returns:
+            The schedule, and the length of the run.
+        """
+        length = _first(self.total_steps, total_steps)
+        record_every = saved["record_every"]
+        if length != total_steps and record_every == policy.record_every(total_steps):
+            record_every = _first(policy.record_every(length), record_every)
+        schedule = Schedule(
+            int(_first(self.record_every, record_every)),
+            int(_first(self.decide_every, saved["decide_every"])),
+            float(_first(self.threshold, saved["threshold"])),
+            int(_first(self.patience, saved["patience"])),
+            _first(self.freeze_order, saved["freeze_order"]),
+        )
+        return schedule, None if length is None else int(length)
 
 
 def _first(given: T | None, otherwise: T) -> T:

@@ -74,6 +74,9 @@ class Policy:
             UnsupportedModelError: If the adapter does not offer what the policy needs.
         """
 
+    def layers_changed(self, layers: Sequence[str]) -> None:
+        """Go on with these layers, in execution order: some are new, or some are not trained any more."""
+
     def record(self, active: list[str], *, ask: bool) -> None:
         """Record the active layers. `ask` is true if a freezing stage follows."""
 
@@ -102,6 +105,9 @@ class Policy:
     def state_dict(self) -> dict[str, NDArray[Any]]:
         """Return what was recorded, one array for each layer."""
         return {}
+
+    def check_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Raise `StateError` if `load_state_dict` could not use this. Nothing is changed."""
 
     def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Replace what was recorded by what `state_dict` returned."""

@@ -1,10 +1,19 @@
 """What the controller needs of a framework's adapter and of the processes that train together."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from smartfrz.control.watch import Disturbance
+
+Untrained = Literal[
+    "no_optimizer",  # no optimizer that is known trains it
+    "unknown_optimizer",  # no optimizer that is known trains it, but it moves
+    "learning_rate_zero",
+    "never_moved",  # since training began
+]
 
 
 class Adapter(Protocol):
@@ -36,6 +45,33 @@ class Adapter(Protocol):
 
     def unfreeze(self, layers: list[str]) -> None:
         """Train these layers again if `freeze` stopped them."""
+        ...
+
+    def disturbed(self, layers: list[str]) -> Mapping[str, Disturbance]:
+        """Return which of these frozen layers no longer stand still, in the given order. Called at every record.
+
+        A layer counts as trainable if it was made so at any time since it was last passed to `freeze`, even if the
+        adapter has set that back itself. Nothing is changed. Only the first process asks.
+        """
+        ...
+
+    def untrained(self, layers: list[str]) -> Mapping[str, Untrained]:
+        """Return which of these active layers are not trained, and why. Only the first process asks.
+
+        Such a layer does not move, and would look converged.
+        """
+        ...
+
+    def find_layers(self) -> list[str]:
+        """Return what `layers` would be if the model were looked at now.
+
+        The user may freeze and unfreeze layers, and layers may run for the first time. Called at every record, on the
+        first process; nothing is changed.
+        """
+        ...
+
+    def set_layers(self, layers: list[str]) -> None:
+        """Have `layers` return what `find_layers` returned; layers that are new join `all_layers`, too."""
         ...
 
 

@@ -8,6 +8,13 @@ from typing import Any, Protocol
 
 from smartfrz.control.controller import FreezeController
 from smartfrz.control.ordering import LayerCost, backward_cost
+from smartfrz.control.saying import explain_nothing_frozen
+
+_LAYER_CHANGES = {
+    "joined": "Unfrozen by the training script, and watched since",
+    "appeared": "Ran for the first time later, and watched since",
+    "left": "Frozen or removed by the training script, and no longer watched",
+}
 
 
 class ReportedLayer(Protocol):
@@ -63,7 +70,9 @@ class Report:
         layers: Every layer, in execution order.
         frozen: Layer name to the step at which it froze (in a dry run: would have), without layers
             that were thawed since.
-        user_frozen: Layers that the user had frozen before.
+        user_frozen: Layers that the user has frozen.
+        moved: Layers that moved although they were frozen. They were thawed, and count as trained from the last step on
+            at which they were seen to stand still.
         changes: (step, `freeze`, `would_freeze` or `thaw`, layer), oldest first.
         num_steps: Optimizer steps so far.
         seconds: Time from the first to the latest `freezer.step()`.
@@ -78,6 +87,9 @@ class Report:
         recompile_seconds: Time that these took.
         per_example: Whether the layers' FLOPs are counted for one example instead of one batch.
         cache: What the activation cache did; None without a cache.
+        why_nothing: Why no layer ever froze, one line for each reason; empty if one did.
+        layer_changes: (step, `joined`, `appeared` or `left`, layer): layers that the user unfroze, that ran for the first
+            time, or that the user froze or removed, oldest first.
     """
 
     layers: Sequence[ReportedLayer] = field(default_factory=list)
@@ -96,6 +108,9 @@ class Report:
     recompile_seconds: float = 0.0
     per_example: bool = False
     cache: CacheUse | None = None
+    why_nothing: list[str] = field(default_factory=list)
+    layer_changes: list[tuple[int, str, str]] = field(default_factory=list)
+    moved: list[str] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -119,11 +134,28 @@ class Report:
             layers=layers,
             frozen=dict(controller.frozen),
             user_frozen={layer.name for layer in layers} - set(trained),
-            changes=[(e.step, e.action, e.layer) for e in controller.events if e.action != "keep"],
+            changes=sorted(
+                (
+                    (e.step if e.since is None else e.since, e.action, e.layer)
+                    for e in controller.events
+                    # A dry run that goes on for real has saved nothing so far.
+                    if e.action != "keep" and (controller.dry_run or e.action != "would_freeze")
+                ),
+                key=lambda change: change[0],
+            ),
+            layer_changes=list(controller.layer_changes),
+            moved=list(
+                dict.fromkeys(
+                    e.layer for e in controller.events if e.action == "thaw" and e.reason == "moved_while_frozen"
+                )
+            ),
             num_steps=controller.num_steps,
             seconds=seconds,
             decision_seconds=controller.decision_seconds,
             dry_run=controller.dry_run,
+            why_nothing=[]
+            if any(e.action in ("freeze", "would_freeze") for e in controller.events)
+            else explain_nothing_frozen(controller.events, controller.unpaid_steps),
             **others,
         )
 
@@ -134,42 +166,55 @@ class Report:
         A weight gradient costs as much as the forward pass; so does an input gradient.
         """
         names = [layer.name for layer in self.layers]
-        costs = {}
-        for layer in self.layers:
-            flops = layer.forward_flops
+        marks = {0, *(step for step, _, _ in (*self.changes, *self.layer_changes))}
+        total = prefix = interior = 0.0
+        for start, end in pairwise([*sorted(marks), self.num_steps]):
+            untrained, stopped = self._untrained(start), self._stopped(start)
             # What the user froze is no saving of SmartFRZ.
-            costs[layer.name] = LayerCost(flops, flops, 0 if layer.name in self.user_frozen else flops)
-        full = backward_cost(names, self.user_frozen, costs)
-        marks = sorted({step for step, _, _ in self.changes})
-        prefix = interior = 0.0
-        for start, end in pairwise([*marks, self.num_steps]):
-            stopped = self._stopped(start)
+            costs = {
+                layer.name: LayerCost(
+                    layer.forward_flops, layer.forward_flops, 0 if layer.name in untrained else layer.forward_flops
+                )
+                for layer in self.layers
+            }
+            full = backward_cost(names, untrained, costs)
+            total += (end - start) * full[0]
             if self.reentrant:
                 interior += (end - start) * sum(costs[name].weight_gradient for name in stopped)
                 continue
-            now = backward_cost(names, stopped, costs)
+            now = backward_cost(names, untrained | stopped, costs)
             prefix += (end - start) * (now[1] - full[1])
             interior += (end - start) * (now[2] - full[2])
-        return round(self.num_steps * full[0]), round(prefix), round(interior)
+        return round(total), round(prefix), round(interior)
 
     def _stopped(self, step: int) -> set[str]:
-        """Return the layers that are frozen right after this step."""
-        stopped = set(self.user_frozen)
-        for when, action, layer in self.changes:
+        """Return the layers that SmartFRZ keeps frozen right after this step."""
+        stopped: set[str] = set()
+        everything = sorted([*self.layer_changes, *self.changes], key=lambda change: change[0])
+        for when, action, layer in everything:
             if when <= step:
-                (stopped.discard if action == "thaw" else stopped.add)(layer)
+                (stopped.add if action in ("freeze", "would_freeze") else stopped.discard)(layer)
         return stopped
+
+    def _untrained(self, step: int) -> set[str]:
+        """Return the layers that the user had frozen, or that had not run yet, right after this step."""
+        untrained = set(self.user_frozen)
+        for when, action, layer in reversed(self.layer_changes):
+            if when > step:
+                (untrained.discard if action == "left" else untrained.add)(layer)
+        return untrained
 
     def frozen_spans(self) -> dict[str, list[tuple[int, int]]]:
         """Return the spans (first step, last step) in which each layer was frozen (in a dry run: would have been).
 
-        Layers that the user froze are frozen throughout.
+        Layers that the user froze are frozen as long as the user keeps them so.
         """
-        spans = {layer: [(0, self.num_steps)] for layer in self.user_frozen}
-        since: dict[str, int] = {}
-        for step, action, layer in self.changes:
-            if action != "thaw":
-                since[layer] = step
+        spans: dict[str, list[tuple[int, int]]] = {}
+        appeared = {layer for _, action, layer in self.layer_changes if action == "appeared"}
+        since = dict.fromkeys(sorted(self._untrained(-1) - appeared), 0)
+        for step, action, layer in sorted([*self.layer_changes, *self.changes], key=lambda change: change[0]):
+            if action in ("freeze", "would_freeze", "left"):
+                since.setdefault(layer, step)
             elif layer in since:
                 spans.setdefault(layer, []).append((since.pop(layer), step))
         for layer, step in since.items():
@@ -209,6 +254,8 @@ class Report:
             "frozen": dict(self.frozen),
             "user_frozen": sorted(self.user_frozen),
             "changes": [list(change) for change in self.changes],
+            "layer_changes": [list(change) for change in self.layer_changes],
+            "moved": list(self.moved),
             "num_steps": self.num_steps,
             "seconds": self.seconds,
             "decision_seconds": self.decision_seconds,
@@ -222,6 +269,7 @@ class Report:
             "recompile_seconds": self.recompile_seconds,
             "per_example": self.per_example,
             "dry_run": self.dry_run,
+            "why_nothing": list(self.why_nothing),
             "cache": None if self.cache is None else asdict(self.cache),
         }
 
@@ -231,10 +279,12 @@ class Report:
         what = "would have frozen" if self.dry_run else "froze"
         ever = {layer for _, action, layer in self.changes if action != "thaw"}
         lines = [f"SmartFRZ {what} {len(ever)} of {len(self.layers)} layers in {self.num_steps} steps."]
+        lines += [f"  {reason}" for reason in self.why_nothing]
         stopped = set(self.frozen) | self.user_frozen
         prefix = next((i for i, layer in enumerate(self.layers) if layer.name not in stopped), len(self.layers))
-        if self.user_frozen:
-            lines.append(f"{len(self.user_frozen)} layers were frozen before.")
+        left = {layer for _, action, layer in self.layer_changes if action == "left"}
+        if self.user_frozen - left:
+            lines.append(f"{len(self.user_frozen - left)} layers were frozen before.")
         if stopped:
             lines.append(
                 f"The frozen prefix is {prefix} layers long; {len(stopped) - prefix} frozen layers are behind it."
@@ -243,8 +293,15 @@ class Report:
         for step, action, layer in self.changes:
             groups.setdefault((step, action == "thaw"), []).append(layer)
         for (step, thawed), names in groups.items():
-            shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-            lines.append(f"  step {step:>6} ({step / self.num_steps:4.0%}): {'thawed ' if thawed else ''}{shown}")
+            lines.append(
+                f"  step {step:>6} ({step / self.num_steps:4.0%}): {'thawed ' if thawed else ''}{_shorten(names)}"
+            )
+        for what, says in _LAYER_CHANGES.items():
+            names = [layer for _, action, layer in self.layer_changes if action == what]
+            if names:
+                lines.append(f"{says}: {_shorten(names)}.")
+        if self.moved:
+            lines.append(f"Moved although they were frozen, and therefore thawed for good: {_shorten(self.moved)}.")
         if self.backward_flops:
             share = self.backward_flops_saved / self.backward_flops
             unit, name, basis = 1e12, "TFLOPs", "estimated from the first batch"
@@ -271,3 +328,7 @@ class Report:
 
     def _share(self, flops: int) -> str:
         return f"{flops / self.backward_flops:.0%}"
+
+
+def _shorten(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -51,7 +51,7 @@ def new(model: str, output: Path | None, **others: Any) -> None:
     MODEL is torchvision:NAME, timm:NAME, transformers:NAME_OR_FOLDER, keras:NAME, keras_hub:PRESET, module:callable, the
     bare name of a torchvision or timm model, or organisation/name on the Hugging Face hub.
     """
-    from smartfrz.dataset_builder.recipes import load_recipe
+    from smartfrz.dataset_builder.recipes import parse_recipe
     from smartfrz.dataset_builder.templates import NewRecipe, default_file, recipe_text
 
     path = output or default_file(model)
@@ -60,9 +60,9 @@ def new(model: str, output: Path | None, **others: Any) -> None:
             f"{str(path)!r} exists, and is left as it is. Choose another file with --output, or remove it."
         )
     text = recipe_text(NewRecipe(model, **others), path)
+    parse_recipe(text, path)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    load_recipe(path)
     click.echo(f"Wrote {path}. Fill in [data], then: smartfrz-build check {path}")
 
 

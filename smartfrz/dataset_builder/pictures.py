@@ -1,14 +1,22 @@
 """Data sets from folders of pictures."""
 
+import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import TensorDataset
 
+from smartfrz.dataset_builder.class_folders import class_names, picture_files
 from smartfrz.errors import RecipeError
 
-_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+if TYPE_CHECKING:
+    from PIL import Image
+
+_DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I")  # Pillow's names of pictures with more than 8 bits a pixel
+_WHITE = 255
 
 
 def image_folders(folder: Path, image_size: int) -> tuple[TensorDataset, TensorDataset]:
@@ -21,10 +29,11 @@ def image_folders(folder: Path, image_size: int) -> tuple[TensorDataset, TensorD
         RecipeError: If either cannot be read, or the two have different classes.
     """
     train, test = (image_folder(folder / split, image_size) for split in ("train", "test"))
-    if _classes(folder / "train") != _classes(folder / "test"):
+    classes, test_classes = class_names(folder / "train"), class_names(folder / "test")
+    if classes != test_classes:
         raise RecipeError(
-            f"{str(folder)!r} has the classes {_classes(folder / 'train')} in train, but {_classes(folder / 'test')} in "
-            "test; expected the same. Classes are numbered by name, so labels would not agree."
+            f"{str(folder)!r} has the classes {classes} in train, but {test_classes} in test; expected the same. Classes "
+            "are numbered by name, so labels would not agree."
         )
     return train, test
 
@@ -32,41 +41,87 @@ def image_folders(folder: Path, image_size: int) -> tuple[TensorDataset, TensorD
 def image_folder(folder: Path, image_size: int) -> TensorDataset:
     """Read the pictures in `folder/<class>/`, resized to a square and scaled to [-1, 1].
 
+    Pictures are turned as their EXIF data say. The 65,536 levels of a 16-bit picture are kept. What is transparent becomes
+    white, or black in a picture that would be all white. Hidden files and folders are left out.
+
     Returns:
         Items `(float32 [3, image_size, image_size], int64)`; classes are numbered by name.
 
     Raises:
-        RecipeError: If there are fewer than two classes with pictures, or a picture is damaged.
+        RecipeError: If there are fewer than two classes with pictures, a class has none, or a picture is damaged or too
+            large.
     """
-    files = [
-        (file, label)
-        for label, name in enumerate(_classes(folder))
-        for file in sorted((folder / name).iterdir())
-        if file.suffix.lower() in _ENDINGS
-    ]
-    num_classes = len({label for _, label in files})
-    if num_classes < 2:
+    files = {name: picture_files(folder / name) for name in class_names(folder)}
+    empty = [name for name, pictures in files.items() if not pictures]
+    if len(files) - len(empty) < 2:
         raise RecipeError(
-            f"{str(folder)!r} holds pictures of {num_classes} classes; expected at least two folders, one per class, "
-            "with .png or .jpg files in each."
+            f"{str(folder)!r} holds pictures of {len(files) - len(empty)} classes; expected at least two folders, one per "
+            "class, with .png or .jpg files in each."
         )
-    pixels = np.stack([_read(file, image_size) for file, _ in files])
+    if empty:
+        raise RecipeError(
+            f"{str(folder / empty[0])!r} holds no pictures; expected .png or .jpg files in the folder of each class. Add "
+            "pictures, or remove that folder."
+        )
+    pixels = np.stack([_read(file, image_size) for pictures in files.values() for file in pictures])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-    return TensorDataset(images, torch.tensor([label for _, label in files]))
+    labels = np.repeat(np.arange(len(files)), [len(pictures) for pictures in files.values()])
+    return TensorDataset(images, torch.from_numpy(labels))
 
 
-def _classes(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-
-
-def _read(file: Path, image_size: int) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
+def _read(file: Path, image_size: int) -> NDArray[Any]:
+    """Return the colours of one picture, `[image_size, image_size, 3]`, from 0 to 255; uint8, or float32 from 16 bits."""
+    from PIL import Image
 
     try:
-        with Image.open(file) as picture:
-            small = picture.convert("RGB").resize((image_size, image_size), Image.Resampling.BILINEAR)
-    except (UnidentifiedImageError, OSError) as error:
+        # Pillow warns of half the size that it refuses; the warning would not name the file.
+        with (
+            warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
+            Image.open(file) as picture,
+        ):
+            return _colours(picture, image_size)
+    except (Image.DecompressionBombError, MemoryError) as error:
+        raise RecipeError(
+            f"{str(file)!r} is too large a picture ({error or 'out of memory'}). Replace it by a smaller copy, "
+            "or cut it into several."
+        ) from error
+    except Exception as error:  # decoders raise errors of a dozen kinds for damaged bytes
         raise RecipeError(
             f"{str(file)!r} is not a readable picture ({error}). Remove it, or save it again as .png or .jpg."
         ) from error
-    return np.asarray(small)
+
+
+def _colours(picture: "Image.Image", image_size: int) -> NDArray[Any]:
+    from PIL import Image, ImageOps
+
+    size, smooth = (image_size, image_size), Image.Resampling.BILINEAR
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode in _DEEP:
+        grey = Image.fromarray(_grey_of_16_bits(picture)).resize(size, smooth)
+        return np.repeat(np.asarray(grey)[:, :, None], 3, axis=2)
+    if picture.mode == "F":
+        raise ValueError("its pixels are fractions, whose range is not known")
+    if picture.has_transparency_data:
+        picture = _opaque(picture.convert("RGBA"))
+    return np.asarray(picture.convert("RGB").resize(size, smooth))
+
+
+def _grey_of_16_bits(picture: "Image.Image") -> NDArray[np.float32]:
+    """Scale 0..65535 to 0..255, as fractions: many 16-bit pictures use few of their levels."""
+    levels = np.asarray(picture)
+    if levels.min() < 0 or levels.max() > 65535:
+        raise ValueError(f"its pixels go from {levels.min()} to {levels.max()}, but at most 16 bits are read")
+    return levels.astype(np.float32) / np.float32(257)
+
+
+def _opaque(picture: "Image.Image") -> "Image.Image":
+    """Put a picture on white, or on black where white would leave nothing to see."""
+    from PIL import Image
+
+    def put_on(level: int) -> Image.Image:
+        background = Image.new("RGBA", picture.size, (level, level, level, 255))
+        return Image.alpha_composite(background, picture).convert("RGB")
+
+    on_white = put_on(_WHITE)
+    nothing_to_see = np.asarray(on_white).min() == _WHITE
+    return put_on(0) if nothing_to_see else on_white

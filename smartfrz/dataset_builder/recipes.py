@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import tomllib
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from smartfrz.errors import RecipeError
 from smartfrz.hyperparameters import OPTIMIZERS, SCHEDULES, TrainingSpec
 
 _KINDS: dict[Any, Any] = {str: str, int: int, float: (int, float), bool: bool, dict[str, Any]: dict}
+_MANY = 10_000_000
+_JSON = "text, numbers, true and false, and lists and tables of them; write dates as text"
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,36 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
         RecipeError: If it is missing, not TOML, or has unknown, absent or wrong entries.
     """
     path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(
+            f"Cannot read recipe {str(path)!r}: {error.strerror}. Pass the path of a TOML file."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise _no_toml(path, error) from error
+    return parse_recipe(text, path)
+
+
+def parse_recipe(text: str, path: Path) -> Recipe:
+    """Check the text of a recipe.
+
+    Args:
+        text: TOML.
+        path: The file that it is from or for.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        RecipeError: If it is not TOML, or has unknown, absent or wrong entries.
+    """
     sections = {"model": ModelSpec, "data": DataSpec, "training": TrainingSpec, "recording": RecordingSpec}
-    values: dict[str, Any] = {"name": path.stem, "recording": {}} | _read(path)
+    try:
+        read = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # also numbers of too many digits, and lists that nest without end
+        raise _no_toml(path, error) from error
+    values: dict[str, Any] = {"name": path.stem, "recording": {}} | read
     try:
         for key, spec in sections.items():
             values[key] = _section(path, key, spec, values.get(key))
@@ -94,15 +125,8 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
     return recipe
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(
-            f"Cannot read recipe {str(path)!r}: {error.strerror}. Pass the path of a TOML file."
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"Recipe {str(path)!r} is not valid TOML: {error}. Correct that line.") from error
+def _no_toml(path: Path, error: Exception) -> RecipeError:
+    return RecipeError(f"Recipe {str(path)!r} is not valid TOML: {error}. Correct that line.")
 
 
 def _section(path: Path, key: str, spec: Any, values: Any) -> Any:
@@ -114,7 +138,7 @@ def _section(path: Path, key: str, spec: Any, values: Any) -> Any:
     if unknown:
         raise RecipeError(f"Recipe {str(path)!r}, {where}: unknown entry {unknown[0]!r}. Known: {', '.join(known)}.")
     for f in dataclasses.fields(spec):
-        if f.name in values and not isinstance(values[f.name], _KINDS.get(f.type, object)):
+        if f.name in values and not _has_type(values[f.name], f.type):
             raise RecipeError(
                 f"Recipe {str(path)!r}, {where}: {f.name} is {values[f.name]!r}; expected a value of type {f.type}. "
                 "Change that entry."
@@ -122,23 +146,78 @@ def _section(path: Path, key: str, spec: Any, values: Any) -> Any:
     return spec(**values)
 
 
+def _has_type(value: Any, kind: Any) -> bool:
+    if isinstance(value, bool):  # which Python takes for an integer
+        return kind is bool or kind not in _KINDS
+    return isinstance(value, _KINDS.get(kind, object))
+
+
+def is_name(text: str) -> bool:
+    """Return whether files can be called `<text>.parquet` and the like: no path, not hidden, not too long."""
+    return is_plain(text) and not text.startswith(".") and not set(text) & set("/\\:") and len(text.encode()) <= 200
+
+
+def is_plain(text: str) -> bool:
+    """Return whether a text is one line of visible characters."""
+    return bool(text) and text.isprintable() and text == text.strip()
+
+
 def _check(path: Path, recipe: Recipe) -> None:
-    training, recording, data = recipe.training, recipe.recording, recipe.data
+    training, recording, model, data = recipe.training, recipe.recording, recipe.model, recipe.data
+    most_seed, name = 2**31 - 1, "a file name without folders that does not begin with a dot"
+    one_line = "one line of text"
     checks = [
-        (Path(recipe.name).name == recipe.name, "name", recipe.name, "a file name without folders"),
+        (is_name(recipe.name), "name", recipe.name, name),
+        (is_plain(recipe.architecture), "architecture", recipe.architecture, one_line),
+        (0 <= recipe.seed <= most_seed, "seed", recipe.seed, f"an integer from 0 to {most_seed}"),
+        (is_plain(model.source), "model.source", model.source, one_line),
+        (_is_init(model.init), "model.init", model.init, f"a path that ends in .safetensors, or {name}"),
+        (bool(data.source) != bool(data.folder), "data", data, "either `source` or `folder`"),
+        (is_plain(data.source or data.folder), "data", data, f"{one_line} as `source` or `folder`"),
+        (1 <= data.image_size <= 4096, "data.image_size", data.image_size, "an integer from 1 to 4096"),
         (training.optimizer in OPTIMIZERS, "training.optimizer", training.optimizer, f"one of {OPTIMIZERS}"),
         (training.schedule in SCHEDULES, "training.schedule", training.schedule, f"one of {SCHEDULES}"),
-        (training.epochs > 0, "training.epochs", training.epochs, "a positive number"),
-        (training.batch_size > 0, "training.batch_size", training.batch_size, "a positive integer"),
-        (0 <= training.warmup < 1, "training.warmup", training.warmup, "a fraction of the run, in [0, 1)"),
-        (recording.pool_size > 0, "recording.pool_size", recording.pool_size, "a positive integer"),
-        (recording.records >= 4, "recording.records", recording.records, "at least 4"),
-        (recording.probe_size >= 4, "recording.probe_size", recording.probe_size, "at least 4"),
-        (bool(data.source) != bool(data.folder), "data", data, "either `source` or `folder`"),
+        # NaN is within no bounds.
+        *(
+            (fine, f"training.{entry}", getattr(training, entry), expected)
+            for fine, entry, expected in (
+                (0 < training.epochs <= _MANY, "epochs", f"a positive number up to {_MANY}"),
+                (0 < training.batch_size <= _MANY, "batch_size", f"a positive integer up to {_MANY}"),
+                (0 < training.learning_rate < math.inf, "learning_rate", "a positive number"),
+                (0 <= training.momentum < 1, "momentum", "a number in [0, 1)"),
+                (0 <= training.weight_decay < math.inf, "weight_decay", "a finite number from 0"),
+                (0 <= training.warmup < 1, "warmup", "a fraction of the run, in [0, 1)"),
+                (0 <= training.label_smoothing < 1, "label_smoothing", "a number in [0, 1)"),
+            )
+        ),
+        *(
+            (fine, f"recording.{entry}", getattr(recording, entry), expected)
+            for fine, entry, expected in (
+                (4 <= recording.records <= _MANY, "records", f"at least 4, and at most {_MANY}"),
+                (0 < recording.pool_size <= _MANY, "pool_size", f"a positive integer up to {_MANY}"),
+                (4 <= recording.probe_size <= _MANY, "probe_size", f"at least 4, and at most {_MANY}"),
+                (0 <= recording.seed <= most_seed, "seed", f"an integer from 0 to {most_seed}"),
+            )
+        ),
+        (_is_json(model.arguments), "model.arguments", model.arguments, _JSON),
+        (_is_json(data.arguments), "data.arguments", data.arguments, _JSON),
     ]
-    for fine, name, received, expected in checks:
+    for fine, entry, received, expected in checks:
         if not fine:
-            raise RecipeError(f"Recipe {str(path)!r}: {name} is {received!r}; expected {expected}. Change that entry.")
+            raise RecipeError(f"Recipe {str(path)!r}: {entry} is {received!r}; expected {expected}. Change that entry.")
+
+
+def _is_init(init: str) -> bool:
+    return not init or is_name(init) or (is_plain(init) and init.endswith(".safetensors"))
+
+
+def _is_json(arguments: dict[str, Any]) -> bool:
+    """Return whether arguments can be stored with a recording; dates cannot."""
+    try:
+        json.dumps(arguments)
+    except TypeError:
+        return False
+    return True
 
 
 def check_together(recipes: Sequence[Recipe]) -> None:

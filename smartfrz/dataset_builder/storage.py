@@ -4,8 +4,10 @@ Windows and labels are not stored. They are derived at load, so that one recordi
 window size and every label rule.
 """
 
+import hashlib
 import json
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,16 @@ from smartfrz.files import replacing
 
 FORMAT_VERSION = 1
 _FACTS = b"smartfrz.run"
-_COLUMNS = ("layer", "timestamp", "step", "progress", "loss", "learning_rate", "cka", "weights")
+_CHECKSUM = b"smartfrz.sha256"
+_TYPES = {
+    "timestamp": pa.int64(),
+    "step": pa.int64(),
+    "progress": pa.float64(),
+    "loss": pa.float64(),
+    "learning_rate": pa.float64(),
+    "cka": pa.float64(),
+}
+_COLUMNS = ("layer", *_TYPES, "weights")
 
 
 @dataclass(frozen=True)
@@ -77,11 +88,11 @@ def write_run(path: str | os.PathLike[str], run: RecordedRun) -> None:
         "learning_rate": run.learning_rate,
     }
     columns = {"layer": pa.array(np.repeat(run.layers, timestamps)).dictionary_encode()}
-    columns |= {name: pa.array(np.tile(values, num_layers)) for name, values in tiled.items()}
-    columns["cka"] = pa.array(run.cka.reshape(-1))
-    columns["weights"] = pa.FixedSizeListArray.from_arrays(pa.array(run.weights.reshape(-1)), pool)
-    facts = json.dumps(run.facts | {"format_version": FORMAT_VERSION, "layers": run.layers})
-    table = pa.table(columns).replace_schema_metadata({_FACTS: facts.encode()})
+    columns |= {name: pa.array(np.tile(values, num_layers), _TYPES[name]) for name, values in tiled.items()}
+    columns["cka"] = pa.array(run.cka.reshape(-1), _TYPES["cka"])
+    columns["weights"] = pa.FixedSizeListArray.from_arrays(pa.array(run.weights.reshape(-1), pa.float32()), pool)
+    facts = json.dumps(run.facts | {"format_version": FORMAT_VERSION, "layers": run.layers}).encode()
+    table = pa.table(columns).replace_schema_metadata({_FACTS: facts, _CHECKSUM: _checksum(facts, run).encode()})
     with replacing(path) as temporary:
         # Weights hardly compress; byte stream split makes the most of the shared exponents.
         pq.write_table(
@@ -94,8 +105,24 @@ def write_run(path: str | os.PathLike[str], run: RecordedRun) -> None:
         )
 
 
+def _checksum(facts: bytes, run: RecordedRun) -> str:
+    """SHA-256 of the facts as written and of every value, in the order of layers and timestamps."""
+    digest = hashlib.sha256(facts)
+    for values, dtype in (
+        (run.step, "<i8"),
+        (run.progress, "<f8"),
+        (run.loss, "<f8"),
+        (run.learning_rate, "<f8"),
+        (run.cka, "<f8"),
+        (run.weights, "<f4"),
+    ):
+        digest.update(str(values.shape).encode())
+        digest.update(np.ascontiguousarray(values, dtype).data)
+    return digest.hexdigest()
+
+
 def read_run(path: str | os.PathLike[str]) -> RecordedRun:
-    """Read one recorded run.
+    """Read one recorded run. Rows may be in any order: the columns `layer` and `timestamp` say what they are.
 
     Args:
         path: A file that `write_run` made.
@@ -104,16 +131,11 @@ def read_run(path: str | os.PathLike[str]) -> RecordedRun:
         The run.
 
     Raises:
-        DatasetFormatError: If the file is missing, cut, or not a recorded run.
+        DatasetFormatError: If the file is missing, cut or changed, or not a recorded run.
     """
     path = Path(path)
     again = f"Record the run again with: smartfrz-build record RECIPE (after deleting {path.name})."
-    try:
-        table = pq.read_table(path, page_checksum_verification=True)
-    except FileNotFoundError as error:
-        raise DatasetFormatError(f"No recorded run at {str(path)!r}. Make one with: smartfrz-build record.") from error
-    except (pa.ArrowException, OSError) as error:
-        raise DatasetFormatError(f"{str(path)!r} is not a complete Parquet file ({error}). {again}") from error
+    table = _read_table(path, again)
     metadata = table.schema.metadata or {}
     missing = [column for column in _COLUMNS if column not in table.column_names]
     if _FACTS not in metadata or missing:
@@ -121,31 +143,160 @@ def read_run(path: str | os.PathLike[str]) -> RecordedRun:
             f"{str(path)!r} is a Parquet file, but no recorded run: it lacks {missing or 'the run facts'}. "
             "Pass files that smartfrz-build record wrote."
         )
-    facts = json.loads(metadata[_FACTS])
-    if facts.get("format_version") != FORMAT_VERSION:
+    facts = _read_facts(metadata[_FACTS])
+    version = facts.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
         raise DatasetFormatError(
-            f"{str(path)!r} has format_version {facts.get('format_version')!r}; this version reads {FORMAT_VERSION}. "
-            + again
+            f"{str(path)!r} has format_version {version!r}; this version reads {FORMAT_VERSION}. {again}"
         )
+    _refuse(path, (*_problems_of_facts(facts), *_problems_of_types(table)), again)
+    num_layers = len(facts["layers"])
+    if table.num_rows % num_layers or not table.num_rows:
+        raise DatasetFormatError(f"{str(path)!r} has {table.num_rows} rows for {num_layers} layers. {again}")
+    columns = {name: _values(table, name) for name in _COLUMNS}
+    _refuse(path, _sort_rows(columns, facts["layers"]), again)
+    run = _assemble(facts, columns)
+    _refuse(path, _problems_of_values(run), again)
+    if metadata.get(_CHECKSUM) != _checksum(metadata[_FACTS], run).encode():
+        what = "was changed after it was recorded" if _CHECKSUM in metadata else "has no checksum"
+        raise DatasetFormatError(
+            f"{str(path)!r} {what}: expected facts and values whose SHA-256 is in its metadata. {again}"
+        )
+    return run
+
+
+def _refuse(path: Path, problems: Iterable[str], again: str) -> None:
+    """Raise an error that names the first problem, if there is one."""
+    for problem in problems:
+        raise DatasetFormatError(f"{str(path)!r} is no recorded run: {problem}. {again}")
+
+
+def _read_table(path: Path, again: str) -> pa.Table:
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            return file.read()
+    except FileNotFoundError as error:
+        raise DatasetFormatError(f"No recorded run at {str(path)!r}. Make one with: smartfrz-build record.") from error
+    # pyarrow raises ValueError for names that are not UTF-8, and OverflowError or MemoryError for impossible sizes.
+    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
+        raise DatasetFormatError(f"{str(path)!r} is not a complete Parquet file ({error}). {again}") from error
+
+
+def _read_facts(text: bytes) -> dict[str, Any]:
+    """Parse the facts; empty if they are no JSON object, which has no `format_version`."""
+    try:
+        facts = json.loads(text)
+    except (ValueError, RecursionError):  # a damaged text may nest without end
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _problems_of_facts(facts: dict[str, Any]) -> Iterator[str]:
+    for key in ("name", "architecture"):
+        if not isinstance(facts.get(key), str) or not facts[key]:
+            yield f"its {key} is {facts.get(key)!r}; expected text"
+    layers = facts.get("layers")
+    if not isinstance(layers, list) or not layers or not all(isinstance(layer, str) for layer in layers):
+        yield f"its layers are {layers!r}; expected a list of names"
+    elif len(set(layers)) < len(layers):
+        yield "two of its layers have the same name"
+    recipe = facts.get("recipe")
+    recording, data = (recipe.get(key) if isinstance(recipe, dict) else None for key in ("recording", "data"))
+    records = recording.get("records") if isinstance(recording, dict) else None
+    if type(records) is not int or records < 1:
+        yield f"recipe.recording.records is {records!r}; expected a positive integer"
+    if not isinstance(data, dict) or not isinstance(data.get("arguments", {}), dict):
+        yield f"recipe.data is {data!r}; expected a table"
+    accuracies = facts.get("accuracies")
+    for key in ("reference", "recorded"):
+        accuracy = accuracies.get(key) if isinstance(accuracies, dict) else None
+        if isinstance(accuracy, bool) or not isinstance(accuracy, int | float) or not 0 <= accuracy <= 1:
+            yield f"accuracies.{key} is {accuracy!r}; expected a number in [0, 1]"
+
+
+def _problems_of_types(table: pa.Table) -> Iterator[str]:
+    for name in _COLUMNS:
+        if table.column_names.count(name) > 1:
+            yield f"several columns are named {name}"
+            return
+        kind, expected = table.schema.field(name).type, str(_TYPES.get(name, "text"))
+        if name == "layer":
+            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+            fine = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        elif name == "weights":
+            expected = "a list of float32 of one size"
+            fine = pa.types.is_fixed_size_list(kind) and kind.value_type == pa.float32() and kind.list_size > 0
+        else:
+            fine = kind == _TYPES[name]
+        if not fine:
+            yield f"its column {name} is {kind}; expected {expected}"
+        elif table[name].null_count or (name == "weights" and table[name].combine_chunks().flatten().null_count):
+            yield f"its column {name} has missing values"
+
+
+def _values(table: pa.Table, name: str) -> NDArray[Any]:
+    column = table[name].combine_chunks()
+    if name == "weights":
+        size = column.type.list_size
+        values: NDArray[Any] = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, size)
+        return values
+    values = column.to_numpy(zero_copy_only=False)
+    return values
+
+
+def _sort_rows(columns: dict[str, NDArray[Any]], layers: list[str]) -> Iterator[str]:
+    """Sort the rows by layer and timestamp, in place, or yield why they are no run."""
+    timestamps = len(columns["layer"]) // len(layers)
+    place = {layer: index for index, layer in enumerate(layers)}
+    unknown = sorted(set(columns["layer"]) - set(layers))
+    if unknown:
+        yield f"it has rows of layer {unknown[0]!r}, which is none of its layers"
+        return
+    keys = np.array([place[layer] for layer in columns["layer"]]), columns["timestamp"]
+    order = np.lexsort(keys[::-1])
+    expected = np.repeat(np.arange(len(layers)), timestamps), np.tile(np.arange(timestamps), len(layers))
+    for index, number in zip(keys, expected, strict=True):
+        wrong = np.flatnonzero(index[order] != number)
+        if len(wrong):
+            row = order[wrong[0]]
+            yield (
+                f"its rows of layer {columns['layer'][row]!r} are not one for each timestamp from 0 to {timestamps - 1}"
+            )
+            return
+    if (np.diff(order) != 1).any():
+        columns.update({name: values[order] for name, values in columns.items()})
+    for name in ("step", "progress", "loss", "learning_rate"):
+        tiled = columns[name].reshape(len(layers), timestamps)
+        if (tiled != tiled[0]).any():
+            yield f"its layers differ in {name} at the same timestamp"
+
+
+def _assemble(facts: dict[str, Any], columns: dict[str, NDArray[Any]]) -> RecordedRun:
     layers = list(facts["layers"])
-    timestamps, rest = divmod(table.num_rows, max(1, len(layers)))
-    if rest or not timestamps:
-        raise DatasetFormatError(f"{str(path)!r} has {table.num_rows} rows for {len(layers)} layers. {again}")
-
-    def column(name: str) -> NDArray[Any]:
-        return table[name].combine_chunks().to_numpy(zero_copy_only=False)
-
-    weights = table["weights"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    timestamps = len(columns["layer"]) // len(layers)
     return RecordedRun(
         facts,
         layers,
-        step=column("step")[:timestamps],
-        progress=column("progress")[:timestamps],
-        loss=column("loss")[:timestamps],
-        learning_rate=column("learning_rate")[:timestamps],
-        cka=column("cka").reshape(len(layers), timestamps),
-        weights=weights.reshape(len(layers), timestamps, -1),
+        step=columns["step"][:timestamps],
+        progress=columns["progress"][:timestamps],
+        loss=columns["loss"][:timestamps],
+        learning_rate=columns["learning_rate"][:timestamps],
+        cka=columns["cka"].reshape(len(layers), timestamps),
+        weights=columns["weights"].reshape(len(layers), timestamps, -1),
     )
+
+
+def _problems_of_values(run: RecordedRun) -> Iterator[str]:
+    if run.step[0] < 1 or (np.diff(run.step) <= 0).any():
+        yield "its steps do not increase from 1 or more"
+    if not (run.progress > 0).all() or not (run.progress <= 1).all() or (np.diff(run.progress) <= 0).any():
+        yield "its progress does not increase within (0, 1]"
+    if not np.isfinite(run.loss).all():
+        yield "its losses are not finite"
+    if not (np.isfinite(run.learning_rate) & (run.learning_rate >= 0)).all():
+        yield "its learning rates are not numbers from 0 on"
+    if not (np.isnan(run.cka) | ((run.cka >= 0) & (run.cka <= 1))).all():
+        yield "its CKA is not within [0, 1]"
 
 
 def run_file(folder: Path, name: str) -> Path:

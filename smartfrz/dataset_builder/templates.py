@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from smartfrz.dataset_builder.class_folders import class_names
 from smartfrz.errors import MissingDependencyError, RecipeError
 
 # Beginnings of model names, and the architecture family that the recipes of smartfrz-base put them into.
@@ -245,7 +246,7 @@ def _family(name: str) -> str:
 
 def _count_classes(folder: Path) -> int:
     train = folder / "train"
-    classes = [p for p in train.iterdir() if p.is_dir()] if train.is_dir() else []
+    classes = class_names(train)
     if len(classes) < 2:
         raise RecipeError(
             f"{str(train)!r} holds {len(classes)} folders; expected at least two, one a class. Pass as --data the folder "

@@ -70,7 +70,7 @@ class Predictor:
     def __init__(self, path: str | os.PathLike[str], *, device: Device = "auto", num_threads: int = 1):
         if device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"`device` is {device!r}; expected 'auto', 'cpu' or 'cuda'.")
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         file = str(path)
         content = _read_file(self.path, file)
         self.sha256 = check_seal(content, file)
@@ -81,6 +81,7 @@ class Predictor:
             raise PredictorFileError(
                 f"ONNX Runtime does not get ready to run {file!r} ({error}). Export it again with smartfrz-build train."
             ) from None
+        self._opened = device, num_threads
         self.info = PredictorInfo.from_metadata(self._session.get_modelmeta().custom_metadata_map, file)
         _check_graph(self._session, self.info, file)
         self.device = "cuda" if _CUDA in self._session.get_providers() else "cpu"
@@ -211,12 +212,39 @@ class Predictor:
                 f"history and lengths are {history.dtype} and {lengths.dtype}; expected float32 and int64. Use .astype."
             )
 
+    def __copy__(self) -> "Predictor":
+        """Return the predictor itself, which nothing changes; ONNX Runtime's session cannot be copied."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Predictor":
+        """Return the predictor itself, as `__copy__` does."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle where the file is, to open it again there."""
+        return _reopen, (str(self.path.absolute()), self.sha256, *self._opened)
+
     def __repr__(self) -> str:
         info = self.info
         return (
             f"Predictor({info.name!r}, window={info.window}, tailored_size={info.tailored_size}, "
             f"threshold={info.threshold:.3g}, device={self.device!r})"
         )
+
+
+def _reopen(path: str, sha256: str, device: Device, num_threads: int) -> Predictor:
+    """Open the file of a pickled predictor.
+
+    Raises:
+        PredictorFileError: If it is missing, or another predictor is there now.
+    """
+    predictor = Predictor(path, device=device, num_threads=num_threads)
+    if predictor.sha256 != sha256:
+        raise PredictorFileError(
+            f"{path!r} holds predictor {predictor.sha256[:12]}..., but the pickle was made with {sha256[:12]}.... Put "
+            "the same file there, or make the predictor anew."
+        )
+    return predictor
 
 
 def _read_file(path: Path, file: str) -> bytes:

@@ -45,6 +45,55 @@ from smartfrz.serving.options import ServeOptions
     help="Larger requests are refused before they are read.",
 )
 @click.option(
+    "--max-json-bytes",
+    default=4 * 2**20,
+    show_default=True,
+    type=click.IntRange(1024, 2**30),
+    help="The same for JSON, whose numbers cost far more than binary data.",
+)
+@click.option(
+    "--max-connections",
+    default=1000,
+    show_default=True,
+    type=click.IntRange(1, 65536),
+    help="Of more connections, those that have been idle for longest are closed.",
+)
+@click.option(
+    "--max-connections-per-peer",
+    default=500,
+    show_default=True,
+    type=click.IntRange(1, 65536),
+    help="The same for each address; behind a proxy, as many as in all.",
+)
+@click.option(
+    "--header-seconds",
+    default=10.0,
+    show_default=True,
+    type=click.FloatRange(0.1, 3600),
+    help="How long the headers of a request may take.",
+)
+@click.option(
+    "--stall-seconds",
+    default=10.0,
+    show_default=True,
+    type=click.FloatRange(0.1, 3600),
+    help="How long the body of a request may stop.",
+)
+@click.option(
+    "--min-rate",
+    default=64 * 2**10,
+    show_default=True,
+    type=click.IntRange(1, 2**30),
+    help="Bytes a second at which a body has to arrive.",
+)
+@click.option(
+    "--body-seconds",
+    default=60.0,
+    show_default=True,
+    type=click.FloatRange(0.1, 3600),
+    help="How long a body may take in all.",
+)
+@click.option(
     "--provider",
     default="auto",
     show_default=True,

@@ -6,16 +6,13 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
-import grpc
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from google.protobuf.message import DecodeError
 from kserve.constants.constants import INFERENCE_CONTENT_LENGTH_HEADER, V2_ROUTE_PREFIX
-from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
-from kserve.protocol.grpc.servicer import InferenceServicer
 from kserve.protocol.rest.server import metrics_handler
 from kserve.protocol.rest.v2_datamodels import InferenceRequest
 from kserve.protocol.rest.v2_endpoints import V2Endpoints
@@ -23,13 +20,12 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from smartfrz.predictor.runtime import Predictor
-from smartfrz.serving import metrics
+from smartfrz.serving.connections import Connections, fit_open_files
 from smartfrz.serving.dataplane import EXPECTED_FAILURES, DataPlane, explain
 from smartfrz.serving.limits import BODY, BodyLimits
 from smartfrz.serving.model import PredictorModel
 from smartfrz.serving.options import ServeOptions
-
-MAX_GRPC_CALLS = 64  # gRPC receives a whole message before it can be told that there is no room for it
+from smartfrz.serving.rpc import RpcServer
 
 
 async def serve(
@@ -46,6 +42,7 @@ async def serve(
         OSError: If an address is not available.
     """
     logging.getLogger("kserve").setLevel(logging.CRITICAL)  # it logs a traceback for each bad request
+    options = replace(options, max_connections=fit_open_files(options.max_connections))
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
@@ -55,14 +52,15 @@ async def serve(
             stack.push_async_callback(model.close)
         dataplane = DataPlane(models)
         listener = stack.enter_context(_listen(options.host, options.port))
-        rpc, grpc_port = await _grpc_server(dataplane, options)
+        rpc = RpcServer(dataplane, options)
+        stack.push_async_callback(rpc.stop, 0)
         rest = _RestServer(_uvicorn_config(dataplane, options))
         await rpc.start()
         serving = asyncio.create_task(rest.serve([listener]))
         try:
             while not rest.started and not serving.done():
                 await asyncio.sleep(0.01)
-            on_start(listener.getsockname()[1], grpc_port)
+            on_start(listener.getsockname()[1], rpc.port)
             stopped = asyncio.create_task(stopping.wait())
             await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -79,9 +77,11 @@ class _RestServer(uvicorn.Server):
 
 
 def _uvicorn_config(dataplane: DataPlane, options: ServeOptions) -> uvicorn.Config:
+    connections = Connections(options)
     return uvicorn.Config(
-        _rest_application(dataplane, options.max_request_bytes),
-        http="h11",  # which limits the length of headers
+        BodyLimits(_rest_application(dataplane), options, connections),
+        http=connections.protocol(),  # h11 limits the length of headers
+        timeout_keep_alive=cast(int, min(5.0, options.header_seconds)),
         log_level="warning",
         access_log=False,
         lifespan="off",
@@ -131,7 +131,7 @@ class _Endpoints(V2Endpoints):  # type: ignore[misc]
         return Response(body, media_type="application/octet-stream", headers=headers)
 
 
-def _rest_application(dataplane: DataPlane, max_request_bytes: int) -> ASGIApp:
+def _rest_application(dataplane: DataPlane) -> ASGIApp:
     app = FastAPI(title="smartfrz serve", docs_url=None, redoc_url=None)
     endpoints = _Endpoints(dataplane)
     router = APIRouter(prefix=V2_ROUTE_PREFIX)
@@ -156,7 +156,7 @@ def _rest_application(dataplane: DataPlane, max_request_bytes: int) -> ASGIApp:
     for kind in (*EXPECTED_FAILURES, Exception):
         app.add_exception_handler(kind, _answer_failure)
     app.add_exception_handler(HTTPException, _answer_http_error)
-    return BodyLimits(app, max_request_bytes)
+    return app
 
 
 async def _answer_failure(request: Request, error: Exception) -> JSONResponse:
@@ -167,65 +167,3 @@ async def _answer_failure(request: Request, error: Exception) -> JSONResponse:
 async def _answer_http_error(request: Request, error: Exception) -> JSONResponse:
     known = cast(HTTPException, error)
     return JSONResponse({"error": known.detail}, known.status_code, known.headers)
-
-
-class _Servicer(InferenceServicer):  # type: ignore[misc]
-    """kserve's servicer, with requests counted, and without loading and unloading of models."""
-
-    async def ModelInfer(self, request: Any, context: Any) -> Any:
-        """Answer a request for decisions."""
-        with self._data_plane.counting(request.model_name, "grpc"):
-            return await super().ModelInfer(request, context)
-
-    async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:
-        """Refuse: the models are chosen when the server starts."""
-        raise NotImplementedError("The models of this server are chosen when it starts.")
-
-    RepositoryModelUnload = RepositoryModelLoad
-
-
-class _FailuresToCodes(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Reports every failure as its status code. gRPC alone would call bytes that are not a message an internal error."""
-
-    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
-        """Return a handler that decodes the message itself and reports failures."""
-        handler = await continuation(handler_call_details)
-        if handler is None or handler.unary_unary is None:
-            return handler
-
-        async def answer(message: bytes, context: Any) -> Any:
-            try:
-                request = handler.request_deserializer(message)
-            except DecodeError:
-                metrics.REJECTED.labels("invalid").inc()
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "The bytes are not a message of this method.")
-            try:
-                return await handler.unary_unary(request, context)
-            except Exception as error:
-                failure, text = explain(error)
-                await context.abort(failure.code, text)
-
-        return grpc.unary_unary_rpc_method_handler(answer, None, handler.response_serializer)
-
-
-async def _grpc_server(dataplane: DataPlane, options: ServeOptions) -> tuple[Any, int]:
-    """Return a gRPC server that has not been started, and its port."""
-    server = grpc.aio.server(
-        interceptors=(_FailuresToCodes(),),
-        maximum_concurrent_rpcs=MAX_GRPC_CALLS,
-        options=[
-            ("grpc.max_receive_message_length", options.max_request_bytes),
-            ("grpc.max_metadata_size", 16 * 2**10),
-            ("grpc.so_reuseport", 0),  # otherwise two servers share a port, and neither reports it
-        ],
-    )
-    add_GRPCInferenceServiceServicer_to_server(_Servicer(dataplane, None), server)
-    host, port = options.host, options.grpc_port
-    try:
-        bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
-    except RuntimeError:
-        bound = 0
-    if not bound:
-        await server.stop(None)
-        raise OSError(f"gRPC cannot listen at {host}, port {port}. Choose another one with --grpc-port, 0 for any")
-    return server, bound

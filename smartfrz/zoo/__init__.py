@@ -11,7 +11,7 @@ from typing import Any
 
 from smartfrz.errors import ChecksumError, DownloadError
 from smartfrz.predictor.runtime import Device, Predictor
-from smartfrz.zoo import fetch, urls
+from smartfrz.zoo import fetch, lock, urls
 from smartfrz.zoo.registry import Entry, entries, find
 from smartfrz.zoo.transport import Progress
 
@@ -37,8 +37,8 @@ def load(predictor: Any = DEFAULT, *, device: Device = "auto", registries: Seque
     Raises:
         ServerError: If a server cannot be reached, or has no predictor of that name.
         UnknownPredictorError: If no registry has that name.
-        ChecksumError: If a file differs from its registry.
-        RegistryError: If a registry breaks its format.
+        ChecksumError: If a file differs from its registry, or from what it was when it was first used.
+        RegistryError: If a registry breaks its format or goes back to a lower version, or its signature is wrong.
         DownloadError: If a file or registry cannot be fetched.
         PredictorFileError: If the file cannot be used.
     """
@@ -48,8 +48,14 @@ def load(predictor: Any = DEFAULT, *, device: Device = "auto", registries: Seque
         from smartfrz.predictor.remote import RemotePredictor
 
         return RemotePredictor(urls.check_server(predictor))
-    with file_of(predictor, registries) as path:
-        return Predictor(path, device=device)
+    if not _is_named(predictor):
+        return Predictor(predictor, device=device)
+    with _provide(os.fspath(predictor), registries) as (path, source, entry):
+        loaded = Predictor(path, device=device)
+        fetch.check_facts(source, loaded.info)
+        if entry is not None:
+            lock.remember(entry)
+        return loaded
 
 
 def file_of(
@@ -57,8 +63,7 @@ def file_of(
 ) -> contextlib.AbstractContextManager[str | Path]:
     """Return a context with the file that `load` reads: a name or an address is located, a path is taken as it is."""
     text = os.fspath(predictor)
-    named = isinstance(predictor, str) and (urls.is_url(text) or not (text.endswith(".onnx") or os.sep in text))
-    return locate(text, registries) if named else contextlib.nullcontext(text)
+    return locate(text, registries) if _is_named(predictor) else contextlib.nullcontext(text)
 
 
 @contextlib.contextmanager
@@ -73,24 +78,11 @@ def locate(text: str, registries: Sequence[str] = (), progress: Progress | None 
     Raises:
         SmartFRZError: For the same reasons as `load`.
     """
-    if urls.is_url(text):
-        source = _source_of_url(text)
-    else:
-        entry = find(text, registries)
-        if not entry.address:
-            with as_file(files(__package__) / entry.file) as path:  # works in a zip file, too
-                _check(path, str(entry), entry.sha256, _REINSTALL)
-                yield path
-            return
-        source = _source_of_entry(entry)
-    local = urls.local_path(source.url)
-    if local is None:
-        with fetch.provide(source, progress) as path:
-            yield path
-        return
-    if source.sha256 is not None:
-        _check(local, source.label, source.sha256, "Copy the file again, or correct the expected SHA-256.")
-    yield local
+    with _provide(text, registries, progress) as (path, source, entry):
+        if entry is not None:
+            fetch.check_facts(source, Predictor(path, device="cpu").info)
+            lock.remember(entry)
+        yield path
 
 
 def embedded_folder() -> Path:
@@ -98,9 +90,41 @@ def embedded_folder() -> Path:
     return Path(str(files(__package__)))
 
 
+def _is_named(predictor: str | os.PathLike[str]) -> bool:
+    """Return True for a name or an address, False for a path."""
+    text = os.fspath(predictor)
+    return isinstance(predictor, str) and (urls.is_url(text) or not (text.endswith(".onnx") or os.sep in text))
+
+
+@contextlib.contextmanager
+def _provide(
+    text: str, registries: Sequence[str], progress: Progress | None = None
+) -> Iterator[tuple[Path, fetch.Source, Entry | None]]:
+    """Yield the file of a name or address, what it has to be, and its entry. Its facts are left to be compared."""
+    entry = None
+    if urls.is_url(text):
+        source = _source_of_url(text)
+    else:
+        entry = find(text, registries)
+        source = _source_of_entry(entry)
+        if not entry.address:
+            with as_file(files(__package__) / entry.file) as path:  # works in a zip file, too
+                _check(path, str(entry), entry.sha256, _REINSTALL)
+                yield path, source, entry
+            return
+    local = urls.local_path(source.url)
+    if local is None:
+        with fetch.provide(source, progress) as path:
+            yield path, source, entry
+        return
+    if source.sha256 is not None:
+        _check(local, source.label, source.sha256, "Copy the file again, or correct the expected SHA-256.")
+    yield local, source, entry
+
+
 def _source_of_entry(entry: Entry) -> fetch.Source:
     facts = tuple((name, getattr(entry, name)) for name in ("window", "tailored_size", "representation"))
-    return fetch.Source(str(entry), entry.address, entry.sha256, entry.size, facts)
+    return fetch.Source(str(entry), entry.address or entry.file, entry.sha256, entry.size, facts)
 
 
 def _source_of_url(text: str) -> fetch.Source:

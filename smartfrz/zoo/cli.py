@@ -1,6 +1,7 @@
 """`smartfrz zoo`: list, fetch, check and publish predictors."""
 
 import contextlib
+import functools
 import json
 import re
 import sys
@@ -16,17 +17,51 @@ from smartfrz.errors import DownloadError, PredictorFileError, SmartFRZError
 from smartfrz.files import replacing
 from smartfrz.predictor.runtime import Predictor
 from smartfrz.serving import triton
-from smartfrz.zoo import embedded_folder, fetch, file_of, locate, publish, registry, transport, urls
+from smartfrz.zoo import embedded_folder, fetch, file_of, locate, lock, publish, registry, settings, transport, urls
 from smartfrz.zoo.registry import Entry
 
 _CARD_SIZE = 2**20  # bytes
-_registries = click.option(
-    "--registry",
-    "registries",
-    multiple=True,
-    metavar="ADDRESS",
-    help="A further registry: https://, file://, hf://, s3://, gs:// or a path. SMARTFRZ_ZOO names others.",
+
+
+def _setting(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
+    """Make a callback that lets an option go before an environment variable, for the time of the command."""
+
+    def choose(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+        if value:
+            context.with_resource(settings.choosing(name, "1" if value is True else str(value)))
+
+    return choose
+
+
+_private = click.option(
+    "--allow-private",
+    is_flag=True,
+    expose_value=False,
+    callback=_setting("SMARTFRZ_ALLOW_PRIVATE"),
+    help="Allow addresses inside of a private network. So does SMARTFRZ_ALLOW_PRIVATE=1.",
 )
+_lock = click.option(
+    "--lock",
+    type=click.Path(dir_okay=False, path_type=Path),
+    expose_value=False,
+    callback=_setting("SMARTFRZ_LOCK"),
+    metavar="FILE",
+    help="The project's lock file, which holds each name to the file that it first stood for. Default: SMARTFRZ_LOCK, or "
+    "one in the cache.",
+)
+
+
+def _registries(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of a command that looks up a name."""
+    named = click.option(
+        "--registry",
+        "registries",
+        multiple=True,
+        metavar="ADDRESS",
+        help="A further registry: https://, file://, hf://, s3://, gs:// or a path, with #minisign=KEY if it is signed. "
+        "SMARTFRZ_ZOO names others.",
+    )
+    return named(_lock(_private(command)))
 
 
 def _facts(command: Callable[..., None]) -> Callable[..., None]:
@@ -126,23 +161,41 @@ def download_(name: str, registries: tuple[str, ...], output: Path | None) -> No
 
 
 @zoo.command()
-@click.argument("path", required=False, type=click.Path(path_type=Path))
-def verify(path: Path | None) -> None:
-    """Check a predictor, or a folder with a registry. Without PATH: check this package and the cache."""
+@click.argument("path", required=False)
+@click.option("--signatures", "signed", is_flag=True, help="Check the signatures of registries instead.")
+@_private
+def verify(path: str | None, signed: bool) -> None:
+    """Check a predictor, or a folder with a registry. Without PATH: check this package and the cache.
+
+    With --signatures, PATH is the address or path of a registry with #minisign= and its owner's public key. Without PATH:
+    check the registries that SMARTFRZ_ZOO names.
+    """
+    checks = _signatures(path) if signed else _files(None if path is None else Path(path))
     faults = 0
-    for label, file, sha256 in _to_verify(path):
+    for label, check in checks:
         try:
-            actual = fetch.sha256_of(file)
-            if sha256 is not None and actual != sha256:
-                raise PredictorFileError(f"SHA-256 {str(actual)[:12]}...; expected {sha256[:12]}...")
-            Predictor(file, device="cpu")
+            found = check()
         except SmartFRZError as error:
             faults += 1
             click.echo(f"bad  {label}  {error}")
         else:
-            click.echo(f"ok   {label}  {actual}")
+            click.echo(f"ok   {label}  {found}")
+    if faults and signed:
+        raise click.ClickException(f"{faults} without a good signature.")
     if faults:
         raise click.ClickException(f"{faults} damaged. A file in the cache is fetched again when it is next used.")
+
+
+@zoo.command()
+@click.argument("name")
+@_lock
+def unlock(name: str) -> None:
+    """Take a predictor out of the lock file: what NAME, or NAME@VERSION, stands for next is locked anew."""
+    wanted, _, version = name.partition("@")
+    gone = lock.forget(wanted, registry.check_version(name, version))
+    if not gone:
+        raise click.ClickException(f"{name} is not in {lock.place()}.")
+    click.echo(f"{', '.join(gone)} may stand for another file now, from its next use on ({lock.place()})")
 
 
 @zoo.command()
@@ -218,8 +271,8 @@ def path_(name: str | None, registries: tuple[str, ...]) -> None:
 
 
 def _number(value: object) -> str:
-    """Show a number; metrics may contain anything else."""
-    return f"{value:.3f}" if isinstance(value, (int, float)) else "-"
+    """Show a number; metrics may contain anything else, and integers too large for a float."""
+    return f"{value:.3f}" if isinstance(value, (int, float)) and -1000 < value < 1000 else "-"
 
 
 def _path(entry: Entry) -> Path:
@@ -246,6 +299,30 @@ def _card(entry: Entry) -> str:
     text = transport.read(urls.sibling(entry.address, entry.card), _CARD_SIZE).decode("utf-8", "replace")
     # Text from elsewhere must not control the terminal.
     return "".join(c for c in text if c in "\n\t" or c.isprintable())
+
+
+def _signatures(location: str | None) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Yield each registry whose signature is to be checked, and the check."""
+    locations = registry.locations() if location is None else [location]
+    if not locations:
+        raise click.UsageError("There is no registry to check. Pass its address, or name it with SMARTFRZ_ZOO.")
+    for one in locations:
+        yield one.partition("#")[0], functools.partial(registry.verify_signature, one)
+
+
+def _files(path: Path | None) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Yield each file that is to be checked, and the check."""
+
+    def check(file: Path, sha256: str | None) -> str:
+        actual = str(fetch.sha256_of(file, cached=path is None and file in cached))
+        if sha256 is not None and actual != sha256:
+            raise PredictorFileError(f"SHA-256 {actual[:12]}...; expected {sha256[:12]}...")
+        Predictor(file, device="cpu")
+        return actual
+
+    cached = fetch.cached_files()
+    for label, file, sha256 in _to_verify(path):
+        yield label, functools.partial(check, file, sha256)
 
 
 def _to_verify(path: Path | None) -> Iterator[tuple[str, Path, str | None]]:

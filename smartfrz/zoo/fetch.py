@@ -4,28 +4,32 @@ That folder, which several processes may use at once, holds
 
     predictors/<sha256>.onnx   a checked file, named by its content
     predictors/<sha256>.part   the beginning of one; the next download continues it
-    registries/<hash>.json     the last version of a registry, for when it cannot be reached
+    registries/<hash>.json     the last good version of a registry, for when it cannot be reached
+    registries/<hash>.minisig  its signature, if one is asked for
+    smartfrz.lock              which file a name and version stood for (smartfrz/zoo/lock.py)
 """
 
 import contextlib
 import hashlib
-import io
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
-from smartfrz.errors import ChecksumError, DownloadError, PredictorFileError, UnreachableError
-from smartfrz.files import replacing
+from smartfrz.errors import ChecksumError, DownloadError, PredictorFileError, RegistryError, UnreachableError
 from smartfrz.predictor.contract import PredictorInfo
 from smartfrz.predictor.inspection import MAX_FILE_SIZE
 from smartfrz.predictor.runtime import Predictor
-from smartfrz.zoo import urls
-from smartfrz.zoo.transport import ATTEMPTS, Progress, download, offline, read
+from smartfrz.zoo import cache, transport, urls
+from smartfrz.zoo.settings import offline
+from smartfrz.zoo.transport import ATTEMPTS, Progress, download, read
 
+T = TypeVar("T")
 logger = logging.getLogger("smartfrz")
+_SIGNATURE_SIZE = 4096  # bytes
 
 
 class Source(NamedTuple):
@@ -65,11 +69,16 @@ def cached_files() -> list[Path]:
     return sorted((folder() / "predictors").glob("*.onnx"))
 
 
-def sha256_of(path: Path) -> str | None:
-    """Return the SHA-256 of a file, or None if it cannot be read."""
+def sha256_of(path: Path, *, cached: bool = False) -> str | None:
+    """Return the SHA-256 of a file, or None if it cannot be read.
+
+    Args:
+        path: The file.
+        cached: Whether it is in the cache, where others may write as well: links are not followed.
+    """
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        with cache.open_plain(path) if cached else path.open("rb") as file:
+            return _sha256_of_open(file)
     except OSError:
         return None
 
@@ -88,7 +97,7 @@ def provide(source: Source, progress: Progress | None = None) -> Iterator[Path]:
         if path is None:
             try:
                 path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="smartfrz-"))) / "predictor.onnx"
-                _download_checked(source, path, progress)
+                _download_checked(source, path, progress, time.monotonic() + transport.DEADLINE)
             except OSError as error:
                 raise DownloadError(
                     f"There is no place to write {source.label} ({error}). Free some room in {folder()} or "
@@ -97,37 +106,69 @@ def provide(source: Source, progress: Progress | None = None) -> Iterator[Path]:
         yield path
 
 
-def read_registry(url: str, limit: int) -> bytes:
-    """Return the content of a registry; if it cannot be reached, the copy in the cache.
+def read_registry(url: str, limit: int, parse: Callable[[bytes, bytes], T], *, signed: bool = False) -> T:
+    """Return what `parse` makes of a registry; if it cannot be reached or used, of the last good copy in the cache.
+
+    Args:
+        url: Address of its file.
+        limit: Maximum number of bytes.
+        parse: Called with the content and the signature; raises `RegistryError` if they cannot be used.
+        signed: Fetch the signature, at the same address with `.minisig`; else it is empty.
 
     Raises:
-        DownloadError: If it cannot be fetched and there is no copy.
+        DownloadError: If it cannot be fetched and there is no good copy.
+        RegistryError: If `parse` refuses it and there is no good copy.
     """
     copy = folder() / "registries" / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.json"
     try:
         # With a copy at hand, a network that swallows everything must not delay a training for minutes.
-        content = read(url, limit, attempts=2 if copy.exists() else ATTEMPTS)
-    except UnreachableError as error:
+        attempts = 2 if copy.exists() else ATTEMPTS
+        content = read(url, limit, attempts=attempts)
+        signature = read_signature(url, attempts) if signed else b""
+        parsed = parse(content, signature)
+    except (UnreachableError, RegistryError) as error:
         try:
-            content = copy.read_bytes()
-        except OSError:
+            kept = cache.read(copy, limit)
+            parsed = parse(kept, cache.read(copy.with_suffix(".minisig"), _SIGNATURE_SIZE) if signed else b"")
+        except (OSError, RegistryError):
             raise error from None
-        if not offline():
+        if isinstance(error, RegistryError):
+            logger.warning("The registry %s answers with what cannot be used; its copy in the cache is. %s", url, error)
+        elif not offline():
             logger.warning("The registry %s cannot be reached; its copy in the cache is used. %s", url, error)
-        return content
+        return parsed
     if urls.local_path(url) is None:
         try:
-            with replacing(copy) as temporary:
-                temporary.write_bytes(content)
+            if signed:
+                cache.replace(copy.with_suffix(".minisig"), signature)
+            cache.replace(copy, content)
         except OSError as error:
             logger.debug("No copy of the registry %s is kept: %s", url, error)
-    return content
+    return parsed
+
+
+def read_signature(url: str, attempts: int = ATTEMPTS) -> bytes:
+    """Return the signature of a registry.
+
+    Raises:
+        RegistryError: If there is none.
+        UnreachableError: If the server does not answer.
+    """
+    try:
+        return read(urls.signature_of(url), _SIGNATURE_SIZE, attempts=attempts)
+    except UnreachableError:
+        raise
+    except DownloadError as error:
+        raise RegistryError(
+            f"The registry {url} has no signature, and its address asks for one ({error}). Ask its owner to sign it, or "
+            "take #minisign= and the key out of the address to use it unsigned."
+        ) from error
 
 
 def _from_cache(source: Source, sha256: str, progress: Progress | None) -> Path | None:
     """Return the file in the cache, fetched if it is missing or damaged; None if the cache cannot be written."""
     path = path_of(sha256)
-    if sha256_of(path) == sha256:  # without the lock, which a read-only cache could not give
+    if sha256_of(path, cached=True) == sha256:  # without the lock, which a read-only cache could not give
         return path
     if offline() and path.exists():
         raise ChecksumError(
@@ -148,55 +189,104 @@ def _from_cache(source: Source, sha256: str, progress: Progress | None) -> Path 
 
 
 def _fill_cache(source: Source, path: Path, progress: Progress | None) -> Path:
-    from filelock import FileLock
+    """Fetch a file into the cache.
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
-        if sha256_of(path) == source.sha256:  # another process was faster
+    Processes that ask one mirror for a file wait for each other. Those that ask different mirrors do not: a registry could
+    name the file of another one, at an address that sends it slowly.
+    """
+    from filelock import FileLock, Timeout
+
+    until = time.monotonic() + transport.DEADLINE
+    cache.make_folder(path.parent)
+    mirror = f"{path.stem}-{hashlib.sha256(source.url.encode()).hexdigest()[:16]}"
+    with contextlib.ExitStack() as stack:
+        lock = FileLock(path.with_name(f"{mirror}.lock"))
+        while not lock.is_locked:
+            try:
+                stack.enter_context(lock.acquire(timeout=1))
+            except Timeout:
+                if sha256_of(path, cached=True) == source.sha256:
+                    return path
+                if time.monotonic() > until:
+                    raise UnreachableError(
+                        f"Another process has been fetching {source.url} for {transport.DEADLINE:.0f} seconds. End it, or "
+                        "try again later."
+                    ) from None
+        if sha256_of(path, cached=True) == source.sha256:  # another process was faster
             return path
-        if path.exists():
+        if path.exists() or path.is_symlink():
             logger.warning("The file of %s in the cache is damaged (%s); it is fetched again.", source.label, path)
+        own = path.with_name(f"{mirror}.part")
+        own.unlink(missing_ok=True)  # of a process that was killed
         # Not files.replacing, which removes an unfinished file: this one is resumed next time.
         part = path.with_suffix(".part")
-        _download_checked(source, part, progress)
+        try:
+            stack.enter_context(FileLock(path.with_suffix(".lock")).acquire(timeout=0))
+        except Timeout:  # it is being fetched from another mirror
+            part = own
+            stack.callback(own.unlink, missing_ok=True)
+        _download_checked(source, part, progress, until)
         os.replace(part, path)
     return path
 
 
-def _download_checked(source: Source, path: Path, progress: Progress | None) -> None:
+def _download_checked(source: Source, path: Path, progress: Progress | None, until: float) -> None:
     """Download to `path`, which may hold the beginning, and check the result; remove a file that fails a check."""
+    if path.is_symlink():
+        path.unlink()
     resumed = path.exists()
+
+    def go_on(file: BinaryIO) -> None:
+        left = until - time.monotonic()
+        download(source.url, file, limit=MAX_FILE_SIZE, size=source.size, progress=progress, deadline=left)
+
     try:
-        with path.open("r+b" if resumed else "x+b") as file:
-            download(source.url, file, limit=MAX_FILE_SIZE, size=source.size, progress=progress)
+        with cache.open_plain(path, write=True) as file:
+            go_on(file)
             if resumed and _sha256_of_open(file) != source.sha256:
                 # The beginning may come from another version of the file, or from an interrupted write.
                 file.truncate(0)
-                download(source.url, file, limit=MAX_FILE_SIZE, size=source.size, progress=progress)
+                go_on(file)
             if source.sha256 is not None and (actual := _sha256_of_open(file)) != source.sha256:
                 raise ChecksumError(
                     f"{source.url} has SHA-256 {actual[:12]}...; expected {source.sha256[:12]}... for {source.label}. It "
                     "was not kept. Try again; if the error stays, report it to the publisher."
                 )
             os.fsync(file.fileno())
-        _check_facts(source, Predictor(path, device="cpu").info)
-    except UnreachableError:
+    except (UnreachableError, KeyboardInterrupt):
         raise  # the beginning is kept and resumed next time
-    except (DownloadError, ChecksumError, PredictorFileError, OSError):
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    try:
+        check_facts(source, Predictor(path, device="cpu").info, "It was not kept.")
+    except BaseException:
         path.unlink(missing_ok=True)
         raise
 
 
-def _sha256_of_open(file: io.BufferedRandom) -> str:
-    file.flush()
-    file.seek(0)
-    return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256_of_open(file: BinaryIO) -> str:
+    file.seek(0)  # writes what is buffered
+    digest = hashlib.sha256()
+    while chunk := file.read(2**20):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
-def _check_facts(source: Source, info: PredictorInfo) -> None:
+def check_facts(source: Source, info: PredictorInfo, outcome: str = "It is not used.") -> None:
+    """Compare a predictor with what its registry says of it.
+
+    Args:
+        source: What it has to be.
+        info: What it is.
+        outcome: What the message says happens.
+
+    Raises:
+        PredictorFileError: If they differ.
+    """
     for name, expected in source.facts:
         if getattr(info, name) != expected:
             raise PredictorFileError(
-                f"{source.url} has {name}={getattr(info, name)!r}; its registry says {expected!r}. It was not kept. "
+                f"{source.url} has {name}={getattr(info, name)!r}; its registry says {expected!r}. {outcome} "
                 "Report it to the owner of the registry."
             )

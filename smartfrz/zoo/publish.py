@@ -12,6 +12,7 @@ from smartfrz.files import replacing
 from smartfrz.predictor.runtime import Predictor
 from smartfrz.zoo import registry, transport, urls
 from smartfrz.zoo.registry import Entry
+from smartfrz.zoo.versions import version_key
 
 
 def describe(
@@ -80,8 +81,8 @@ def merge(entries: Sequence[Entry], entry: Entry) -> list[Entry]:
     Raises:
         RegistryError: If its name and version, or its file name, already stand for another file.
     """
-    key = (entry.name, registry.version_key(entry.version))
-    same = [e for e in entries if (e.name, registry.version_key(e.version)) == key]
+    key = (entry.name, version_key(entry.version))
+    same = [e for e in entries if (e.name, version_key(e.version)) == key]
     for other in same:
         if other.sha256 != entry.sha256:
             raise RegistryError(
@@ -135,7 +136,7 @@ def add(path: Path, target: Path, entry: Entry, card: str) -> Path:
     place = target if target.suffix == ".json" else target / registry.FILE
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(place.with_name(f".{place.name}.lock")):
-        existing = registry.parse(place.read_bytes(), place.absolute().as_uri()) if place.exists() else []
+        existing = registry.parse(place.read_bytes(), place.absolute().as_uri(), exact=True) if place.exists() else []
         entries = merge(existing, entry)
         # The registry comes last, so that a reader finds every file that it names.
         for name, content in {
@@ -195,7 +196,7 @@ def _read_entries(fs: Any, place: str, address: str) -> list[Entry]:
             content = fs.cat_file(place)
         except FileNotFoundError:
             return []
-    return registry.parse(content, address)
+    return registry.parse(content, address, exact=True)
 
 
 def _commit_to_hub(path: Path, target: str, entry: Entry, card: str, private: bool) -> None:

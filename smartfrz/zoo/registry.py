@@ -1,6 +1,7 @@
 """Registries: lists of predictors with their checksums, facts and results."""
 
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -14,7 +15,8 @@ from typing import Any, NoReturn
 from smartfrz.errors import DownloadError, RegistryError, UnknownPredictorError
 from smartfrz.predictor.contract import REPRESENTATIONS
 from smartfrz.predictor.inspection import MAX_FILE_SIZE
-from smartfrz.zoo import fetch, urls
+from smartfrz.zoo import fetch, lock, signatures, transport, urls
+from smartfrz.zoo.versions import version_key
 
 FORMAT_VERSION = 1
 FILE = "registry.json"
@@ -81,12 +83,14 @@ class Entry:
         return f"{self.name}@{self.version}"
 
 
-def parse(content: bytes, registry: str) -> list[Entry]:
+def parse(content: bytes, registry: str, *, exact: bool = False) -> list[Entry]:
     """Read and check a registry.
 
     Args:
-        content: JSON: `format_version`, and `predictors`, a list of objects with the fields of `Entry`.
+        content: JSON: `format_version`, and `predictors`, a list of objects with the fields of `Entry`. Other keys, which
+            later versions of this package may write, are ignored.
         registry: Its address, or `EMBEDDED`.
+        exact: Refuse other keys, which writing the registry again would lose.
 
     Raises:
         RegistryError: If it breaks the format anywhere.
@@ -104,12 +108,13 @@ def parse(content: bytes, registry: str) -> list[Entry]:
             f"it has format_version {document['format_version']!r:.50}; this version of smartfrz reads {FORMAT_VERSION}. "
             "Update with: pip install --upgrade smartfrz",
         )
-    if set(document) != {"format_version", "predictors"} or not isinstance(document["predictors"], list):
+    known = {"format_version", "predictors"}
+    if not isinstance(document.get("predictors"), list) or (exact and set(document) != known):
         _refuse(registry, f"it has {sorted(document)!r:.200}; expected format_version and a list named predictors")
     entries = []
     for number, value in enumerate(document["predictors"], 1):
         try:
-            entries.append(_entry(value, registry))
+            entries.append(_entry(value, registry, exact))
         except ValueError as error:
             _refuse(registry, f"in entry {number}, {error}")
     seen = set()
@@ -140,17 +145,47 @@ def registries(more: Sequence[str] = ()) -> Iterator[list[Entry]]:
     Each registry is read only when it is asked for: a name in the first one needs no network.
 
     Args:
-        more: Addresses or local paths of registries.
+        more: Addresses or local paths of registries, each with `#minisign=` and a public key if it is signed.
 
     Raises:
         DownloadError: If one cannot be fetched and there is no copy of it.
-        RegistryError: If one breaks the format.
+        RegistryError: If one breaks the format, or its signature is missing or wrong, and there is no good copy of it.
+        MissingDependencyError: If signatures are asked for, and cryptography is not installed.
     """
     yield embedded()
+    for location in locations(more):
+        place, key = signatures.split(location)
+        url = urls.registry_url(place)
+        yield fetch.read_registry(url, MAX_SIZE, functools.partial(_parse_answer, url, key), signed=key is not None)
+
+
+def locations(more: Sequence[str] = ()) -> list[str]:
+    """Return the addresses and paths of all registries, but for the embedded one: `more`, and those in SMARTFRZ_ZOO."""
     more = (more,) if isinstance(more, str) else more
-    for location in dict.fromkeys((*more, *os.environ.get("SMARTFRZ_ZOO", "").split())):
-        url = urls.registry_url(location)
-        yield parse(fetch.read_registry(url, MAX_SIZE), url)
+    return list(dict.fromkeys((*more, *os.environ.get("SMARTFRZ_ZOO", "").split())))
+
+
+def verify_signature(location: str) -> str:
+    """Fetch a registry and its signature now, without the cache, and return the signature's trusted comment.
+
+    Args:
+        location: Address or path, with `#minisign=` and the owner's public key.
+
+    Raises:
+        RegistryError: If it has no signature, or one that is wrong, or if it breaks the format.
+        DownloadError: If it cannot be fetched, or the address has no key.
+    """
+    place, key = signatures.split(location)
+    url = urls.registry_url(place)
+    if key is None:
+        raise DownloadError(
+            f"There is no key to compare the signature of {url} with. Append #minisign= and the owner's public key to its "
+            "address, which is the second line of minisign.pub."
+        )
+    content = transport.read(url, MAX_SIZE)
+    comment = signatures.verify(content, fetch.read_signature(url), key, url)
+    parse(content, url)
+    return comment
 
 
 def entries(more: Sequence[str] = ()) -> list[Entry]:
@@ -162,27 +197,35 @@ def find(name: str, more: Sequence[str] = ()) -> Entry:
     """Return the entry of a name, from the first registry that has it.
 
     Args:
-        name: For example `smartfrz-base` for its highest version there, or `smartfrz-base@1`.
+        name: For example `smartfrz-base` for its highest version there, or `smartfrz-base@1`. With a project's lock
+            file, a name without a version stands for the version there.
         more: Addresses or local paths of registries.
 
     Raises:
         UnknownPredictorError: If no registry has it.
+        ChecksumError: If the version stood for another file before.
         DownloadError: If a registry cannot be fetched and there is no copy of it.
-        RegistryError: If a registry breaks the format.
+        RegistryError: If a registry breaks the format, or its highest version is lower than one that was used before.
     """
     wanted, _, version = name.partition("@")
-    if version and not re.fullmatch(_PATTERNS["version"][0], version):
-        raise UnknownPredictorError(f"{name!r} asks for version {version!r}; expected {_PATTERNS['version'][1]}.")
+    check_version(name, version)
+    chosen = bool(version)
+    version = version or lock.chosen_version(wanted)
     known: list[Entry] = []
     for part in registries(more):
         known += part
         fits = [e for e in part if e.name == wanted and version_key(version or e.version) == version_key(e.version)]
         if fits:
-            return max(fits, key=lambda e: version_key(e.version))
+            entry = max(fits, key=lambda e: version_key(e.version))
+            lock.check(entry, chosen=chosen)
+            return entry
     names = sorted({entry.name for entry in known})
     if wanted in names:
         versions = ", ".join(entry.version for entry in known if entry.name == wanted)
-        raise UnknownPredictorError(f"predictor {wanted!r} has no version {version}. Known versions: {versions}.")
+        raise UnknownPredictorError(
+            f"predictor {wanted!r} has no version {version}{', to which the lock file holds it' * (not chosen)}. "
+            f"Known versions: {versions}."
+        )
     close = difflib.get_close_matches(wanted, names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise UnknownPredictorError(
@@ -191,12 +234,15 @@ def find(name: str, more: Sequence[str] = ()) -> Entry:
     )
 
 
-def version_key(version: str) -> tuple[int, ...]:
-    """Return a sort key in which 1 and 1.0 are equal."""
-    numbers = [int(number) for number in version.split(".")]
-    while numbers[1:] and not numbers[-1]:
-        numbers.pop()
-    return tuple(numbers)
+def check_version(name: str, version: str) -> str:
+    """Return the version that a name asks for, if it is one, or ''.
+
+    Raises:
+        UnknownPredictorError: If it is something else.
+    """
+    if version and not re.fullmatch(_PATTERNS["version"][0], version):
+        raise UnknownPredictorError(f"{name!r} asks for version {version!r}; expected {_PATTERNS['version'][1]}.")
+    return version
 
 
 def sha256(content: bytes) -> str:
@@ -211,14 +257,20 @@ def check(entry: Entry) -> None:
         RegistryError: If there is such a value.
     """
     try:
-        _entry({f.name: getattr(entry, f.name) for f in fields(Entry) if f.name != "registry"}, entry.registry)
+        _entry({f.name: getattr(entry, f.name) for f in fields(Entry) if f.name != "registry"}, entry.registry, True)
     except ValueError as error:
         raise RegistryError(f"{entry} cannot be added to a registry: {error}.") from error
 
 
-def _entry(value: Any, registry: str) -> Entry:
+def _parse_answer(url: str, key: signatures.Key | None, content: bytes, signature: bytes) -> list[Entry]:
+    if key is not None:
+        signatures.verify(content, signature, key, url)
+    return parse(content, url)
+
+
+def _entry(value: Any, registry: str, exact: bool) -> Entry:
     wanted = {f.name for f in fields(Entry)} - {"registry"}
-    if not isinstance(value, dict) or set(value) != wanted:
+    if not isinstance(value, dict) or not wanted <= set(value) or (exact and set(value) != wanted):
         given = f"the keys {sorted(value)}" if isinstance(value, dict) else repr(value)
         raise ValueError(f"received {given:.400}; expected an object with {', '.join(sorted(wanted))}")
     for key, (pattern, expected) in _PATTERNS.items():
@@ -239,7 +291,7 @@ def _entry(value: Any, registry: str) -> Entry:
         raise ValueError(f"metrics is {value['metrics']!r:.200}; expected an object")
     if value["url"]:
         _check_url(value["url"], registry)
-    return Entry(**{**value, "domains": tuple(domains)}, registry=registry)
+    return Entry(**{**{key: value[key] for key in wanted}, "domains": tuple(domains)}, registry=registry)
 
 
 def _check_url(url: str, registry: str) -> None:
@@ -252,6 +304,8 @@ def _check_url(url: str, registry: str) -> None:
     allowed = {"file": ("file",), "http": ("http", "file")}.get(urls.scheme(url))
     if allowed and source not in allowed:
         raise ValueError(f"the url is {url!r}, which a registry at {source}:// may not name; expected https://")
+    if urls.is_local(url) and not (source == "file" or urls.is_local(registry)):
+        raise ValueError(f"the url is {url!r} on your own machine, which a registry elsewhere may not name")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

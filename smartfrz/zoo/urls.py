@@ -1,14 +1,17 @@
 """Rules for addresses: which ones may be read, and how they are put together."""
 
+import ipaddress
 import os
 from pathlib import Path
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 from urllib.request import url2pathname
 
 from smartfrz.errors import DownloadError
+from smartfrz.zoo import settings
 
 SCHEMES = ("https", "file", "hf", "s3", "gs")
 _LOCAL = ("localhost", "127.0.0.1", "::1")
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 def is_url(text: str) -> bool:
@@ -33,6 +36,53 @@ def scheme(url: str) -> str:
 def is_local(url: str) -> bool:
     """Return True if the server of an address runs on this machine."""
     return urlsplit(url).hostname in _LOCAL
+
+
+def is_ip(host: str) -> bool:
+    """Return True if a host is an IP address, and no name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def is_private(address: str) -> bool:
+    """Return True for an IP address that is not one of the public internet: private, link-local, this machine, multicast.
+
+    An IPv4 address inside of an IPv6 address counts as itself.
+    """
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour
+        if ip in _NAT64:
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        ip = inner or ip
+    return not ip.is_global or ip.is_multicast
+
+
+def check_public(url: str, address: str, first: str) -> None:
+    """Refuse an IP address inside of a private network, unless it was asked for or is allowed.
+
+    Cloud machines give out credentials, and routers and printers take orders, at such addresses.
+
+    Args:
+        url: The address whose host it is.
+        address: The IP address.
+        first: The address that was asked for, before any redirect. If its host is this machine, named as `localhost`,
+            `127.0.0.1` or `::1`, it may lead to this machine.
+
+    Raises:
+        DownloadError: If it is refused.
+    """
+    if not is_private(address) or settings.allow_private():
+        return
+    if is_local(first) and is_local(url):
+        return
+    raise DownloadError(
+        f"{url} is at {address}, inside of a private network, which a registry or a redirect could name to reach what is "
+        "not meant for it; expected a public address. If it is yours, pass --allow-private, or set SMARTFRZ_ALLOW_PRIVATE=1."
+    )
 
 
 def check(url: str) -> str:
@@ -94,6 +144,12 @@ def sibling(url: str, name: str) -> str:
     return parts._replace(path=f"{folder}/{quote(name)}", query="", fragment="").geturl()
 
 
+def signature_of(url: str) -> str:
+    """Return the address of a registry's signature, in the form of minisign: its own with `.minisig` after the path."""
+    parts = urlsplit(url)
+    return parts._replace(path=f"{parts.path}.minisig").geturl()
+
+
 def registry_url(location: str) -> str:
     """Return the address of a registry's file.
 
@@ -103,7 +159,7 @@ def registry_url(location: str) -> str:
     Raises:
         DownloadError: If it may not be read.
     """
-    url = check(location if is_url(location) else Path(location).absolute().as_uri())
+    url = check(location if is_url(location) else Path(location).expanduser().absolute().as_uri())
     parts = urlsplit(url)
     if not parts.path.endswith(".json"):
         url = parts._replace(path=parts.path.rstrip("/") + "/registry.json").geturl()

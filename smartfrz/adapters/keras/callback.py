@@ -13,10 +13,12 @@ import keras
 from smartfrz import zoo
 from smartfrz.adapters.base import Freezer, Run, require_state
 from smartfrz.adapters.keras.compiling import CompileClock
+from smartfrz.adapters.keras.continuing import End, note_trained, warn_of_new_run
 from smartfrz.adapters.keras.freezing import KerasAdapter, thaw_leftovers
 from smartfrz.adapters.keras.layers import CallRecorder, Layer, group_layers, trace_graph
 from smartfrz.adapters.keras.neighbours import Board, Saving, come_first
-from smartfrz.adapters.keras.state_file import read_state, write_state
+from smartfrz.adapters.keras.parts import group_parts, list_own_optimizers
+from smartfrz.adapters.state_file import read_state, write_state
 from smartfrz.control.controller import FreezeController
 from smartfrz.control.decision import FreezeDecision
 from smartfrz.control.learned import AsksPredictor
@@ -30,11 +32,12 @@ from smartfrz.predictor.runtime import Device
 class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore[misc]
     """Freezes layers of a model while `fit` trains it, when the predictor says that they have converged.
 
-    Each `fit` starts over, unless a state was loaded before, or `BackupAndRestore` is among the
-    callbacks and continues an interrupted run. When training ends, everything that this callback
-    froze can be trained again. With `TensorBoard` among the callbacks, confidences and a picture of
-    the layers are written there; `smartfrz/frozen_layers` and `smartfrz/backward_saved` join the
-    logs of every epoch.
+    With `total_steps` given, a `fit` of the same model goes on with the run of the one before it until that many
+    steps are taken, as where `fit(epochs=1)` is called in a loop. Else each `fit` starts over, unless a state was
+    loaded before, or `BackupAndRestore` is among the callbacks and continues an interrupted run. When training
+    ends, everything that this callback froze can be trained again. With `TensorBoard` among the callbacks,
+    confidences and a picture of the layers are written there; `smartfrz/frozen_layers` and
+    `smartfrz/backward_saved` join the logs of every epoch.
 
     Args:
         predictor: A name in the zoo, the path or address of an ONNX file, the address of a predictor on a
@@ -75,6 +78,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         norm_batches: int = 24,
         freeze_order: FreezeOrder | None = None,
         thaw_on_restart: bool = False,
+        verbose: bool = True,
         recompile_steps: float | None = None,
     ):
         options = FreezeOptions(
@@ -88,28 +92,59 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
             norm_batches=norm_batches,
             freeze_order=freeze_order,
             thaw_on_restart=thaw_on_restart,
+            verbose=verbose,
         )
         if recompile_steps is not None and not recompile_steps >= 0.0:
             raise ValueError(
                 f"`recompile_steps` is {recompile_steps}; expected 0 or more steps, or None to measure it."
             )
-        keras.callbacks.Callback.__init__(self)
-        Freezer.__init__(self, predictor, device, options)
+        self._begin(predictor, device, options, recompile_steps)
         # Complain now, not when training begins. The length of the run may show only then.
         replace(options, total_steps=total_steps or 1).schedule(self._policy)
+
+    def _begin(
+        self,
+        predictor: str | os.PathLike[str] | AsksPredictor | Policy,
+        device: Device,
+        options: FreezeOptions,
+        recompile_steps: float | None,
+    ) -> None:
+        """Set the attributes of a callback that has seen no training."""
+        keras.callbacks.Callback.__init__(self)
+        Freezer.__init__(self, predictor, device, options)
         self._recompile_steps = recompile_steps
         self._pending: dict[str, Any] | None = None
+        self._end: End | None = None
         self._training = False
         self._recorder: CallRecorder | None = None
         self._uncompiled = False
         self._saving: Saving | None = None
         self._board: Board | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle of the callback holds: the options, and a state that the next `fit` continues.
+
+        Keras Tuner copies the callbacks for each trial. A copy has no model and no run.
+        """
+        return {
+            "predictor": self.predictor,
+            "options": self.options,
+            "recompile_steps": self._recompile_steps,
+            "pending": self._pending,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make the callback that `__getstate__` described."""
+        self._begin(state["predictor"], "auto", state["options"], state["recompile_steps"])
+        self._pending = state["pending"]
+
     def _reset(self) -> None:
         super()._reset()
         self._iterations = 0  # batches that the optimizer has seen, including batches before this run
         self._begun = False
         self._given_up = False
+        self._stepping: Any = None  # the optimizer whose steps count
+        self._candidates: list[tuple[Any, int]] = []
         self._compiling = CompileClock()
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
@@ -142,9 +177,10 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         if self._begun or not self._training:
             return
         self._begun = True
-        self._compiling.note_new_function(self._compiles)
         self._iterations = self._read_iterations()
+        self._candidates = [(o, self._read_iterations(o)) for o in list_own_optimizers(self._model)]
         state = self._saved_state()
+        self._compiling.note_new_function(self._compiles)
         run = trace_graph(self._model)
         if state is not None:
             layers = [Layer.from_dict(x) for x in state["layers"]] if run is None else group_layers(self._model, run)
@@ -157,13 +193,21 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
     def _saved_state(self) -> dict[str, Any] | None:
         """Return the state that this run continues: one that was loaded, or one next to a backup."""
         state, self._pending = self._pending, None
+        end, self._end = self._end, None
         backup = self._saving.find_state(self._iterations) if self._saving else None
         if state is None and backup is not None:
             state = read_state(backup)
+        if state is None and end is not None and end.describes(self._model, self._iterations):
+            self._compiling, self._given_up = end.compiling, end.given_up
+            return end.state
+        if state is None:
+            warn_of_new_run(self._model, self._iterations, self.options.total_steps)
         return state if state is not None and state["started"] else None
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Note the time."""
+        """Note the time, and keep frozen what another callback has made trainable again."""
+        if self._training and self._run is not None:
+            self._run.adapter.hold()
         self._compiling.call_begins()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
@@ -178,15 +222,29 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
             self._control(group_layers(self._model, recorder.run()))
         if self._run is None:
             return
+        self._choose_optimizer()
         for _ in range(self._count_steps(self._run.adapter)):
             self._step(self._run)
         self._clock.read()
+
+    def _choose_optimizer(self) -> None:
+        """Count, from the first batch on, the steps of an optimizer that the model holds if the compiled one takes none.
+
+        Of several the one with the fewest steps counts: the generator's, where the discriminator takes more.
+        """
+        candidates, self._candidates = self._candidates, []
+        if not candidates or self._read_iterations() != self._iterations:
+            return
+        taken = [(self._read_iterations(optimizer) - start, start, optimizer) for optimizer, start in candidates]
+        moved = [each for each in taken if each[0] > 0]
+        if moved:
+            _, self._iterations, self._stepping = min(moved, key=lambda each: each[0])
 
     def _count_steps(self, adapter: KerasAdapter) -> int:
         """Return how many optimizer steps were taken since the last call."""
         before = self._iterations
         # Where every batch is one iteration, counting them spares a wait for the device.
-        self._iterations = self._read_iterations() if self._must_ask else before + 1
+        self._iterations = self._read_iterations(self._optimizer) if self._must_ask else before + 1
         adapter.add_batches(self._iterations - before)
         return self._iterations // self._accumulation - before // self._accumulation
 
@@ -239,11 +297,33 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         """Leave the model as it was found: the next run would take frozen layers for layers that the user froze."""
         self._stop_watching()
         self._training = False
+        iterations = self._read_iterations()
+        note_trained(self._model, iterations)
         if self._run is not None:
-            self._run.adapter.unfreeze(self._run.adapter.frozen_layers())
+            frozen = self._run.adapter.frozen_layers()
+            self._run.adapter.unfreeze(frozen)
+            self._end = self._note_end(self._run, frozen, iterations)
         if self._board is not None:
             self._board.close(self.report())
+        if self._end is None:  # else the next call of fit goes on with this run
+            self.say_report()
         self._let_go()
+
+    def _note_end(self, run: Run[KerasAdapter], frozen: list[str], iterations: int) -> End | None:
+        """Return what the next `fit` goes on with; None if the run is over."""
+        total_steps = self.options.total_steps
+        if total_steps is None or run.controller.num_steps >= total_steps:
+            return None
+        return End(
+            run.adapter,
+            self._model.optimizer,
+            iterations,
+            self._model.trainable_variables,
+            run.adapter.read_pieces(frozen),
+            self.state_dict(),
+            self._compiling,
+            self._given_up,
+        )
 
     def _let_go(self) -> None:
         if self._saving is not None:
@@ -255,10 +335,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
 
     @property
     def _optimizer(self) -> Any:
-        optimizer = self._model.optimizer
-        while getattr(optimizer, "inner_optimizer", None) is not None:
-            optimizer = optimizer.inner_optimizer
-        return optimizer
+        return _innermost(self._stepping or self._model.optimizer)
 
     @property
     def _accumulation(self) -> int:
@@ -272,7 +349,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         when gradients overflow.
         """
         several = int(self._model.steps_per_execution) > 1 or self._accumulation > 1
-        return several or self._optimizer is not self._model.optimizer
+        return several or self._optimizer is not (self._stepping or self._model.optimizer)
 
     @property
     def _compiles(self) -> bool:
@@ -281,17 +358,25 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         return not model.run_eagerly and (keras.backend.backend() == "tensorflow" or bool(model.jit_compile))
 
     def _learning_rates(self) -> list[float]:
-        rate = self._optimizer._learning_rate
-        if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
-            return [float(keras.ops.convert_to_numpy(rate(self._iterations // self._accumulation)))]
         if keras.backend.backend() == "jax":
             self._model.jax_state_sync()
-        return [float(keras.ops.convert_to_numpy(rate.value))]
+        own = [o for o in list_own_optimizers(self._model) if o is not self._stepping]
+        return [self._learning_rate(o, self._read_iterations(o)) for o in own] + [
+            self._learning_rate(self._optimizer, self._iterations)
+        ]
 
-    def _read_iterations(self) -> int:
+    def _learning_rate(self, optimizer: Any, iterations: int) -> float:
+        rate = _innermost(optimizer)._learning_rate
+        if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+            return float(keras.ops.convert_to_numpy(rate(iterations // self._accumulation)))
+        return float(keras.ops.convert_to_numpy(rate.value))
+
+    def _read_iterations(self, optimizer: Any = None) -> int:
+        """Return how many batches an optimizer has seen, by default the one that the model was compiled with."""
         if keras.backend.backend() == "jax":
             self._model.jax_state_sync()
-        return int(keras.ops.convert_to_numpy(self._optimizer._iterations.value))
+        optimizer = _innermost(optimizer or self._model.optimizer)
+        return int(keras.ops.convert_to_numpy(optimizer._iterations.value))
 
     def _options_of_fit(self) -> FreezeOptions:
         """Return the options of this run: its length, and no more records than `fit` lets callbacks take."""
@@ -345,7 +430,9 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
     def _control(self, layers: list[Layer], state: dict[str, Any] | None = None) -> Run[KerasAdapter]:
         """Take control of these layers, as the controller's saved state says."""
         adapter = KerasAdapter(self._model, layers)
-        controller = FreezeController(adapter, self.predictor, self._run_options)
+        controller = FreezeController(
+            adapter, self.predictor, self._run_options, keep_one_of=lambda: group_parts(adapter.model, layers)
+        )
         controller.set_costs({x.name: LayerCost(*(x.forward_flops,) * 3) for x in layers})
         if state is not None:
             controller.load_state_dict(state)
@@ -380,11 +467,13 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
             yield
             return
         adapter.sync()
+        adapter.shown_unfrozen = True
         adapter.set_flags(frozen, True)
         try:
             yield
         finally:
             adapter.set_flags(frozen, False)
+            adapter.shown_unfrozen = False
 
     def _report_facts(self) -> dict[str, Any]:
         return {"per_example": True, "compiler": "Keras"} | self._compiling.facts()
@@ -395,8 +484,9 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Have the next `fit` continue a saved run. Load the model with its optimizer as well.
 
-        Pass `initial_epoch=` to `fit`. What the saved run had frozen is frozen when training begins,
-        and the schedule, threshold and patience of the saved run replace the ones given to this one.
+        Pass `initial_epoch=` to `fit`. What the saved run had frozen is frozen when training begins. Options that were
+        passed to this SmartFRZ count, also where the saved run had others, and the differences are logged; options
+        left out go on as they were saved.
 
         Raises:
             StateError: If the state was not made by `state_dict`, or by another version. Whether it
@@ -419,3 +509,10 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
             StateError: If the file is of another kind, or damaged.
         """
         self.load_state_dict(read_state(path))
+
+
+def _innermost(optimizer: Any) -> Any:
+    """Return the optimizer inside of one that scales the loss."""
+    while getattr(optimizer, "inner_optimizer", None) is not None:
+        optimizer = optimizer.inner_optimizer
+    return optimizer

@@ -10,8 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smartfrz.adapters.keras.layers import Layer, find_variable, from_torch_positions, named_layers, torch_axes
+from smartfrz.adapters.keras.parts import list_inner_optimizers, list_own_optimizers
+from smartfrz.control.grouping import choose_judged
 from smartfrz.control.norms import compute_old_share, compute_recent_statistics
+from smartfrz.control.protocols import Untrained
 from smartfrz.control.tailoring import split_positions
+from smartfrz.control.watch import Disturbance
 from smartfrz.errors import UnsupportedModelError, UsageError
 
 _ADAPTER = "_smartfrz_adapter"
@@ -27,6 +31,10 @@ class KerasAdapter:
         layers: The model's layers, in execution order. Layers that the user has frozen are left
             out of `layers()`, and are never unfrozen.
 
+    Attributes:
+        model: The model.
+        shown_unfrozen: Whether frozen layers look as if they were not, for another callback that saves the model.
+
     Raises:
         StateError: If the model lacks a variable that a layer names.
         UnsupportedModelError: If the model is not compiled, or trained by several processes.
@@ -38,30 +46,14 @@ class KerasAdapter:
                 f"{type(model).__name__} {model.name!r} has no optimizer. Call compile() first."
             )
         _require_one_process(model)
-        self._model = model
+        self.model = model
+        self.shown_unfrozen = False
         self._named = named_layers(model)
         self._layers = {layer.name: layer for layer in layers}
         self._variables = {x.name: [find_variable(self._named, n) for n in x.parameters] for x in layers}
-        # A partly frozen layer is frozen in its trainable part, and unfrozen in that part only.
-        self._trainable = {name: [v for v in vs if v.trainable] for name, vs in self._variables.items()}
-        # Only layers without layers inside: the setter of a container would freeze everything that it holds.
-        self._members = {
-            x.name: [
-                member
-                for member in map(self._named.__getitem__, x.members)
-                if member.trainable and not getattr(member, "_layers", None)
-            ]
-            for x in layers
-        }
+        self._trainable: dict[str, list[Any]] = {}
+        self._members: dict[str, list[Any]] = {}
         self._read: dict[str, list[tuple[Any, tuple[int, ...]]]] = {}
-        for layer in layers:
-            trained = {id(v) for v in self._trainable[layer.name]}
-            matrices = [(n, find_variable(self._named, n)) for n in layer.weights]
-            # It is judged by what is trained: what the user froze does not move, and would look converged.
-            judged = [(n, v) for n, v in matrices if id(v) in trained] or matrices
-            self._read[layer.name] = [
-                (v, torch_axes(self._named[n.rpartition(":")[0]], len(v.shape))) for n, v in judged
-            ]
         self._parts: dict[str, tuple[NDArray[np.int64], list[tuple[Any, Any]]]] = {}
         around = {
             x.name: [self._named.get(member.rpartition("/")[0]) for member in x.members if "/" in member]
@@ -72,10 +64,40 @@ class KerasAdapter:
             for name, wrappers in around.items()
         }
         self._frozen: set[str] = set()
-        self._watched: dict[str, NDArray[np.float32]] = {}
+        self._kept: dict[str, NDArray[np.float32]] = {}  # what frozen layers were when they froze
+        self._new: list[str] = []  # frozen layers that `find_moved` has not looked at
+        self._flagged: set[str] = set()  # frozen layers that somebody has made trainable
         self._lists: list[_OptimizerLists] = []
         self._num_batches = 0
         self._snapshots: dict[str, tuple[NDArray[np.float64], NDArray[np.float64], int]] = {}
+        for name in self._layers:
+            self._describe(name)
+        self._unmoved = self._gather({name: self._trained_pieces(name) for name in self.layers()})
+
+    def _describe(self, name: str) -> None:
+        """Note which parts of a layer are trained."""
+        layer = self._layers[name]
+        # A partly frozen layer is frozen in its trainable part, and unfrozen in that part only.
+        self._trainable[name] = [v for v in self._variables[name] if v.trainable]
+        # Only layers without layers inside: the setter of a container would freeze everything that it holds.
+        self._members[name] = [
+            member
+            for member in map(self._named.__getitem__, layer.members)
+            if member.trainable and not getattr(member, "_layers", None)
+        ]
+        trained = {id(v): n for n, v in zip(layer.parameters, self._variables[name], strict=True) if v.trainable}
+        matrices = [(n, find_variable(self._named, n)) for n in layer.weights]
+        # It is judged by what is trained: what the user froze does not move, and would look converged.
+        judged = choose_judged(
+            [v for _, v in matrices if id(v) in trained],
+            self._trainable[name],
+            lambda v: math.prod(v.shape),
+            lambda v: len(v.shape),
+        )
+        if not judged:
+            self._trainable[name] = []  # what is left to train has no values
+        read = [(trained[id(v)], v) for v in judged] or matrices
+        self._read[name] = [(v, torch_axes(self._named[n.rpartition(":")[0]], len(v.shape))) for n, v in read]
 
     def layers(self) -> list[str]:
         """Return the names of the layers that the user did not freeze, in execution order."""
@@ -86,8 +108,8 @@ class KerasAdapter:
         return list(self._layers)
 
     def num_weights(self, layer: str) -> int:
-        """Return the number of weights that the layer is judged by."""
-        return sum(int(np.prod(v.shape)) for v, _ in self._read[layer])
+        """Return the number of weights that the layer is judged by; a complex one counts as two."""
+        return sum(_count_values(v) for v, _ in self._read[layer])
 
     def weights(self, layer: str, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return a copy of the layer's flattened weights at `indices`.
@@ -110,10 +132,12 @@ class KerasAdapter:
         """Return the values of variables at positions, for each layer."""
         self.sync()
         picked = [
-            keras.ops.cast(keras.ops.take(keras.ops.reshape(keras.ops.stop_gradient(v.value), (-1,)), where), "float32")
+            keras.ops.cast(keras.ops.take(_flatten(v), where), "float32")
             for pieces in parts.values()
             for v, where in pieces
         ]
+        if not picked:
+            return {layer: np.empty(0, np.float32) for layer in parts}
         # A copy: on the PyTorch backend the array may share memory with the weights.
         joined = np.array(keras.ops.convert_to_numpy(keras.ops.concatenate(picked)), np.float32)
         ends = np.cumsum([sum(len(where) for _, where in pieces) for pieces in parts.values()])
@@ -125,11 +149,13 @@ class KerasAdapter:
         if known is indices:
             return parts
         read = self._read[layer]
-        positions = split_positions(indices, [math.prod(variable.shape) for variable, _ in read])
+        positions = split_positions(indices, [_count_values(variable) for variable, _ in read])
         parts = []
         for (variable, axes), inside in zip(read, positions, strict=True):
             if len(inside):
-                where = from_torch_positions(inside, tuple(variable.shape), axes)
+                times = 2 if _is_complex(variable) else 1  # each real part is followed by its imaginary part
+                elements = from_torch_positions(inside // times, tuple(variable.shape), axes)
+                where = elements * times + inside % times
                 parts.append((variable, keras.ops.convert_to_tensor(where.astype(np.int32))))
         self._parts[layer] = indices, parts
         return parts
@@ -140,10 +166,11 @@ class KerasAdapter:
         On JAX, `fit` holds the values during an epoch, and reading a variable raises "'NoneType' object is not callable".
         """
         if keras.backend.backend() == "jax":
-            self._model.jax_state_sync()
+            self.model.jax_state_sync()
 
     def freeze(self, layers: list[str]) -> None:
         """Stop training these layers. From the next step on their weights and statistics stay bit-identical."""
+        self._flagged.difference_update(layers)
         new = [layer for layer in layers if layer not in self._frozen]
         if not new:
             return
@@ -152,7 +179,8 @@ class KerasAdapter:
             for name in dict.fromkeys(self._layers[layer].norms):
                 self._correct_statistics(name)
         self._switch(new, False)
-        self._watched |= self._gather({layer: self._pieces(layer) for layer in new})
+        self._kept |= self.read_pieces(new)
+        self._new += new
 
     def unfreeze(self, layers: list[str]) -> None:
         """Train these layers again, with the momenta that they had when they froze."""
@@ -160,7 +188,8 @@ class KerasAdapter:
         if old:
             self._switch(old, True)
         for layer in old:
-            self._watched.pop(layer, None)
+            self._kept.pop(layer, None)
+            self._flagged.discard(layer)
 
     def find_moved(self) -> list[str]:
         """Return the frozen layers that have moved. Each is checked once, in the first call after `freeze`.
@@ -168,18 +197,90 @@ class KerasAdapter:
         Keras' own training step does not touch them. A training step of the user's might, if it has its own list of
         variables: the layers would then count as frozen, and be trained.
         """
-        if not self._watched:
-            return []
-        then, self._watched = self._watched, {}
-        now = self._gather({layer: self._pieces(layer) for layer in then})
-        return [layer for layer, values in then.items() if values.tobytes() != now[layer].tobytes()]
+        new, self._new = [layer for layer in self._new if layer in self._frozen], []
+        now = self.read_pieces(new)
+        return [layer for layer in new if self._kept[layer].tobytes() != now[layer].tobytes()]
 
-    def _pieces(self, layer: str) -> list[tuple[Any, Any]]:
-        """Return positions in everything that must not move while the layer is frozen: weights and statistics."""
-        norms = [self._named[name] for name in dict.fromkeys(self._layers[layer].norms)]
-        statistics = [v for norm in norms for v in (norm.moving_mean, norm.moving_variance)]
-        watched = self._variables[layer] + statistics + [wrapper.vector_u for wrapper in self._spectral[layer]]
-        return [(v, _spread_positions(int(np.prod(v.shape)))) for v in watched if 0 not in v.shape]
+    def read_pieces(self, layers: list[str]) -> dict[str, NDArray[np.float32]]:
+        """Return some values of all that must not move while these layers are frozen."""
+        return self._gather({layer: self._pieces(layer) for layer in layers}) if layers else {}
+
+    def _pieces(self, layer: str, statistics: bool = True) -> list[tuple[Any, Any]]:
+        """Return positions in all that must not move while the layer is frozen: weights, and then statistics."""
+        watched = list(self._variables[layer])
+        if statistics:
+            norms = [self._named[name] for name in dict.fromkeys(self._layers[layer].norms)]
+            watched += [v for norm in norms for v in (norm.moving_mean, norm.moving_variance)]
+            watched += [wrapper.vector_u for wrapper in self._spectral[layer]]
+        return [(v, _spread_positions(_count_values(v))) for v in watched if 0 not in v.shape]
+
+    def _trained_pieces(self, layer: str) -> list[tuple[Any, Any]]:
+        """Return positions in what is trained of the layer."""
+        return [(v, _spread_positions(_count_values(v))) for v in self._trainable[layer] if 0 not in v.shape]
+
+    def hold(self) -> None:
+        """Freeze again what another callback has made trainable since the last step; `disturbed` tells of it.
+
+        Without that, JAX would mix up the values of variables, and an optimizer refuse those that it does not expect.
+        """
+        again = [
+            layer
+            for layer in (() if self.shown_unfrozen else self.frozen_layers())
+            if any(v.trainable for v in self._trainable[layer]) or any(x.trainable for x in self._members[layer])
+        ]
+        if again:
+            self._flagged.update(again)
+            self.set_flags(again, False)
+
+    def disturbed(self, layers: list[str]) -> dict[str, Disturbance]:
+        """Return which of these frozen layers no longer stand still; see `Adapter`."""
+        self.hold()
+        watched = [layer for layer in layers if layer in self._kept]
+        now = self.read_pieces(watched)
+        found: dict[str, Disturbance] = {}
+        for layer in watched:
+            size = sum(len(where) for _, where in self._pieces(layer, statistics=False))
+            before, after = self._kept[layer], now[layer]
+            if before[:size].tobytes() != after[:size].tobytes():
+                found[layer] = "trained" if layer in self._flagged else "moved"
+            elif before.tobytes() != after.tobytes():
+                found[layer] = "statistics"
+            elif layer in self._flagged:
+                found[layer] = "trainable"
+        return found
+
+    def untrained(self, layers: list[str]) -> dict[str, Untrained]:
+        """Return which of these active layers are not trained, and why; see `Adapter`."""
+        still = [layer for layer in layers if layer in self._unmoved]
+        now = self._gather({layer: self._trained_pieces(layer) for layer in still}) if still else {}
+        for layer in still:
+            if self._unmoved[layer].tobytes() != now[layer].tobytes():
+                del self._unmoved[layer]
+        optimizer = self.model.optimizer
+        alone = not hasattr(optimizer, "optimizers") and not list_own_optimizers(self.model)
+        self.sync()
+        if alone and float(keras.ops.convert_to_numpy(optimizer.learning_rate)) == 0.0:
+            return dict.fromkeys(layers, "learning_rate_zero")
+        return {layer: "never_moved" for layer in layers if layer in self._unmoved}
+
+    def find_layers(self) -> list[str]:
+        """Return the names of the layers that may be frozen now; see `Adapter`."""
+        return [
+            x
+            for x, variables in self._variables.items()
+            if x in self._frozen or any(v.trainable and 0 not in v.shape for v in variables)
+        ]
+
+    def set_layers(self, layers: list[str]) -> None:
+        """Have `layers` return these names from now on."""
+        before = set(self.layers())
+        changed = [layer for layer in self._layers if (layer in layers) != (layer in before)]
+        for layer in changed:
+            self._describe(layer)
+            self._parts.pop(layer, None)
+            self._unmoved.pop(layer, None)
+        joined = {layer: self._trained_pieces(layer) for layer in changed if self._trainable[layer]}
+        self._unmoved |= self._gather(joined) if joined else {}
 
     def frozen_layers(self) -> list[str]:
         """Return the names of the layers that `freeze` has frozen."""
@@ -200,8 +301,28 @@ class KerasAdapter:
             for wrapper in self._spectral[layer]:
                 _hold_spectral(wrapper, not trainable)
 
+    def _frozen_penalties(self) -> list[Any]:
+        """Return the penalties of frozen weights, which Keras leaves out of the loss."""
+        # Flags may be set while another callback saves the model.
+        variables = [v for x in self.frozen_layers() for v in self._trainable[x] if not v.trainable]
+        return [v.regularizer(v) for v in variables if v.regularizer is not None]
+
+    def _hold_penalties(self) -> None:
+        """Keep the weight regularizers of frozen layers in the loss, which would fall by them at every freeze.
+
+        Callbacks that wait for a better loss would be misled. It has no gradient any more.
+        """
+        model = self.model
+        if self._frozen:
+            original = type(model)._get_regularization_losses
+            object.__setattr__(
+                model, "_get_regularization_losses", lambda: [*original(model), *self._frozen_penalties()]
+            )
+        else:
+            vars(model).pop("_get_regularization_losses", None)
+
     def _switch(self, layers: list[str], trainable: bool) -> None:
-        model, optimizer = self._model, self._model.optimizer
+        model, optimizer = self.model, self.model.optimizer
         jax = keras.backend.backend() == "jax"
         # JAX keeps the values in two lists, of trained and untrained ones, and matches them to variables by position. If
         # the flags changed first, weights would silently move from one layer into another.
@@ -211,16 +332,21 @@ class KerasAdapter:
             with _enter_scope(model):
                 optimizer.build(model.trainable_variables)
         if not self._lists:
-            self._lists = [_OptimizerLists(o) for o in _list_optimizers(optimizer)]
+            own = [o for o in list_own_optimizers(model) if o.built]
+            self._lists = [_OptimizerLists(o) for o in (*list_inner_optimizers(optimizer), *own)]
         self.set_flags(layers, trainable)
         self._frozen = self._frozen.difference(layers) if trainable else self._frozen.union(layers)
+        self._hold_penalties()
         # JAX applies gradients to exactly the variables in the optimizer's list, and raises if there are fewer. On any
         # backend an optimizer of several optimizers does so, too, and an EMA writes its averages into every variable in
         # that list.
         if jax or hasattr(optimizer, "optimizers") or any(lists.averages is not None for lists in self._lists):
             live = {id(v) for v in model.trainable_variables}
+            dead = {id(v) for layer in self._frozen for v in self._trainable[layer]}
+            own = list_own_optimizers(model)  # what they train may not be trainable just now, as in some GANs
             for lists in self._lists:
-                lists.restrict(live)
+                mine = any(lists.belongs_to(each) for each in own)
+                lists.restrict({id(v) for v in lists.variables} - dead if mine else live)
         # Without this, TensorFlow silently goes on training the variables in its traced function.
         model.make_train_function(force=True)
         if jax:
@@ -284,6 +410,23 @@ class KerasAdapter:
             for name, (mean, variance, ago) in state.items()
             if name in self._named
         }
+
+
+def _is_complex(variable: Any) -> bool:
+    return "complex" in str(variable.dtype)
+
+
+def _count_values(variable: Any) -> int:
+    """Return the number of real values in a variable: two for each element of a complex one."""
+    return math.prod(variable.shape) * (2 if _is_complex(variable) else 1)
+
+
+def _flatten(variable: Any) -> Any:
+    """Return a variable's real values, each real part followed by its imaginary part."""
+    value = keras.ops.stop_gradient(variable.value)
+    if _is_complex(variable):
+        value = keras.ops.stack([keras.ops.real(value), keras.ops.imag(value)], axis=-1)
+    return keras.ops.reshape(value, (-1,))
 
 
 def _require_one_process(model: keras.Model) -> None:
@@ -357,19 +500,13 @@ def thaw_leftovers(model: keras.Model) -> None:
         adapter.unfreeze(frozen)
         return
     adapter.set_flags(frozen, True)
+    vars(model).pop("_get_regularization_losses", None)
     vars(model).pop(_ADAPTER)
     # fit() has built the optimizer by now, and it accepts no more variables.
     raise UsageError(
         f"compile() was called while {frozen} were still frozen by an interrupted run, so the new optimizer does not "
         "know them. They are trainable again now: call compile() again, and then fit()."
     )
-
-
-def _list_optimizers(optimizer: Any) -> list[Any]:
-    """Return the optimizer with the ones inside of a `LossScaleOptimizer` (mixed_float16) or `MultiOptimizer`."""
-    inner = getattr(optimizer, "inner_optimizer", None)
-    passed_to = getattr(optimizer, "optimizers", []) if inner is None else [inner]
-    return [optimizer, *(each for one in passed_to for each in _list_optimizers(one))]
 
 
 class _OptimizerLists:

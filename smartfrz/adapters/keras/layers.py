@@ -1,6 +1,7 @@
 """Finds the layers of a Keras model, in the order in which they run, and the axes of their weights."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -24,6 +25,14 @@ _NORMS = (
     keras.layers.PReLU,
 )
 
+_OPERATIONS = (
+    keras.layers.Dense,
+    keras.layers.EinsumDense,
+    keras.layers.Embedding,
+    keras.layers.RNN,
+    *(kind for name, kind in vars(keras.layers).items() if re.fullmatch(r"\w*Conv[123]D(Transpose)?", name)),
+)
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -33,7 +42,7 @@ class Layer:
         name: The layer's name, in a nested model after the names of the models around it: `backbone/conv1`.
         members: Names of the Keras layers that are frozen with it, itself included.
         parameters: Every variable that is frozen with it: a layer's name, a colon, and an index.
-        weights: The variables that tailoring reads, with two or more dimensions each.
+        weights: The variables that tailoring reads: matrices, unless these are a small part of the layer.
         norms: Members that are batch norms with moving statistics, each as often as it runs in a step.
         forward_flops: Floating point operations of the forward pass of one example.
     """
@@ -63,11 +72,13 @@ class Run:
     Attributes:
         calls: How often each Keras layer ran, in the order in which they first did.
         shapes: Shape of each layer's first output, batch included, by the layer's id. Unknown sizes are None.
+        inputs: Shape of each layer's first input, in the same way.
         sources: The operation that feeds each layer, by the layer's id, if it is a single one and the graph is known.
     """
 
     calls: dict[Any, float]
     shapes: dict[int, tuple[int | None, ...]]
+    inputs: dict[int, tuple[int | None, ...]] = field(default_factory=dict)
     sources: dict[int, Any] = field(default_factory=dict)
 
 
@@ -148,6 +159,8 @@ def _walk(model: Any, run: Run, times: int) -> bool:
         for node in nodes:
             uses[id(node.operation)] += 1
             run.shapes.setdefault(id(node.operation), tuple(node.outputs[0].shape))
+            if node.input_tensors:
+                run.inputs.setdefault(id(node.operation), tuple(node.input_tensors[0].shape))
             if len(node.parent_nodes) == 1:
                 run.sources.setdefault(id(node.operation), node.parent_nodes[0].operation)
     for layer in graph.operations:  # in execution order
@@ -176,6 +189,7 @@ class CallRecorder:
         self._model = model
         self._calls: dict[Any, int] = {}
         self._shapes: dict[int, tuple[int | None, ...]] = {}
+        self._inputs: dict[int, tuple[int | None, ...]] = {}
         self._original: Callable[..., Any] | None = None
 
     def start(self) -> "CallRecorder":
@@ -189,6 +203,8 @@ class CallRecorder:
             if recorder._original is None:
                 return original(layer, *args, **kwargs)
             recorder._calls[layer] = recorder._calls.get(layer, 0) + 1
+            if args and hasattr(args[0], "shape"):
+                recorder._inputs.setdefault(id(layer), tuple(args[0].shape))
             output = original(layer, *args, **kwargs)
             first = output[0] if isinstance(output, (list, tuple)) and output else output
             if id(layer) not in recorder._shapes and hasattr(first, "shape"):
@@ -208,7 +224,7 @@ class CallRecorder:
     def run(self) -> Run:
         """Return what has run since `start`."""
         passes = max(1, self._calls.get(self._model, 1))
-        return Run({layer: calls / passes for layer, calls in self._calls.items()}, self._shapes)
+        return Run({layer: calls / passes for layer, calls in self._calls.items()}, self._shapes, self._inputs)
 
     def __enter__(self) -> "CallRecorder":
         return self.start()
@@ -324,7 +340,8 @@ def _describe_layers(layers: Mapping[str, Any], run: Run) -> list[Module]:
             # Each as often as it runs in a step.
             (name,) * round(run.calls.get(layer, 0)) if isinstance(layer, keras.layers.BatchNormalization) else (),
             is_norm=isinstance(layer, _NORMS),
-            flops=_estimate_flops(layer, run.shapes.get(id(layer))) if layer in run.calls else 0,
+            is_operation=isinstance(layer, _OPERATIONS),
+            flops=_count_flops(layer, run) if layer in run.calls else 0,
             source=_find_source(layer, run, names),
         )
         for name, layer in layers.items()
@@ -362,6 +379,19 @@ def _ancestors(name: str, layers: Mapping[str, Any]) -> Iterator[str]:
         name = name.rpartition("/")[0]
         if name in layers:
             yield name
+
+
+def _count_flops(layer: Any, run: Run) -> int:
+    """Estimate the operations of a layer for one example, in all its calls of a step."""
+    if isinstance(layer, keras.layers.RNN):
+        # Its cell owns the weights, and may or may not be called. The first axis is the batch, the second one time.
+        shape = run.inputs.get(id(layer), ())
+        steps = (shape[1] if len(shape) > 2 else None) or 1
+        cells = [inner for inner in layer._flatten_layers() if inner is not layer]
+        once = steps * sum(_estimate_flops(cell, None) for cell in cells)
+    else:
+        once = _estimate_flops(layer, run.shapes.get(id(layer)))
+    return round(once * run.calls[layer])
 
 
 def _estimate_flops(layer: Any, shape: tuple[int | None, ...] | None) -> int:

@@ -11,7 +11,7 @@ OLDEST, NEWEST = (3, 12), (3, 15)  # the tested versions; pyproject.toml has the
 
 # The attributes that the other modules use, by the class in which to look for them.
 _EVERYWHERE = {
-    "keras.layers.Layer": ("_layers", "_trainable_variables"),
+    "keras.layers.Layer": ("_layers", "_trainable_variables", "_get_regularization_losses"),
     "keras.Model": ("make_train_function",),
     "keras.Sequential": ("_functional",),
     "keras.src.models.functional.Functional": ("operations", "_nodes_by_depth"),

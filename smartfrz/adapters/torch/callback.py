@@ -9,11 +9,15 @@ import torch
 from torch import nn
 
 from smartfrz import zoo
+from smartfrz.adapters.torch.cache.options import PrefixCache
+from smartfrz.adapters.torch.distributed import RANK_TIMEOUT
 from smartfrz.adapters.torch.freezer import SmartFRZ
-from smartfrz.control.learned import AsksPredictor
+from smartfrz.control.learned import AsksPredictor, policy_of
+from smartfrz.control.ordering import FreezeOrder
 from smartfrz.control.policy import Policy
 from smartfrz.control.report import Report
 from smartfrz.errors import StateError
+from smartfrz.predictor.runtime import Device
 
 
 class FreezingCallback:
@@ -23,35 +27,67 @@ class FreezingCallback:
         predictor: A predictor or policy, as for `SmartFRZ`.
         allow_missing_state: Whether training may resume from a checkpoint that was made without this callback. It
             then starts to watch at that step. By default that raises a `StateError`.
-        **options: Other keyword arguments of `SmartFRZ`. `total_steps` comes from the framework.
+
+    The other arguments are those of `SmartFRZ`. `total_steps` comes from the framework.
 
     Attributes:
         freezer: The `SmartFRZ` of the current or the last run; None before the first.
 
     Raises:
-        TypeError: If an option is unknown.
         UnknownPredictorError: If the zoo has no predictor of that name.
     """
 
     freezer: SmartFRZ | None = None
     _training = False
+    _announced: int | None = None
 
     def __init__(
         self,
         predictor: str | os.PathLike[str] | AsksPredictor | Policy = zoo.DEFAULT,
         *,
+        total_steps: int | None = None,
+        record_every: int | None = None,
+        decide_every: int | None = None,
+        threshold: float | None = None,
+        patience: int | None = None,
+        dry_run: bool = False,
+        seed: int = 0,
+        device: Device = "auto",
+        norm_batches: int = 24,
+        freeze_order: FreezeOrder | None = None,
+        thaw_on_restart: bool = False,
+        verbose: bool = True,
+        rank_timeout: float = RANK_TIMEOUT,
+        cache: PrefixCache | None = None,
         allow_missing_state: bool = False,
-        **options: Any,
     ):
-        # A misspelled option is an error now, not after the model and the data have been loaded.
-        try:
-            inspect.signature(SmartFRZ).bind(None, None, predictor, **options)
-        except TypeError as error:
-            raise TypeError(f"{type(self).__name__} {error}; expected keyword arguments of SmartFRZ.") from None
-        zoo.load(predictor)
+        # Spelled out, as LightningCLI and editors read the signature.
+        given: dict[str, Any] = {
+            "total_steps": total_steps,
+            "record_every": record_every,
+            "decide_every": decide_every,
+            "threshold": threshold,
+            "patience": patience,
+            "dry_run": dry_run,
+            "seed": seed,
+            "device": device,
+            "norm_batches": norm_batches,
+            "freeze_order": freeze_order,
+            "thaw_on_restart": thaw_on_restart,
+            "verbose": verbose,
+            "rank_timeout": rank_timeout,
+            "cache": cache,
+        }
+        defaults = inspect.signature(SmartFRZ).parameters
+        policy_of(zoo.load(predictor))  # complain now, not after the model and the data have been loaded
         self._predictor = predictor
-        self._options = options
+        self._options = {name: value for name, value in given.items() if value != defaults[name].default}
         self._allow_missing_state = allow_missing_state
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle holds: the options. A copy has no run, as it has no model."""
+        own = self.__dict__
+        return {name: own[name] for name in ("_predictor", "_options", "_allow_missing_state")}
 
     def report(self) -> Report:
         """Report what froze when, what that saved, and what deciding cost."""
@@ -59,8 +95,22 @@ class FreezingCallback:
 
     @property
     def _needs_length(self) -> bool:
-        """True if the length of the run has to come from the framework."""
+        """True if the run cannot begin unless the framework knows its length."""
         return self._options.get("total_steps") is None and self._options.get("record_every") is None
+
+    def _state(self) -> dict[str, Any]:
+        """Return all that a resumed run needs to continue as an uninterrupted one."""
+        if self.freezer is None:
+            return {"started": False}
+        return self.freezer.state_dict() | {"announced": self._announced}
+
+    def _length(self, steps_left: int | None, saved: dict[str, Any] | None) -> int | None:
+        """Return how long the framework's run is, from the first step that the freezer counts."""
+        if saved is None or not saved.get("started") or steps_left is None:
+            return steps_left
+        if saved.get("announced") == self._announced:
+            return None  # as it was: what was saved goes on
+        return int(saved["controller"]["num_steps"]) + steps_left
 
     def _logs(self) -> dict[str, float]:
         """Return what joins the logs of the framework."""
@@ -70,13 +120,25 @@ class FreezingCallback:
         self,
         model: nn.Module,
         optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
-        total_steps: int | None,
+        steps_left: int | None,
+        announced: int | None,
         saved: dict[str, Any] | None,
         steps_done: int,
         find_entry: Callable[[], nn.Module | None] | None = None,
     ) -> None:
-        """Make the freezer of a run that starts, or continues from the state `saved`."""
+        """Make the freezer of a run that starts, or continues from the state `saved`.
+
+        Args:
+            model: The model.
+            optimizers: The optimizer of the model, or several.
+            steps_left: Steps from now to the end of the run, as the framework knows; None if it does not.
+            announced: What the framework says of the length of the whole run, in whatever unit.
+            saved: The state of the run that goes on, as `_state` returned it.
+            steps_done: Steps before this run, as the framework counts them.
+            find_entry: See `SmartFRZ.set_entry`.
+        """
         self._end()
+        self._announced = announced
         if steps_done and saved is None and not self._allow_missing_state:
             raise StateError(
                 f"Training goes on from step {steps_done}, but the checkpoint holds no state of "
@@ -85,14 +147,23 @@ class FreezingCallback:
                 "watch from here on."
             )
         options = dict(self._options)
-        if self._needs_length:
-            options["total_steps"] = total_steps
+        if options.get("total_steps") is None:
+            # Also beside `record_every`: policies, and what pays in the rest of the run, depend on the length.
+            options["total_steps"] = self._length(steps_left, saved)
+            if options["total_steps"] is None and saved is not None and saved.get("started"):
+                options["total_steps"] = saved["controller"]["total_steps"]
         freezer = SmartFRZ(model, optimizers, self._predictor, **options)
         if find_entry is not None:
             freezer.set_entry(find_entry)
         if saved is not None:
             freezer.load_state_dict(saved)
         self.freezer, self._training = freezer, True
+
+    def _finish(self) -> None:
+        """End a run that went to its end, and say what became of it."""
+        if self._training and self.freezer is not None:
+            self.freezer.say_report()
+        self._end()
 
     def _end(self) -> None:
         """Thaw what this callback froze.
@@ -102,4 +173,4 @@ class FreezingCallback:
         """
         self._training = False
         if self.freezer is not None:
-            self.freezer.close(unfreeze=True)
+            self.freezer.close()

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from smartfrz.adapters.torch.layers import Layer, Uncopied, strip_parametrizations
+from smartfrz.adapters.torch.layers import RECURRENT_COUNTS, Layer, Uncopied, strip_parametrizations
 from smartfrz.adapters.torch.sandbox import run_without_hooks, sandbox, synchronize, unchanged
 from smartfrz.control.ordering import LayerCost
 from smartfrz.errors import UsageError
@@ -61,6 +61,7 @@ class CostProfiler:
         self._repeats = repeats
         self._passes = passes
         self._measuring = False
+        self._model_is_called = self._succeeded = False
         self._running: list[_Call] = []
         self._seconds: dict[str, _Seconds] = {}  # of the current pass
         self._best: dict[str, _Seconds] = {}
@@ -70,9 +71,16 @@ class CostProfiler:
         for module, layer in _modules(model, layers):
             self._handles.append(module.register_forward_pre_hook(Uncopied(self._enter)))
             self._handles.append(module.register_forward_hook(Uncopied(self._leave(layer)), with_kwargs=True))
+        self._handles.append(model.register_forward_hook(Uncopied(self._succeed)))
         self._handles.append(model.register_forward_hook(Uncopied(self._stop), always_call=True))
 
     def _start(self, module: nn.Module, args: Any) -> None:
+        self._model_is_called = True
+        self._begin(module)
+
+    def _begin(self, module: nn.Module) -> None:
+        """Begin a pass, if this call is a part of training."""
+        self._succeeded = False
         if self.done or torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
             return
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
@@ -83,8 +91,19 @@ class CostProfiler:
         if not self._measuring:
             return
         self._measuring = False
-        if output is None:  # the forward pass raised
-            return
+        if self._succeeded:  # None as output does not tell: the model may return it
+            self._end_pass()
+
+    def end_step(self) -> None:
+        """End the pass, where the training step never calls the model itself, but its parts."""
+        if self._measuring and not self._model_is_called:
+            self._measuring = False
+            self._end_pass()
+
+    def _succeed(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._succeeded = True
+
+    def _end_pass(self) -> None:
         for layer, seconds in self._seconds.items():
             self._best[layer] = _each(min, seconds, self._best.get(layer, seconds))
         self._passes -= 1
@@ -93,6 +112,8 @@ class CostProfiler:
             self.close()
 
     def _enter(self, module: nn.Module, args: Any) -> None:
+        if not (self._measuring or self._model_is_called) and torch._C._current_graph_task_id() == -1:
+            self._begin(module)
         if self._measuring:
             self._running.append(_Call(module))
 
@@ -334,7 +355,7 @@ def measure_step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> StepWork
         return tensor
 
     weights = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=RECURRENT_COUNTS) as counter:
         with torch.autograd.graph.saved_tensors_hooks(pack, unchanged):
             value = loss()
         forward = counter.get_total_flops()

@@ -1,13 +1,16 @@
 """`SmartFRZ`: layer freezing for a plain PyTorch training loop."""
 
+import logging
 import os
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -18,18 +21,23 @@ from smartfrz.adapters.torch.cache.prefix import CachedPrefix
 from smartfrz.adapters.torch.compiling import CompileWatch, EagerHold
 from smartfrz.adapters.torch.costs import CostProfiler
 from smartfrz.adapters.torch.distributed import RANK_TIMEOUT, TrainingProcesses, processes_of, reshard
-from smartfrz.adapters.torch.freezing import TorchAdapter
+from smartfrz.adapters.torch.freezing import TorchAdapter, take_back
 from smartfrz.adapters.torch.layers import Layer, LayerTracer
 from smartfrz.adapters.torch.optimizer_steps import OptimizerSteps
 from smartfrz.adapters.torch.sharding import GradientWatch
+from smartfrz.adapters.torch.updates import Rounds, UpdateWatch, list_optimizers
+from smartfrz.adapters.torch.watching import Samples, owned_by, sample_of_foreign
 from smartfrz.control.controller import FreezeController
 from smartfrz.control.decision import FreezeDecision
 from smartfrz.control.learned import AsksPredictor
 from smartfrz.control.options import FreezeOptions
 from smartfrz.control.ordering import FreezeOrder
 from smartfrz.control.policy import Policy
-from smartfrz.errors import UsageError
+from smartfrz.errors import UnsupportedModelError, UsageError
 from smartfrz.predictor.runtime import Device
+
+logger = logging.getLogger("smartfrz")
+_UNTRACED_STEPS = 10
 
 
 class SmartFRZ(Freezer[TorchAdapter]):
@@ -38,7 +46,7 @@ class SmartFRZ(Freezer[TorchAdapter]):
     Args:
         model: The model, wrapped (DistributedDataParallel, `torch.compile`) or not. Its first forward
             pass in training mode shows which layers it has, and in which order they run; that pass
-            is not compiled.
+            is not compiled. If a step calls parts of the model only, their passes until the first `step()` show it.
         optimizer: The optimizer of the model's parameters, or several.
         predictor: A name in the zoo, the path or address of an ONNX file, the address of a predictor on a
             server (`http://host:port/NAME`), a loaded `Predictor`, or another policy, such as the policies in
@@ -47,6 +55,8 @@ class SmartFRZ(Freezer[TorchAdapter]):
         rank_timeout: Where several processes train together (`torch.distributed`): seconds to wait
             for a process that does not come to a freezing stage.
         cache: Keeps the outputs of the frozen prefix, so that it need not run again for the same samples.
+        auto_step: Whether the optimizer calls `step` itself, after each of its steps; a training loop then needs no
+            other line. With several optimizers, a step counts when each of them has taken one.
 
     The other arguments are the fields of `smartfrz.control.options.FreezeOptions`, which documents them. Pass
     `total_steps` or `record_every`.
@@ -82,8 +92,10 @@ class SmartFRZ(Freezer[TorchAdapter]):
         norm_batches: int = 24,
         freeze_order: FreezeOrder | None = None,
         thaw_on_restart: bool = False,
+        verbose: bool = True,
         rank_timeout: float = RANK_TIMEOUT,
         cache: PrefixCache | None = None,
+        auto_step: bool = False,
     ):
         options = FreezeOptions(
             total_steps=total_steps,
@@ -96,20 +108,29 @@ class SmartFRZ(Freezer[TorchAdapter]):
             norm_batches=norm_batches,
             freeze_order=freeze_order,
             thaw_on_restart=thaw_on_restart,
+            verbose=verbose,
         )
         if not rank_timeout > 0:
             raise ValueError(f"`rank_timeout` is {rank_timeout!r}; expected a positive number of seconds.")
+        self._optimizers = list_optimizers(optimizer)
         super().__init__(predictor, device, options)
         options.schedule(self._policy)  # complain now, not after the first batch
+        _refuse_keras(model)
         self._given = weakref.ref(model)
         self._rank_timeout = rank_timeout
         self._processes: TrainingProcesses | None = None
         self._model = _unwrapped(model)
         reshard(self._model)
-        self._optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        take_back(self._model)
+        self._foreign = sample_of_foreign(self._model, self._optimizers)
         self._cache = None if cache is None else _cached(cache, model, self._model)
         self._find_entry: Callable[[], nn.Module | None] | None = None
         self._steps = self._optimizer_steps()
+        # After the hooks of `_steps`: layers freeze when the optimizer's own parameter groups are back.
+        self._rounds = Rounds(self._optimizers, self._on_round) if auto_step else None
+        self._latest: list[FreezeDecision] = []
+        self._untraced = 0
+        self._updates: UpdateWatch | None = None
         self._compiling = CompileWatch()
         self._eager = EagerHold()
         self._profiler: CostProfiler | None = None
@@ -126,7 +147,7 @@ class SmartFRZ(Freezer[TorchAdapter]):
         )
 
     def _learn_layers(self) -> None:
-        """Watch the next forward pass, to learn the layers."""
+        """Watch the forward passes of the next step, to learn the layers."""
         self._reset()
         self._reentrant = False
         self._eager.acquire()
@@ -148,6 +169,8 @@ class SmartFRZ(Freezer[TorchAdapter]):
     def step(self) -> list[FreezeDecision]:
         """Record, decide and freeze if it is time to. Call it once after each `optimizer.step()`.
 
+        With `auto_step` the optimizer has done all this already, and calling it changes nothing.
+
         Returns:
             The decisions of this step; empty if it was not a freezing stage.
 
@@ -155,6 +178,32 @@ class SmartFRZ(Freezer[TorchAdapter]):
             UsageError: If the model has not run forward and backward in training mode yet.
             UnsupportedModelError: If the model has no layers to freeze.
         """
+        if self._rounds is not None:
+            decisions, self._latest = self._latest, []
+            return decisions
+        if self._updates is not None:
+            self._updates.note_call()
+        decisions = self._after_update()
+        if self._updates is None:
+            self._updates = UpdateWatch(self._model.parameters())
+        return decisions
+
+    def _on_round(self) -> None:
+        """Act after the optimizers have stepped, if `auto_step` is set."""
+        if self._run is None and self._missing_pass():
+            # A scheduler's warning is avoided by a step before the first batch, for example.
+            self._untraced += 1
+            if self._untraced == _UNTRACED_STEPS:
+                logger.warning(
+                    "SmartFRZ: the optimizer took %d steps, but the model had no %s since SmartFRZ was made. Nothing is "
+                    "frozen until it has one. Pass the model that is trained to SmartFRZ.",
+                    _UNTRACED_STEPS,
+                    self._missing_pass(),
+                )
+            return
+        self._latest = self._after_update()
+
+    def _after_update(self) -> list[FreezeDecision]:
         run = self._run or self._start()
         controller = run.controller
         self._clock.start()
@@ -167,10 +216,17 @@ class SmartFRZ(Freezer[TorchAdapter]):
             if controller.total_steps:
                 self._cache.note_progress((controller.num_steps + 1) / controller.total_steps)
         decisions = self._decide(run)
+        if len(run.adapter.all_layers()) != len(run.layers):
+            self._run = replace(run, layers=run.adapter.descriptions())
         if self._steps is not None:
             controller.add_decision_seconds(self._steps.take_seconds())
         self._clock.read()
         return decisions
+
+    @property
+    def _speaks(self) -> bool:
+        first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+        return super()._speaks and first
 
     def _learning_rates(self) -> list[float]:
         return [float(group["lr"]) for optimizer in self._optimizers for group in optimizer.param_groups]
@@ -224,16 +280,23 @@ class SmartFRZ(Freezer[TorchAdapter]):
         self._cache.frozen_set_changed(flops, self._find_entry() if self._find_entry else self._model)
         self._no_cache_where_compiled(self._cache)
 
-    def _start(self) -> Run[TorchAdapter]:
+    def _missing_pass(self) -> str:
+        """Return what has not been seen of the model, so that its layers are unknown; "" if they can be known."""
         traced = self._tracer is not None and self._tracer.done
-        if self._tracer is None or not traced or not self._saw_gradient:
-            missing = "backward pass" if traced else "forward pass in training mode"
+        if traced and self._saw_gradient:
+            return ""
+        return "backward pass" if traced else "forward pass in training mode"
+
+    def _start(self) -> Run[TorchAdapter]:
+        missing = self._missing_pass()
+        if self._tracer is None or missing:
             raise UsageError(
                 f"freezer.step() was called, but the model had no {missing} since SmartFRZ was made; expected one. Call "
                 "freezer.step() after loss.backward() and optimizer.step(), and run the model that you passed to "
                 "SmartFRZ."
             )
         reshard(self._model)
+        _require_own_optimizer(self._model, self._optimizers, self._foreign)
         run = self._control(self._tracer.layers(), self._tracer.reentrant)
         if self.options.norm_batches:
             run.adapter.snapshot_statistics()  # for a first stage that comes before the next snapshot
@@ -247,7 +310,7 @@ class SmartFRZ(Freezer[TorchAdapter]):
             self.predictor,
             self.options,
             # GradScaler refuses to step an optimizer none of whose parameters has a gradient.
-            keep_one_of=adapter.layers_of_each_optimizer(),
+            keep_one_of=adapter.keep_one_of,
             ranks=self._processes,
         )
         if state is not None:
@@ -286,6 +349,8 @@ class SmartFRZ(Freezer[TorchAdapter]):
             self._steps.clear()
 
     def _finish_profile(self, controller: FreezeController) -> None:
+        if self._profiler is not None:
+            self._profiler.end_step()
         if self._profiler is not None and self._profiler.done:
             controller.set_costs(self._profiler.costs())
             self._profiler.close()
@@ -293,20 +358,24 @@ class SmartFRZ(Freezer[TorchAdapter]):
             self._eager.release()
             self._look_for_a_cut()
 
-    def close(self, *, unfreeze: bool = False) -> None:
-        """Remove the hooks of model and optimizer, and let go of the cache.
+    def close(self, *, unfreeze: bool = True) -> None:
+        """Leave model and optimizer as they were found: remove the hooks, thaw every layer, let go of the cache.
 
         Args:
-            unfreeze: Make frozen layers trainable again; `frozen_layers` and `report` still list them. By default
-                they stay frozen.
+            unfreeze: Whether frozen layers are trainable again; `frozen_layers` and `report` list them in any case.
+                With False they stay frozen, for a training that goes on without SmartFRZ.
         """
         self._stop_watching()
+        if self._rounds is not None:
+            self._rounds.close()
         if self._steps is not None:
             self._steps.close()
         if self._cache is not None:
             self._cache.close()
-        if unfreeze and self._run is not None:
-            self._run.adapter.unfreeze(self.frozen_layers)
+        if self._run is not None:
+            if unfreeze:
+                self._run.adapter.unfreeze(self.frozen_layers)
+            self._run.adapter.forget_marks()
 
     def _stop_watching(self) -> None:
         self._eager.release()
@@ -347,7 +416,8 @@ class SmartFRZ(Freezer[TorchAdapter]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue a saved run. Load the model and the optimizer first, then this.
 
-        What the saved run had frozen is frozen again at once.
+        What the saved run had frozen is frozen again at once. Options that were passed to this SmartFRZ count, also
+        where the saved run had others, and the differences are logged; options left out go on as they were saved.
 
         Raises:
             StateError: If the state belongs to another model, predictor or version. Nothing is changed then.
@@ -380,6 +450,21 @@ def _cached(cache: PrefixCache, given: nn.Module, model: nn.Module) -> CachedPre
     return CachedPrefix(cache, model)
 
 
+def _require_own_optimizer(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], samples: Samples | None
+) -> None:
+    """Refuse optimizers that hold no parameter of the model, unless the model moves: they may train copies of them."""
+    parameters = list(model.parameters())
+    owned = owned_by(optimizers)
+    if owned & {id(p) for p in parameters} or samples is None or samples.moved({"": parameters}):
+        return
+    raise UsageError(
+        f"SmartFRZ received {' and '.join(type(optimizer).__name__ for optimizer in optimizers)} with {len(owned)} "
+        f"parameters, none of which is among the {len(parameters)} parameters of {type(model).__name__}; expected the "
+        "optimizer that trains this model. Make the optimizer after the model, and pass that one."
+    )
+
+
 def _unwrapped(model: nn.Module) -> nn.Module:
     """Return the user's own module inside of DistributedDataParallel and `torch.compile`."""
     while True:
@@ -389,3 +474,12 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
+
+
+def _refuse_keras(model: Any) -> None:
+    """Refuse a Keras model, which is a PyTorch module, too, on that backend; but its layers are others."""
+    if any(kind.__module__.partition(".")[0] == "keras" and kind.__name__ == "Layer" for kind in type(model).__mro__):
+        raise UnsupportedModelError(
+            f"smartfrz.adapters.torch.SmartFRZ received {type(model).__name__}, a Keras model; expected an nn.Module that "
+            "is none. Train it with fit(), and pass it smartfrz.adapters.keras.SmartFRZ in `callbacks`."
+        )

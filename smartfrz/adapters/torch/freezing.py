@@ -1,18 +1,27 @@
 """Freezes layers of a PyTorch model in the middle of training, around the traps of PyTorch."""
 
-from collections.abc import Iterable
+import copy
+import logging
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from typing import Any, Protocol, Self
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
-from smartfrz.adapters.torch.layers import Layer, LayerReader
+from smartfrz.adapters.torch.layers import Layer, LayerReader, Uncopied, group_later
 from smartfrz.adapters.torch.optimizer_steps import OptimizerSteps
+from smartfrz.adapters.torch.watching import Samples, StepGuard, find_optimizers, mark, thaw_leftovers
+from smartfrz.control.grouping import choose_judged
 from smartfrz.control.norms import compute_old_share, compute_recent_statistics
+from smartfrz.control.protocols import Untrained
+from smartfrz.control.watch import Disturbance
 from smartfrz.errors import UnsupportedModelError
+
+logger = logging.getLogger("smartfrz")
 
 
 class Processes(Protocol):
@@ -68,27 +77,54 @@ class TorchAdapter(LayerReader):
         self._given_steps = steps
         self._parameters = dict(model.named_parameters())
         self._model = model
+        self._parameter_ids = {id(p) for p in self._parameters.values()}
+        self._guard = StepGuard(model, self._optimizers)
+        self._kept, self._kept_buffers, self._unmoved = Samples(), Samples(), Samples(spread=True)
+        self._unmoved_since: dict[str, int] = {}
+        self._newcomers: list[Layer] = []
+        self._named_optimizers = False
         ours = {id(p) for p in previous._frozen_parameters()} if previous is not None else set()
-        # A partly frozen layer is frozen in its trainable part, and unfrozen in that part only.
-        self._trainable = {
-            layer.name: [
-                p for p in map(self._parameters.__getitem__, layer.parameters) if p.requires_grad or id(p) in ours
-            ]
-            for layer in layers
-        }
-        for name, trained in self._trainable.items():
-            # It is also judged by that part: what the user froze does not move, and would look converged.
-            ids = {id(p) for p in trained}
-            judged = [p for p in self._tensors[name] if id(p) in ids] or [p for p in trained if p.dim() >= 2] or trained
-            self._tensors[name] = judged or self._tensors[name]
-        self._norms = {layer.name: [model.get_submodule(n) for n in layer.norms] for layer in layers}
+        self._all: dict[str, list[nn.Parameter]] = {}
+        self._trainable: dict[str, list[nn.Parameter]] = {}
+        self._norms: dict[str, list[nn.Module]] = {}
+        self._owners: dict[str, list[nn.Module]] = {}
+        self._first_versions: dict[nn.Module, dict[str, tuple[int, int]]] = {}
+        self._outputs: dict[str, nn.Module] = {}
         self._processes = processes
         self._reentrant = reentrant
-        self._outputs = {layer.name: model.get_submodule(layer.output) for layer in layers}
         self._gradient_hooks: dict[str, Any] = {}
         # The user's own override of `train`, or None, and whether the norm was in training mode
+        self._held_for: dict[str, list[nn.Module]] = {}
         self._held_in_eval: dict[nn.Module, tuple[Any, bool]] = {}
         self._snapshots: dict[_NormBase, tuple[torch.Tensor, torch.Tensor, int]] = {}
+        for layer in layers:
+            self._describe(layer, ours)
+
+    def _describe(self, layer: Layer, ours: Collection[int]) -> None:
+        """Note the parts of a layer, and which of them are trained or, by their ids, were frozen by us."""
+        name, model = layer.name, self._model
+        everything = [self._parameters[n] for n in layer.parameters]
+        self._all[name] = everything
+        # A partly frozen layer is frozen in its trainable part, and unfrozen in that part only.
+        trained = [p for p in everything if id(p) in ours or self._guard.is_live(p)]
+        self._trainable[name] = trained
+        # It is also judged by that part: what the user froze does not move, and would look converged.
+        ids = {id(p) for p in trained}
+        matrices = [self._parameters[n] for n in layer.weights]
+        judged = [p for p in matrices if id(p) in ids] or [p for p in trained if p.dim() >= 2]
+        judged = choose_judged(judged, trained, torch.Tensor.numel, torch.Tensor.dim)
+        if not judged:
+            trained.clear()  # what is left to train has no values
+        self._tensors[name] = judged or matrices
+        self._norms[name] = [model.get_submodule(n) for n in layer.norms]
+        names = {n.rpartition(".")[0] for n in layer.parameters} | set(layer.norms)
+        self._owners[name] = [model.get_submodule(n) for n in sorted(names)]
+        for module in self._owners[name]:
+            self._first_versions.setdefault(module, self._versions(module))
+        self._outputs[name] = model.get_submodule(layer.output)
+        if trained:
+            self._unmoved.keep(name, trained)
+            self._unmoved_since[name] = self._guard.num_steps
 
     def layers(self) -> list[str]:
         """Return the names of the layers that the user did not freeze, in execution order."""
@@ -98,13 +134,30 @@ class TorchAdapter(LayerReader):
         """Return the names of all layers in execution order, even if the user froze them."""
         return super().layers()
 
+    def descriptions(self) -> list[Layer]:
+        """Return every layer, in execution order."""
+        return list(self._layers.values())
+
     def _frozen_parameters(self) -> list[nn.Parameter]:
         return [p for trainable in self._trainable.values() for p in trainable if not p.requires_grad]
 
     def layers_of_each_optimizer(self) -> list[list[str]]:
-        """Return, for each optimizer, the names of the layers that it trains."""
+        """Return, for each optimizer, the names of the layers that it trains; nothing if each has one parameter."""
         owned = [{id(p) for group in o.param_groups for p in group["params"]} for o in self._optimizers]
+        if len(owned) > 1 and all(len(ids) == 1 for ids in owned):
+            # Optimizers of single parameters step inside of the backward pass, and not at all without a gradient.
+            return []
         return [[name for name in self.layers() if any(id(p) in ids for p in self._trainable[name])] for ids in owned]
+
+    def keep_one_of(self) -> list[list[str]]:
+        """Return groups of layers of which one has to stay active.
+
+        That is one layer of each optimizer, and one that runs at every step: a backward pass in which nothing requires a
+        gradient raises.
+        """
+        idle = self._guard.idle
+        always = [name for name in self.layers() if any(id(p) not in idle for p in self._trainable[name])]
+        return [*self.layers_of_each_optimizer(), always]
 
     @property
     def _steps(self) -> OptimizerSteps:
@@ -163,17 +216,23 @@ class TorchAdapter(LayerReader):
                 for optimizer in self._optimizers:
                     _drop_state(optimizer, parameter)
             if self._reentrant and layer not in self._gradient_hooks:
-                self._gradient_hooks[layer] = self._outputs[layer].register_forward_hook(_let_gradients_pass)
-        self._freeze_norms([norm for layer in layers for norm in self._norms[layer] if norm not in self._held_in_eval])
-        if self._processes is not None and layers:
+                self._gradient_hooks[layer] = self._outputs[layer].register_forward_hook(_LetsGradientsPass())
+        new = [layer for layer in layers if layer not in self._kept]
+        changing = dict.fromkeys(norm for layer in new for norm in self._changing(layer))
+        self._held_for |= {layer: self._changing(layer) for layer in new}
+        self._freeze_norms([norm for norm in changing if norm not in self._held_in_eval])
+        for layer in layers:
+            self._keep(layer)
+        if self._processes is not None and new:
             self._processes.parameters_changed()
 
     def unfreeze(self, layers: list[str]) -> None:
         """Train these layers again. Their optimizer state starts from scratch."""
         for layer in layers:
+            self._let_go(layer)
             for parameter in self._trainable[layer]:
                 parameter.requires_grad_(True)
-            for norm in self._norms[layer]:
+            for norm in self._held_for.pop(layer, []):
                 if norm in self._held_in_eval:
                     override, was_trained = self._held_in_eval.pop(norm)
                     del norm.__dict__["train"]
@@ -185,6 +244,165 @@ class TorchAdapter(LayerReader):
         if self._processes is not None and layers:
             self._processes.parameters_changed()
 
+    def _keep(self, layer: str) -> None:
+        """Note what a frozen layer is, to see later whether it stands still."""
+        for parameter in self._trainable[layer]:
+            self._guard.frozen[id(parameter)] = parameter, layer
+            mark(parameter, frozen=True)
+        self._guard.flagged.discard(layer)
+        if layer not in self._kept:
+            self._kept.keep(layer, self._trainable[layer])
+            self._kept_buffers.keep(layer, self._buffers(layer))
+
+    def _let_go(self, layer: str) -> None:
+        for parameter in self._trainable[layer]:
+            self._guard.frozen.pop(id(parameter), None)
+            mark(parameter, frozen=False)
+        self._guard.flagged.discard(layer)
+        self._kept.forget(layer)
+        self._kept_buffers.forget(layer)
+
+    def forget_marks(self) -> None:
+        """Have later runs take what is frozen for frozen by the user; and stop looking at the optimizers' steps."""
+        self._guard.close()
+        for parameter, _ in self._guard.frozen.values():
+            mark(parameter, frozen=False)
+
+    def _buffers(self, layer: str) -> list[torch.Tensor]:
+        """Return what a layer holds besides parameters and has to stand still: buffers that checkpoints hold.
+
+        PyTorch's own norms are held in eval mode. There only the user moves them, who may let `update_bn` gather their
+        statistics anew.
+        """
+        return [
+            buffer
+            for module in self._owners[layer]
+            if not (isinstance(module, _NormBase) and type(module).__module__.startswith("torch."))
+            for name, buffer in module._buffers.items()
+            if buffer is not None and buffer.is_floating_point() and name not in module._non_persistent_buffers_set
+        ]
+
+    def _versions(self, module: nn.Module) -> dict[str, tuple[int, int]]:
+        """Return the identity and the version of each buffer that holds numbers: any change in place counts it up."""
+        return {
+            name: (id(buffer), -1 if buffer.is_inference() else buffer._version)
+            for name, buffer in module._buffers.items()
+            if buffer is not None and buffer.is_floating_point() and name not in module._non_persistent_buffers_set
+        }
+
+    def _changing(self, layer: str) -> list[nn.Module]:
+        """Return the modules that training changes besides their parameters: norms, also of the user's own classes."""
+        known = self._norms[layer]
+        own = [
+            m for m in self._owners[layer] if m not in known and self._versions(m) != self._first_versions.get(m, {})
+        ]
+        return [*known, *own]
+
+    def disturbed(self, layers: list[str]) -> dict[str, Disturbance]:
+        """Return which of these frozen layers no longer stand still; see `Adapter`."""
+        watched = [layer for layer in layers if layer in self._kept]
+        moved = self._kept.moved({layer: self._trainable[layer] for layer in watched})
+        statistics = self._kept_buffers.moved({layer: self._buffers(layer) for layer in watched})
+        found: dict[str, Disturbance] = {}
+        for layer in watched:
+            trainable = layer in self._guard.flagged or any(p.requires_grad for p in self._trainable[layer])
+            if layer in moved:
+                found[layer] = "trained" if trainable else "moved"
+            elif layer in statistics:
+                found[layer] = "statistics"
+            elif trainable:
+                found[layer] = "trainable"
+        return found
+
+    def untrained(self, layers: list[str]) -> dict[str, Untrained]:
+        """Return which of these active layers are not trained, and why; see `Adapter`."""
+        pending = [layer for layer in layers if layer in self._unmoved]
+        for layer in self._unmoved.moved({layer: self._trainable[layer] for layer in pending}):
+            self._unmoved.forget(layer)
+        rates: dict[int, float] = {}
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                rate = float(group.get("lr", 1.0))
+                for parameter in group["params"]:
+                    rates[id(parameter)] = max(rate, rates.get(id(parameter), 0.0))
+        found: dict[str, Untrained] = {}
+        for layer in layers:
+            owned = [rates[id(p)] for p in self._trainable[layer] if id(p) in rates]
+            stands = layer in self._unmoved and self._guard.num_steps > self._unmoved_since[layer]
+            if rates.keys() & self._parameter_ids and not owned:
+                found[layer] = "no_optimizer" if layer in self._unmoved else "unknown_optimizer"
+            elif owned and not any(owned):
+                found[layer] = "learning_rate_zero"
+            elif stands:
+                found[layer] = "never_moved"
+        unknown = [layer for layer, why in found.items() if why == "unknown_optimizer"]
+        if unknown and not self._named_optimizers:
+            self._named_optimizers = True
+            names = find_optimizers(p for layer in unknown for p in self._trainable[layer])
+            if names:
+                logger.warning("%s trains layers of the model, and was not given to SmartFRZ.", " and ".join(names))
+        return found
+
+    def find_layers(self) -> list[str]:
+        """Return the names of the layers that may be frozen now; see `Adapter`."""
+        present = {id(p): p for p in self._model.parameters()}
+        known = {id(p) for layer in self._all.values() for p in layer}
+        for parameter in self._guard.strangers:
+            if parameter.grad is not None:  # an optimizer without hooks
+                self._guard.arrived.append(parameter)
+        arrived = {id(p) for p in self._guard.arrived}
+        self._guard.strangers = [p for i, p in present.items() if i not in known | arrived and not is_lazy(p)]
+        self._newcomers = []
+        if arrived - known:
+            names = {name for layer in self._layers.values() for name in layer.parameters}
+            later = group_later(self._model, [p for p in self._guard.arrived if id(p) in present], names)
+            self._newcomers = [layer for layer in later if layer.name not in self._layers]
+        described = self._with_newcomers([layer.name for layer in self._newcomers])
+        return [name for name in described if name not in self._all or self._may_freeze(name, present)]
+
+    def _may_freeze(self, layer: str, present: Mapping[int, nn.Parameter]) -> bool:
+        ours = {id(p) for p in self._trainable[layer]} if layer in self._kept else set()
+        return any(
+            id(p) in present and p.numel() and (id(p) in ours or id(p) in self._guard.frozen or self._guard.is_live(p))
+            for p in self._all[layer]
+        )
+
+    def _with_newcomers(self, names: Collection[str]) -> list[str]:
+        """Return the names of all layers with new ones after the layers that are registered before them."""
+        order = {name: index for index, (name, _) in enumerate(self._model.named_modules())} if names else {}
+        every = list(self._layers)
+        for name in names:
+            before = [known for known in every if order.get(known, 0) < order.get(name, 0)]
+            place = every.index(max(before, key=lambda known: order.get(known, 0))) + 1 if before else 0
+            every.insert(place, name)
+        return every
+
+    def set_layers(self, layers: list[str]) -> None:
+        """Have `layers` return these names from now on; see `Adapter`."""
+        new = {layer.name: layer for layer in self._newcomers if layer.name in layers}
+        missing = [name for name in layers if name not in self._layers and name not in new]
+        for name in missing:  # it has run in another process only
+            names = {n for layer in self._layers.values() for n in layer.parameters}
+            for layer in group_later(self._model, list(self._model.get_submodule(name).parameters()), names):
+                if layer.name == name:
+                    new[name] = layer
+        self._parameters = dict(self._model.named_parameters())
+        self._parameter_ids = {id(p) for p in self._parameters.values()}
+        described = {**self._layers, **new}
+        self._layers = {name: described[name] for name in self._with_newcomers(list(new))}
+        self._guard.arrived = []
+        self._newcomers = []
+        for layer in new.values():
+            self._describe(layer, ours=set())
+            self._unmoved.forget(layer.name)  # it has had a gradient
+        for name in self._layers:
+            if name not in layers and name in self._trainable:
+                self._let_go(name)
+                self._trainable[name] = []
+                self._unmoved.forget(name)
+            elif name in layers and not self._trainable[name]:
+                self._describe(self._layers[name], ours=set())
+
     def _freeze_norms(self, norms: list[nn.Module]) -> None:
         statistics: list[torch.Tensor] = []
         for norm in norms:
@@ -195,7 +413,7 @@ class TorchAdapter(LayerReader):
             norm.eval()
             # model.train() at the start of each epoch would undo eval(). A forward hook is no alternative: the compiler
             # would see the flag change within the pass, and compile twice.
-            norm.__dict__["train"] = partial(_stay_in_eval, norm, _count_batches(norm) > 0)
+            norm.__dict__["train"] = _StaysInEval(norm, _count_batches(norm) > 0)
         if self._processes is not None and statistics:
             # Each process has seen batches of its own; from now on all of them have to compute the same.
             self._processes.average(statistics)
@@ -269,29 +487,66 @@ def _count_batches(norm: nn.Module) -> int:
     return 0 if tracked is None else int(tracked)
 
 
-def _stay_in_eval(norm: nn.Module, has_statistics: bool, mode: bool = True) -> nn.Module:
-    """Replace a frozen norm's `train`. Bound by `partial`, which is copied and pickled with the norm.
+class _StaysInEval:
+    """Replaces a frozen norm's `train`. A copy of the norm has a copy of it.
 
     A norm whose statistics were reset may train until it has new ones: `swa_utils.update_bn` collects them for averaged
     weights, also in a copy of the frozen model.
+
+    Args:
+        norm: The norm.
+        has_statistics: Whether it has seen batches.
     """
-    norm.training = mode and has_statistics and _count_batches(norm) == 0
-    return norm
+
+    def __init__(self, norm: nn.Module, has_statistics: bool):
+        self._norm, self._has_statistics = norm, has_statistics
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        """Stay in eval mode."""
+        self._norm.training = mode and self._has_statistics and _count_batches(self._norm) == 0
+        return self._norm
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_StaysInEval":
+        return _StaysInEval(copy.deepcopy(self._norm, memo), self._has_statistics)
+
+    def __reduce__(self) -> Any:
+        # A saved model has to load where smartfrz is not installed. The bound method of a dict returns the norm, whatever
+        # the mode, and leaves it as it is.
+        return partial, ({None: self._norm}.get, None)
 
 
-def _let_gradients_pass(module: nn.Module, args: Any, output: Any) -> Any:
-    """Make the output of a frozen layer require a gradient.
+class _LetsGradientsPass:
+    """A hook that makes the output of a frozen layer require a gradient.
 
     A reentrant checkpoint gives no gradient at all if none of its inputs requires one, not even to live layers inside of
     it. Where the layer itself runs inside of a checkpoint, gradients are disabled, and nothing is done.
     """
-    tensors = [value for value in tree_leaves(output) if isinstance(value, torch.Tensor)]
-    if any(tensor.requires_grad for tensor in tensors) or not torch.is_grad_enabled():
-        return None
-    return tree_map(_require_gradient, output)
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        tensors = [value for value in tree_leaves(output) if isinstance(value, torch.Tensor)]
+        if any(tensor.requires_grad for tensor in tensors) or not torch.is_grad_enabled():
+            return None
+        return tree_map(_require_gradient, output)
+
+    def __reduce__(self) -> Any:
+        return Uncopied(self).__reduce__()  # nothing in a file may name smartfrz
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_LetsGradientsPass":
+        return self
 
 
 def _require_gradient(value: Any) -> Any:
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return value
     return value.detach().requires_grad_().clone()  # cloned, since a leaf must not be changed in place
+
+
+def take_back(model: nn.Module) -> None:
+    """Train again what an interrupted run has left frozen in this model."""
+    thaw_leftovers(model, _is_ours)
+
+
+def _is_ours(function: Any) -> bool:
+    """Return whether a function that hangs at a module was put there to freeze it, perhaps in a file that was loaded."""
+    from_a_file = isinstance(function, partial) and isinstance(getattr(function.func, "__self__", None), dict)
+    return from_a_file or isinstance(function, (_StaysInEval, _LetsGradientsPass))

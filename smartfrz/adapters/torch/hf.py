@@ -1,18 +1,26 @@
 """SmartFRZ for the `Trainer` of Hugging Face transformers."""
 
-import base64
-import io
+import inspect
 import os
+import uuid
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from torch.utils._pytree import tree_map
 
+from smartfrz.adapters.state_file import from_json, read_state, to_json, write_state
 from smartfrz.adapters.torch.callback import FreezingCallback
+from smartfrz.adapters.torch.freezing import take_back
+from smartfrz.errors import StateError
 
 try:
-    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-    from transformers.trainer_callback import ExportableState
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_callback import CallbackHandler, ExportableState
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 except ImportError as error:
     from smartfrz.errors import MissingDependencyError
 
@@ -22,12 +30,13 @@ except ImportError as error:
     ) from error
 
 __all__ = ["SmartFRZCallback"]
+STATE_FILE = "smartfrz_state.npz"
 
 
 class SmartFRZCallback(FreezingCallback, TrainerCallback, ExportableState):
     """Freezes layers while a `Trainer` trains, when the predictor says that they have converged.
 
-    The Trainer's checkpoints carry its state, in `trainer_state.json`, and
+    The Trainer's checkpoints carry its state, in the file `smartfrz_state.npz`, and
     `train(resume_from_checkpoint=...)` restores it. `smartfrz/frozen_layers` and
     `smartfrz/backward_saved` (a share, 0 to 1) join the Trainer's logs. When training ends,
     `requires_grad` is again what it was before.
@@ -36,13 +45,13 @@ class SmartFRZCallback(FreezingCallback, TrainerCallback, ExportableState):
         predictor: A predictor or policy, as for `SmartFRZ`.
         allow_missing_state: Whether training may resume from a checkpoint that was made without this callback. It
             then starts to watch at that step. By default that raises a `StateError`.
-        **options: Other keyword arguments of `SmartFRZ`. `total_steps` comes from the Trainer.
+
+    The other arguments are those of `SmartFRZ`. `total_steps` comes from the Trainer.
 
     Attributes:
         freezer: The `SmartFRZ` of the current or the last run; None before the first.
 
     Raises:
-        TypeError: If an option is unknown.
         UnknownPredictorError: If the zoo has no predictor of that name.
 
     Example:
@@ -55,25 +64,77 @@ class SmartFRZCallback(FreezingCallback, TrainerCallback, ExportableState):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Thaw what an interrupted run left frozen: the optimizer only takes parameters that require a gradient."""
+        self._go_before_reporters(inspect.currentframe())
         self._end()
+        if isinstance(kwargs.get("model"), nn.Module):  # perhaps with another callback, whose run was interrupted
+            take_back(kwargs["model"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Make the freezer: model and optimizer exist by now, and are restored if training resumes."""
+        self._go_before_reporters(inspect.currentframe())
         name = type(self).__name__
         kept: Any = state.stateful_callbacks  # a dict by now
         entry = kept.get(name) or {}
-        packed = entry.get("freezer") if state.global_step else None
+        self._folder = Path(args.output_dir or ".")
+        self._state_of_trainer = state
         self._begin(
             kwargs["model"],
             getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"]),  # Accelerate wraps it
-            state.max_steps - state.global_step,
-            _unpack(packed) if packed else None,
+            max(1, state.max_steps - state.global_step),
+            state.max_steps,
+            self._saved(entry, args, state.global_step, inspect.currentframe()) if state.global_step else None,
             state.global_step,
         )
         # The Trainer looks itself up here when it saves; a checkpoint made without us has no such key.
         kept.setdefault(name, {})
+
+    def _saved(
+        self, entry: dict[str, Any], args: TrainingArguments, step: int, frame: FrameType | None
+    ) -> dict[str, Any] | None:
+        """Return the state that belongs to the checkpoint from which training resumes, if it has one."""
+        if "step" not in entry:
+            return None
+        if entry["step"] != step:
+            # It was carried along by a training without us, in which frozen layers were trained.
+            if self._allow_missing_state:
+                return None
+            raise StateError(
+                f"The checkpoint is of step {step}, but the state of {type(self).__name__} in it of step {entry['step']}: "
+                "in between, training went on without it. Resume from a checkpoint that was made with SmartFRZ, or pass "
+                "allow_missing_state=True to watch from here on."
+            )
+        if "state" in entry:
+            return _with_tensors(from_json(entry["state"]))
+        places = [Path(place) for place in _folders_of_resumed_training(frame)]
+        places += [Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{step}"]
+        for place in places:
+            file = place / STATE_FILE
+            if file.is_file():
+                state = read_state(file)
+                if state.pop("id", None) == entry["id"]:
+                    return _with_tensors(state)
+        raise StateError(
+            f"The state of {type(self).__name__} at step {step} is in the file {STATE_FILE} of the checkpoint, and "
+            f"{' and '.join(sorted({str(place) for place in places}))} does not hold it; expected the file that was written "
+            "with trainer_state.json. Copy the whole folder of the checkpoint."
+        )
+
+    def _go_before_reporters(self, frame: FrameType | None) -> None:
+        """Move to the place before TensorBoard, W&B and the like, which read the logs when it is their turn."""
+        handler = frame.f_back.f_locals.get("self") if frame is not None and frame.f_back is not None else None
+        if not isinstance(handler, CallbackHandler):  # called by hand
+            return
+        callbacks = handler.callbacks
+        for index, callback in enumerate(callbacks):
+            if callback is self:
+                return
+            if type(callback).__module__.startswith("transformers.integrations"):
+                # One step on, the loop over this list meets the callback after us, as it would have anyway.
+                callbacks.remove(self)
+                callbacks.insert(index, self)
+                return
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Act after each optimizer step, not after each accumulated batch."""
@@ -91,31 +152,54 @@ class SmartFRZCallback(FreezingCallback, TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave the model as it was found."""
-        self._end()
+        self._finish()
 
     def state(self) -> dict[str, Any]:
-        """Return what the Trainer keeps in `trainer_state.json`.
-
-        A callback does not learn which folder training resumes from, and that folder may have been
-        moved. What is part of the Trainer's own state is found wherever the Trainer finds that.
-        """
-        args = {k: v.item() if isinstance(v, np.generic) else v for k, v in self._options.items()}
+        """Return what the Trainer keeps in `trainer_state.json`, and write the rest beside it."""
+        args: dict[str, Any] = {k: v.item() if isinstance(v, np.generic) else v for k, v in self._options.items()}
         if isinstance(self._predictor, (str, os.PathLike)):
             args["predictor"] = os.fspath(self._predictor)
         args["allow_missing_state"] = self._allow_missing_state
         state: dict[str, Any] = {"args": args, "attributes": {}}
         if self._training and self.freezer is not None:
-            state["freezer"] = _pack(self.freezer.state_dict())
+            state |= self._write(self._state(), self._state_of_trainer.global_step)
         return state
 
+    def _write(self, state: dict[str, Any], step: int) -> dict[str, Any]:
+        """Write the state into the folder of the checkpoint, and return what finds it again there."""
+        state = _with_arrays(state)
+        folder = self._folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        if not folder.is_dir():  # a hyperparameter search has folders of its own
+            return {"step": step, "state": to_json(state)}
+        identity = uuid.uuid4().hex
+        write_state(state | {"id": identity}, folder / STATE_FILE)
+        return {"step": step, "id": identity}
 
-def _pack(state: dict[str, Any]) -> str:
-    """Return the state as text for JSON: about 160 KB for each layer."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+def _with_arrays(value: Any) -> Any:
+    """Return the state with arrays in place of tensors; formats that NumPy lacks become float32, which holds them."""
+
+    def convert(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        leaf = leaf.detach().cpu()
+        return (leaf.float() if leaf.dtype == torch.bfloat16 else leaf).numpy()
+
+    return tree_map(convert, value)
 
 
-def _unpack(text: str) -> dict[str, Any]:
-    state: dict[str, Any] = torch.load(io.BytesIO(base64.b64decode(text)), map_location="cpu", weights_only=True)
-    return state
+def _with_tensors(value: Any) -> Any:
+    return tree_map(lambda leaf: torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf, value)
+
+
+def _folders_of_resumed_training(frame: FrameType | None) -> list[str]:
+    """Return what `Trainer.train` was told to resume from.
+
+    Callbacks do not learn it, and the folder may have been moved. Which file is the right one is known by its id.
+    """
+    found = []
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), Trainer):
+            found.append(frame.f_locals.get("resume_from_checkpoint"))
+        frame = frame.f_back
+    return list(dict.fromkeys(os.fspath(folder) for folder in found if isinstance(folder, (str, os.PathLike))))

@@ -1,8 +1,9 @@
 """Finds the layers of a PyTorch model, in the order in which they run, and reads their weights."""
 
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _SpectralNorm
@@ -20,10 +22,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from smartfrz.adapters.torch.sharding import locate, sum_shards
+from smartfrz.adapters.torch.sharding import count_values, locate, sum_shards
 from smartfrz.control.grouping import Module, Weight, group_modules
 from smartfrz.control.tailoring import split_positions
 from smartfrz.errors import StateError, UnsupportedModelError
+
+_OPERATIONS = (
+    nn.Linear,
+    nn.Bilinear,
+    _ConvNd,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,7 @@ class Layer:
     Attributes:
         name: The module's name, as in `model.named_modules()`.
         parameters: Names of every parameter that is frozen with the layer.
-        weights: The parameters that tailoring reads, with two or more dimensions each.
+        weights: The parameters that tailoring reads: matrices, unless these are a small part of the layer.
         norms: Modules of the layer that change in a forward pass in training mode: batch norms with
             running statistics, and the power iteration of a spectral norm.
         output: The module whose output is the layer's output: its batch norm if it has one.
@@ -59,92 +72,117 @@ class Layer:
 
 
 class LayerTracer:
-    """Watches one forward pass to find the layers in the order in which they run.
+    """Watches forward passes to find the layers in the order in which they run.
 
     In many models modules are not registered in the order in which they run. Only the latter tells which frozen layers
     form a prefix that the backward pass need not enter.
 
+    A pass is a call of the model, or of a part of it: some training steps never call the model itself.
+
     Args:
-        model: The model. Its modules have hooks until the first forward pass that can be traced has ended.
+        model: The model. Its modules have hooks until `close`, or until one call of the model has ended.
         training_only: Ignore forward passes in eval mode, since some modules then take other paths, and without
             gradients, since they show no checkpointing.
-        on_done: Called once the pass has been watched.
+        on_done: Called at `close`, or once a call of the model has been watched.
 
     Attributes:
-        total_flops: Floating point operations of the forward pass.
         done: Whether a pass has been watched.
         wrapper: The DistributedDataParallel that ran the model, if any.
         reentrant: Whether parts of the model ran under reentrant checkpointing.
     """
 
     def __init__(self, model: nn.Module, *, training_only: bool = True, on_done: Callable[[], None] | None = None):
-        self._on_done = on_done
         self._model = model
         self._training_only = training_only
-        self._ran: list[str] = []
-        self._flops: dict[str, int] = {}
+        self._on_done = on_done
+        self._ran: dict[str, None] = {"": None}
+        self._flops: Counter[str] = Counter()
+        # Of the pass that is going on.
         self._stack: list[str] = []
+        self._entered: list[str] = []
+        self._counted: dict[str, int] = {}
         self._mode: _FlopMode | None = None
-        self._depth = 0  # how many calls deep the model calls itself
+        self._thread = 0
+        self._succeeded_at = 0  # depth of the latest call that did not raise
+        self._last_output: Any = None
         self._handles: list[Any] = []
-        self.total_flops = 0
         self.done = False
         self.wrapper: nn.Module | None = None
         self.reentrant = False
         for name, module in model.named_modules():
-            if module is model:
-                continue
-            self._handles.append(module.register_forward_pre_hook(Uncopied(self._enter(name))))
-            self._handles.append(module.register_forward_hook(Uncopied(self._leave), always_call=True))
-        # Prepended, so that the root starts the count before everything else.
-        self._handles.append(model.register_forward_pre_hook(Uncopied(self._start), prepend=True))
-        self._handles.append(model.register_forward_hook(Uncopied(self._stop), always_call=True))
+            # Prepended, so that the pass begins before anything else.
+            self._handles += [
+                module.register_forward_pre_hook(Uncopied(self._enter(name)), prepend=True),
+                module.register_forward_hook(Uncopied(self._succeed)),
+                module.register_forward_hook(Uncopied(self._leave(name)), always_call=True),
+            ]
 
-    def _start(self, module: nn.Module, args: Any) -> None:
-        if self._mode is not None:
-            self._depth += 1
-            return
-        if self.done or (self._training_only and not (module.training and torch.is_grad_enabled())):
-            return
-        self._ran, self._flops, self._stack = [""], {}, [""]
-        self._mode = _FlopMode(self._stack, self._flops)
-        self._mode.__enter__()
+    @property
+    def total_flops(self) -> int:
+        """Floating point operations of what ran."""
+        return self._flops.total()
 
-    def _stop(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._mode is None:
-            return
-        if self._depth:
-            self._depth -= 1
-            return
-        self._mode.__exit__(None, None, None)
-        self._mode = None
-        if output is None:  # the forward pass raised
-            return
-        self.total_flops = sum(self._flops.values())
-        self.wrapper = DistributedDataParallel._get_active_ddp_module()
-        self.reentrant = _is_behind(output, "CheckpointFunctionBackward")
-        self.done = True
-        self.close()
-        if self._on_done is not None:
-            self._on_done()
+    def _begins(self, module: nn.Module) -> bool:
+        """Return whether a pass begins with this call, which is inside of no other."""
+        if torch._C._current_graph_task_id() != -1:  # checkpointing runs modules again in the backward pass
+            return False
+        return not self._training_only or (module.training and torch.is_grad_enabled())
 
     def _enter(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
-            if self._mode is not None:
-                self._ran.append(name)
+            if self._mode is None:
+                if not self._begins(module):
+                    return
+                self._stack, self._entered, self._counted = [], [], {}
+                self._thread, self._last_output = threading.get_ident(), None
+                self._mode = _FlopMode(self._stack, self._counted).__enter__()
+            if threading.get_ident() == self._thread:
+                self._entered.append(name)
                 self._stack.append(name)
+                self._succeeded_at = 0
 
         return hook
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._mode is not None and len(self._stack) > 1:
-            self._stack.pop()
+    def _succeed(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._mode is not None and threading.get_ident() == self._thread:
+            self._succeeded_at = len(self._stack)
+            if output is not None:
+                self._last_output = output
+
+    def _leave(self, name: str) -> Any:
+        # The output cannot tell whether the call raised: it may be None either way.
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if self._mode is None or threading.get_ident() != self._thread or name not in self._stack:
+                return
+            succeeded = self._succeeded_at == len(self._stack)
+            while self._stack.pop() != name:
+                pass
+            if not self._stack:
+                self._mode.__exit__(None, None, None)
+                self._mode = None
+                self._end_pass(name, succeeded)
+
+        return hook
+
+    def _end_pass(self, name: str, succeeded: bool) -> None:
+        output, self._last_output = self._last_output, None
+        if not succeeded:
+            return
+        self._ran.update(dict.fromkeys(self._entered))
+        self._flops.update(self._counted)
+        self.wrapper = DistributedDataParallel._get_active_ddp_module() or self.wrapper
+        self.reentrant = self.reentrant or _is_behind(output, "CheckpointFunctionBackward")
+        self.done = True
+        if name == "":
+            self.close()
 
     def close(self) -> None:
         """Remove every hook."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self._on_done is not None:
+            self._on_done()
 
     def layers(self) -> list[Layer]:
         """Return the layers in execution order.
@@ -159,7 +197,8 @@ class Uncopied:
     """A hook that is left out of copies of the model.
 
     An averaged model is a deep copy, made at any moment. It must neither be traced itself nor end the trace of the model
-    that is trained. Besides, a hook that is a closure could not be pickled.
+    that is trained. A pickle of the model has a hook of the standard library instead, which does nothing, so that it
+    loads where smartfrz is not installed. (A hook that is a closure could not be pickled at all.)
     """
 
     def __init__(self, hook: Callable[..., Any]):
@@ -173,15 +212,12 @@ class Uncopied:
         return _do_nothing
 
     def __reduce__(self) -> Any:
-        return _make_empty_hook, ()
+        # Whatever the arguments, this bound method returns None.
+        return getattr, (nullcontext(), "__exit__")
 
 
 def _do_nothing(*args: Any) -> None:
     """Replace a hook in a copy."""
-
-
-def _make_empty_hook() -> Callable[..., None]:
-    return _do_nothing
 
 
 def _is_behind(output: Any, node: str) -> bool:
@@ -200,8 +236,34 @@ def _is_behind(output: Any, node: str) -> bool:
     return False
 
 
+def _count_recurrent(inputs: torch.Tensor, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    """Count the operations of a recurrent layer: two for each use of a weight, at each place of each sequence."""
+    weights = [value for value in tree_leaves(args[:4]) if isinstance(value, torch.Tensor)]
+    return 2 * inputs.shape[:-1].numel() * sum(weight.numel() for weight in weights if weight.dim() == 2)
+
+
+def _count_recurrent_backward(*args: Any, **kwargs: Any) -> int:
+    return 2 * _count_recurrent(*args, **kwargs)
+
+
+#: Operation counts that PyTorch's own counter lacks, for `custom_mapping` of `FlopCounterMode`: recurrent layers, which
+#: are one operation each on GPUs and in part on CPUs.
+RECURRENT_COUNTS: dict[Any, Any] = {
+    torch.ops.aten.mkldnn_rnn_layer: _count_recurrent,
+    torch.ops.aten._cudnn_rnn: _count_recurrent,
+    torch.ops.aten.miopen_rnn: _count_recurrent,
+    torch.ops.aten.mkldnn_rnn_layer_backward: _count_recurrent_backward,
+    torch.ops.aten._cudnn_rnn_backward: _count_recurrent_backward,
+    torch.ops.aten.miopen_rnn_backward: _count_recurrent_backward,
+}
+for _count in RECURRENT_COUNTS.values():
+    _count._get_raw = True  # FlopCounterMode passes tensors then, not their shapes
+
+
 class _FlopMode(TorchDispatchMode):
-    """Adds up PyTorch's own operation counts for each innermost running module."""
+    """Adds up operation counts, PyTorch's own and those of recurrent layers, for each innermost running module."""
+
+    supports_higher_order_operators = True  # torch.cond and the like
 
     def __init__(self, stack: list[str], flops: dict[str, int]):
         super().__init__()
@@ -211,7 +273,8 @@ class _FlopMode(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        count = flop_registry.get(func._overloadpacket)
+        packet = getattr(func, "_overloadpacket", None)  # an operator of higher order has none
+        count = flop_registry.get(packet) or RECURRENT_COUNTS.get(packet)
         if count is not None:
             name = self._stack[-1]
             self._flops[name] = self._flops.get(name, 0) + count(*args, **kwargs, out_val=output)
@@ -270,6 +333,29 @@ def _group_modules(model: nn.Module, ran: Iterable[str], flops: Mapping[str, int
     ]
 
 
+def group_later(model: nn.Module, parameters: Collection[nn.Parameter], known: Collection[str]) -> list[Layer]:
+    """Join modules that ran for the first time after the layers were learned to layers of their own.
+
+    Their floating point operations are unknown.
+
+    Args:
+        model: The model.
+        parameters: Parameters of these modules.
+        known: Names of parameters that belong to layers already.
+    """
+    ids = {id(parameter) for parameter in parameters}
+    ran = [
+        name for name, module in model.named_modules() if any(id(p) in ids for p in module.parameters(recurse=False))
+    ]
+    if not ran:
+        return []
+    try:
+        layers = _group_modules(model, ran, {})
+    except UnsupportedModelError:  # vectors only
+        return []
+    return [layer for layer in layers if not set(known).intersection(layer.parameters)]
+
+
 def _describe_modules(model: nn.Module, flops: Mapping[str, int]) -> list[Module]:
     """Describe the model's modules to the grouping rule.
 
@@ -289,6 +375,7 @@ def _describe_modules(model: nn.Module, flops: Mapping[str, int]) -> list[Module
             is_norm=isinstance(module, (nn.LayerNorm, nn.RMSNorm)),
             ends_layer=isinstance(module, _NormBase),
             is_list=isinstance(module, (nn.ParameterList, nn.ParameterDict)),
+            is_operation=isinstance(module, _OPERATIONS),
             flops=counts[name],
         )
         for name, module in model.named_modules()
@@ -355,8 +442,8 @@ class LayerReader:
         return list(self._layers)
 
     def num_weights(self, layer: str) -> int:
-        """Return the number of weights that the layer is judged by."""
-        return sum(t.numel() for t in self._tensors[layer])
+        """Return the number of weights that the layer is judged by; a complex one counts as two."""
+        return sum(count_values(t) for t in self._tensors[layer])
 
     def weights(self, layer: str, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return a copy of the layer's flattened weights at `indices`.
@@ -392,7 +479,7 @@ class LayerReader:
         if known is indices:
             return parts
         tensors = self._tensors[layer]
-        inside = split_positions(indices, [tensor.numel() for tensor in tensors])
+        inside = split_positions(indices, [count_values(tensor) for tensor in tensors])
         parts = [locate(t, torch.from_numpy(where)) for t, where in zip(tensors, inside, strict=True) if len(where)]
         self._parts[layer] = indices, parts
         return parts

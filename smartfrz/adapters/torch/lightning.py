@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from smartfrz import zoo
 from smartfrz.adapters.torch.callback import FreezingCallback
+from smartfrz.adapters.torch.freezing import take_back
 from smartfrz.errors import UsageError
 
 if TYPE_CHECKING:
@@ -40,13 +40,13 @@ class SmartFRZCallback(FreezingCallback, Callback):
         predictor: A predictor or policy, as for `SmartFRZ`.
         allow_missing_state: Whether training may resume from a checkpoint that was made without this callback. It
             then starts to watch at that step. By default that raises a `StateError`.
-        **options: Other keyword arguments of `SmartFRZ`. `total_steps` comes from the Trainer.
+
+    The other arguments are those of `SmartFRZ`. `total_steps` comes from the Trainer.
 
     Attributes:
         freezer: The `SmartFRZ` of the current or the last run; None before the first.
 
     Raises:
-        TypeError: If an option is unknown.
         UnknownPredictorError: If the zoo has no predictor of that name.
 
     Example:
@@ -56,20 +56,19 @@ class SmartFRZCallback(FreezingCallback, Callback):
         SmartFRZ: no step yet.
     """
 
-    def __init__(self, predictor: Any = zoo.DEFAULT, *, allow_missing_state: bool = False, **options: Any):
-        super().__init__(predictor, allow_missing_state=allow_missing_state, **options)
-        self._saved: dict[str, Any] | None = None
-        self._step: _TrainingStep | None = None
-        self._global_step = 0
+    _saved: dict[str, Any] | None = None
+    _step: "_TrainingStep | None" = None
+    _global_step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Keep the state of a fit that this one continues; the checkpoint is read, and the optimizers made, later."""
         if stage != "fit":
             return
         self._end()
+        take_back(pl_module)  # perhaps with another callback, whose run was interrupted
         # The same Trainer fits on where it stopped, with max_epochs raised.
         goes_on = self.freezer is not None and 0 < trainer.global_step == self._global_step
-        self._saved = self.freezer.state_dict() if goes_on and self.freezer else None
+        self._saved = self._state() if goes_on else None
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Forget the state of an earlier fit, even if the checkpoint has none of this callback."""
@@ -82,7 +81,7 @@ class SmartFRZCallback(FreezingCallback, Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed fit needs to continue as an uninterrupted one."""
         if self.freezer is not None:
-            return self.freezer.state_dict()
+            return self._state()
         return self._saved or {"started": False}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -92,7 +91,7 @@ class SmartFRZCallback(FreezingCallback, Callback):
         self._begin(
             self._step,
             trainer.optimizers,
-            _steps_left(trainer) if self._needs_length else None,
+            *_length_of(trainer, needed=self._needs_length),
             saved,
             trainer.global_step,
             self._step.entry,
@@ -117,7 +116,7 @@ class SmartFRZCallback(FreezingCallback, Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the model as it was found."""
-        self._end()
+        self._finish()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the model as it was found, unless other processes would have to take part."""
@@ -125,10 +124,15 @@ class SmartFRZCallback(FreezingCallback, Callback):
             self._end()
 
 
-def _steps_left(trainer: Trainer) -> int:
-    """Return the number of batches, until the end, after which an optimizer steps."""
+def _length_of(trainer: Trainer, *, needed: bool) -> tuple[int | None, int | None]:
+    """Return the number of batches, until the end and in all, after which an optimizer steps.
+
+    Both are None if Lightning does not know them and they are not needed.
+    """
     total = trainer.estimated_stepping_batches
     if not math.isfinite(total) or total < 1:
+        if not needed:
+            return None, None
         raise UsageError(
             f"Lightning estimates {total} steps for this fit; SmartFRZ needs to know how long the run is. Pass "
             "SmartFRZCallback(total_steps=...) or record_every=..., or give the Trainer max_steps."
@@ -137,7 +141,7 @@ def _steps_left(trainer: Trainer) -> int:
     optimizers = 1 if trainer.lightning_module.automatic_optimization else len(trainer.optimizers)
     if trainer.max_steps > 0:  # of all optimizers together
         total = min(total, math.ceil(trainer.max_steps / optimizers))
-    return max(1, int(total) - done // optimizers)
+    return max(1, int(total) - done // optimizers), int(total)
 
 
 class _TrainingStep(nn.Module):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from smartfrz.adapters.torch.sharding import is_sharded
+from smartfrz.adapters.torch.updates import unwrap
 from smartfrz.errors import UnsupportedModelError, UsageError
 
 _REMEDY = "Or pass a policy that leaves learning rates alone, such as LinearFreezing(anneal=False)."
@@ -43,7 +44,7 @@ class OptimizerSteps:
         self._whole: dict[torch.optim.Optimizer, list[dict[str, Any]]] = {}
         self._seconds = 0.0
         self._handles: list[Any] = []
-        for optimizer in map(_unwrap, optimizers):
+        for optimizer in map(unwrap, optimizers):
             self._handles += [
                 optimizer.register_step_pre_hook(self._enter),
                 optimizer.register_step_post_hook(self._leave),
@@ -161,13 +162,6 @@ class OptimizerSteps:
     def _restore(self, optimizer: torch.optim.Optimizer) -> None:
         if optimizer in self._whole:
             optimizer.param_groups = self._whole.pop(optimizer)
-
-
-def _unwrap(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Return the optimizer that takes the steps. Accelerate wraps it in one that has no hooks."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = inner
-    return optimizer
 
 
 class _Part(dict[str, Any]):

@@ -10,8 +10,13 @@ import torch.distributed as dist
 from smartfrz.errors import UnsupportedModelError
 
 
+def count_values(tensor: torch.Tensor) -> int:
+    """Return the number of real values in a tensor: two for each element of a complex one."""
+    return tensor.numel() * (2 if tensor.is_complex() else 1)
+
+
 class Positions:
-    """Positions in a flattened weight.
+    """Positions in a flattened weight. In a complex one each element's real part is followed by its imaginary part.
 
     Args:
         tensor: The weight.
@@ -21,12 +26,15 @@ class Positions:
     def __init__(self, tensor: torch.Tensor, indices: torch.Tensor):
         self._tensor = tensor
         where = indices.to(tensor.device)
+        shape = (*tensor.shape, 2) if tensor.is_complex() else tensor.shape
         # .view copies nothing, but a channels_last kernel has no flat view.
-        self._where = (where,) if tensor.is_contiguous() else torch.unravel_index(where, tensor.shape)
+        self._where = (where,) if tensor.is_contiguous() else torch.unravel_index(where, shape)
 
     def read(self) -> torch.Tensor:
         """Return a copy of the values at the positions, float32 `[n]` on the weight's device."""
         data = self._tensor.detach()
+        if data.is_complex():
+            data = torch.view_as_real(data.resolve_conj())
         picked = data.view(-1)[self._where[0]] if len(self._where) == 1 else data[self._where]
         return picked.float()
 
@@ -57,6 +65,9 @@ class ShardPositions:
         if self._gathered:
             self._indices = indices
             return
+        self._imaginary = indices % 2 == 1 if tensor.is_complex() else None
+        if tensor.is_complex():
+            indices = indices // 2
         sizes, starts = list(tensor.shape), [0] * tensor.dim()
         for dim, placement in enumerate(tensor.placements):
             if isinstance(placement, Shard):
@@ -79,6 +90,8 @@ class ShardPositions:
             where.append(axis - start)
         self._owned = inside.to(local.device)
         self._where = tuple(axis[inside].to(local.device) for axis in where)
+        if self._imaginary is not None:
+            self._imaginary = self._imaginary[inside].to(local.device)
 
     def read(self) -> torch.Tensor:
         """Return the values at the positions, float32 `[n]`.
@@ -90,7 +103,10 @@ class ShardPositions:
             return Positions(data.full_tensor(), self._indices).read()
         local = data.to_local()
         values = torch.zeros(len(self._owned), device=local.device)
-        values[self._owned] = local[self._where].float()
+        picked = local[self._where]
+        if self._imaginary is not None:
+            picked = torch.where(self._imaginary, picked.imag, picked.real)
+        values[self._owned] = picked.float()
         return values
 
 

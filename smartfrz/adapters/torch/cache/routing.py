@@ -8,23 +8,22 @@ from typing import Any
 from torch import nn
 
 
-class _Slot:
-    """Holds what runs in place of a model's forward pass. In a copy of the model it is empty."""
+class _Routed:
+    """Runs in place of a model's forward pass. In a copy or a pickle of the model there is only that forward pass."""
 
-    def __init__(self, run: Callable[..., Any] | None = None):
-        self.run = run
+    def __init__(self, run: Callable[..., Any], forward: Callable[..., Any]):
+        self.run: Callable[..., Any] | None = run
+        self._forward = forward
+        self.__wrapped__ = forward  # its signature stays the model's
 
-    def __deepcopy__(self, memo: Any) -> "_Slot":
-        return _Slot()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.run is None:
+            return self._forward(*args, **kwargs)
+        return self.run(self._forward, args, kwargs)
 
     def __reduce__(self) -> Any:
-        return _Slot, ()
-
-
-def _run_routed(slot: _Slot, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if slot.run is None:
-        return forward(*args, **kwargs)
-    return slot.run(forward, args, kwargs)
+        # In a file, nothing may name smartfrz.
+        return partial, (self._forward,)
 
 
 @contextmanager
@@ -39,14 +38,12 @@ def route(model: nn.Module, run: Callable[[Callable[..., Any], Any, Any], Any]) 
     """
     own = model.__dict__
     before, forward = own.get("forward"), model.forward
-    slot = _Slot(run)
-    routed = partial(_run_routed, slot, forward)
-    routed.__wrapped__ = forward  # type: ignore[attr-defined]  # its signature stays the model's
+    routed = _Routed(run, forward)
     own["forward"] = routed
     try:
         yield
     finally:
-        slot.run = None
+        routed.run = None
         if own.get("forward") is routed:  # else it was wrapped once more meanwhile
             if before is None:
                 del own["forward"]

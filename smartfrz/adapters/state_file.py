@@ -1,4 +1,4 @@
-"""The file that `SmartFRZ.save` writes: NumPy's `.npz` with arrays and JSON, no pickle."""
+"""Files that hold the state of a run: NumPy's `.npz` with arrays and JSON, no pickle."""
 
 import json
 import os
@@ -32,8 +32,24 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
             state: dict[str, Any] = _unpack(json.loads(str(file["state"])), file)
     except (zipfile.BadZipFile, KeyError, ValueError, EOFError, AttributeError, TypeError) as error:
         raise StateError(
-            f"{os.fspath(path)} holds no state of SmartFRZ ({error}); expected a file that SmartFRZ.save() wrote."
+            f"{os.fspath(path)} holds no state of SmartFRZ ({error}); expected a file that SmartFRZ wrote."
         ) from error
+    return state
+
+
+def to_json(state: dict[str, Any]) -> str:
+    """Return a state of plain data and arrays as text, for places that take nothing else. It is large."""
+    arrays: dict[str, Any] = {}
+    packed = _pack(state, arrays)
+    listed = {name: [array.tolist(), str(array.dtype), list(array.shape)] for name, array in arrays.items()}
+    return json.dumps({"state": packed, "arrays": listed})
+
+
+def from_json(text: str) -> dict[str, Any]:
+    """Return the state that `to_json` made a text of."""
+    content = json.loads(text)
+    arrays = {name: np.array(v, dtype).reshape(shape) for name, (v, dtype, shape) in content["arrays"].items()}
+    state: dict[str, Any] = _unpack(content["state"], arrays)
     return state
 
 

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -70,7 +71,8 @@ def folder(tmp_path, monkeypatch):
     """An empty cache, and no pauses between attempts."""
     monkeypatch.setenv("SMARTFRZ_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("SMARTFRZ_ZOO", raising=False)
-    monkeypatch.delenv("SMARTFRZ_OFFLINE", raising=False)
+    for name in ("SMARTFRZ_OFFLINE", "SMARTFRZ_ALLOW_PRIVATE", "SMARTFRZ_LOCK"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(transport, "PAUSE", 0.01)
     return tmp_path / "cache"
 
@@ -384,6 +386,115 @@ def test_a_killed_download_is_gone_on_with(server, registry_of, folder):
     zoo.load("tiny-zoo", device="cpu", registries=[registry_of("plain")])
     assert server.requests("plain")[-1] == f"bytes={arrived}-"
     assert parts(folder) == [f"{SHA256}.onnx"]
+
+
+def test_a_slow_mirror_does_not_keep_others_from_another_one(server, registry_of, folder):
+    """A process that fetches the file from a server which takes hours must not lock it for everybody."""
+    process = start(registry_of("drip"))
+    go(process)
+    try:
+        part = folder / "predictors" / f"{SHA256}.part"
+        wait_for(lambda: part.exists())
+        before = len(server.requests("plain"))
+        assert zoo.load("tiny-zoo", device="cpu", registries=[registry_of("plain")]).info.name == "smartfrz-base"
+        assert len(server.requests("plain")) == before + 1
+        assert process.poll() is None
+        assert parts(folder) == [f"{SHA256}.onnx", part.name]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_who_waits_for_a_slow_mirror_takes_the_file_that_another_one_brought(registry_of, folder):
+    slow = registry_of("drip")
+    processes = [start(slow), start(slow)]
+    try:
+        go(processes[0])
+        wait_for(lambda: parts(folder))
+        go(processes[1])
+        zoo.load("tiny-zoo", device="cpu", registries=[registry_of("plain")])
+        assert processes[1].communicate(timeout=60)[0].strip() == zoo.load(device="cpu").sha256
+        assert processes[0].poll() is None
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def test_who_waits_for_a_slow_mirror_gives_up_at_the_deadline(registry_of, folder, monkeypatch):
+    slow = registry_of("drip")
+    process = start(slow)
+    try:
+        go(process)
+        wait_for(lambda: parts(folder))
+        monkeypatch.setattr(transport, "DEADLINE", 0.5)
+        with pytest.raises(
+            UnreachableError, match=r"Another process has been fetching http://.*/drip/tiny-zoo-1\.onnx"
+        ):
+            zoo.load("tiny-zoo", device="cpu", registries=[slow])
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_mock_what_fails_in_another_way_is_not_left_behind(registry_of, folder, monkeypatch):
+    """ONNX Runtime has errors of its own, and a check can run out of memory."""
+
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(fetch, "Predictor", fail)
+    with pytest.raises(MemoryError):
+        zoo.load("tiny-zoo", registries=[registry_of("plain")])
+    assert parts(folder) == []
+
+
+def test_facts_are_compared_on_each_load(registry_of):
+    zoo.load("tiny-zoo", device="cpu", registries=[registry_of("plain")])
+    other = registry_of("plain", window=20)
+    with pytest.raises(PredictorFileError, match=r"has window=30; its registry says 20\. It is not used"):
+        zoo.load("tiny-zoo", device="cpu", registries=[other])
+    with pytest.raises(PredictorFileError, match="its registry says 20"), zoo.locate("tiny-zoo", [other]):
+        pass
+
+
+@pytest.mark.parametrize("name", [f"{SHA256}.part", f"{SHA256}.onnx", f"{SHA256}.lock"])
+def test_a_link_in_the_cache_is_not_followed(name, registry_of, folder, tmp_path):
+    """In a shared cache, another user could have us overwrite a file of ours."""
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"years of work" * 100)
+    (folder / "predictors").mkdir(parents=True)
+    (folder / "predictors" / name).symlink_to(precious)
+    assert zoo.load("tiny-zoo", device="cpu", registries=[registry_of("plain")]).info.name == "smartfrz-base"
+    assert precious.read_bytes() == b"years of work" * 100
+    kept = folder / "predictors" / f"{SHA256}.onnx"
+    assert not kept.is_symlink()
+    assert kept.exists() == (not name.endswith(".lock"))  # without a lock, it is fetched for this time only
+
+
+def test_links_to_the_right_file_and_folder_are_not_followed_either(registry_of, folder, tmp_path, caplog):
+    (folder / "predictors").mkdir(parents=True)
+    kept = folder / "predictors" / f"{SHA256}.onnx"
+    kept.symlink_to(BASE)
+    zoo.load("tiny-zoo", device="cpu", registries=[registry_of("plain")])
+    assert not kept.is_symlink()
+    assert "is damaged" in caplog.messages[0]
+    shutil.rmtree(folder / "predictors")
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "predictors").symlink_to(tmp_path / "elsewhere")
+    zoo.load("tiny-zoo", device="cpu", registries=[registry_of("plain")])
+    assert "is a symbolic link, which is not followed inside of the cache" in caplog.messages[1]
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_hard_links_and_pipes_in_the_cache_are_not_used(registry_of, folder, tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"years of work")
+    (folder / "predictors").mkdir(parents=True)
+    (folder / "predictors" / f"{SHA256}.part").hardlink_to(precious)
+    os.mkfifo(folder / "predictors" / f"{SHA256}.onnx")
+    assert zoo.load("tiny-zoo", device="cpu", registries=[registry_of("plain")]).info.name == "smartfrz-base"
+    assert precious.read_bytes() == b"years of work"
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(registry_of, tmp_path, monkeypatch, caplog):

@@ -1,0 +1,209 @@
+"""What a controller's saved state must look like, and a digest that notices changes."""
+
+import hashlib
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, get_args
+
+import numpy as np
+
+from smartfrz.control.decision import Action, Reason
+from smartfrz.control.ordering import FreezeOrder
+from smartfrz.errors import StateError
+
+_DIGEST = "sha256"
+Check = Callable[[Any, str], None]  # raises StateError for a value that is wrong; the text says where it is
+
+
+def _a(what: str, fine: Callable[[Any], bool]) -> Check:
+    def check(value: Any, where: str) -> None:
+        if not fine(value):
+            raise _wrong(where, value, what)
+
+    return check
+
+
+def _wrong(where: str, value: Any, expected: str) -> StateError:
+    return StateError(
+        f"The saved state is damaged: {where} is {value!r:.100}; expected {expected}. Resume from another checkpoint, or "
+        "start without a state."
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+def _integer(least: int) -> Check:
+    return _a(
+        f"an integer from {least}",
+        lambda v: isinstance(v, int | np.integer) and not isinstance(v, bool) and bool(least <= v < 2**63),
+    )
+
+
+def _number(low: float, high: float = math.inf) -> Check:
+    return _a(f"a number from {low} to {high}", lambda v: _is_number(v) and bool(low <= v <= high) and v != math.inf)
+
+
+def _or(other: Check, what: str, fine: Callable[[Any], bool]) -> Check:
+    def check(value: Any, where: str) -> None:
+        if not fine(value):
+            try:
+                other(value, where)
+            except StateError as error:
+                raise StateError(str(error).replace("; expected ", f"; expected {what}, or ")) from None
+
+    return check
+
+
+def _one_of(values: Collection[str]) -> Check:
+    return _a(f"one of {', '.join(values)}", lambda v: isinstance(v, str) and v in values)
+
+
+def _list(item: Check, length: int | None = None) -> Check:
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, list | tuple) or length not in (None, len(value)):
+            raise _wrong(where, value, "a list" if length is None else f"a list of {length}")
+        for index, entry in enumerate(value):
+            item(entry, f"{where}[{index}]")
+
+    return check
+
+
+def _by_layer(item: Check) -> Check:
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, Mapping):
+            raise _wrong(where, value, "a dict")
+        for layer, entry in value.items():
+            _TEXT(layer, f"a key of {where}")
+            item(entry, f"{where}[{layer!r}]")
+
+    return check
+
+
+def _record(**fields: Check) -> Check:
+    """Check a dict by the fields named here; what a later version adds is left alone."""
+
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, Mapping):
+            raise _wrong(where, value, "a dict")
+        for name, field in fields.items():
+            if name not in value:
+                raise _wrong(where, sorted(map(str, value)), f"the key {name!r} among these")
+            field(value[name], f"{where}[{name!r}]")
+
+    return check
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float | np.floating) and math.isnan(value)
+
+
+_TEXT = _a("text", lambda v: isinstance(v, str))
+_BOOL = _a("True or False", lambda v: isinstance(v, bool | np.bool_))
+_NUMBERS = _a("an array of numbers", lambda v: isinstance(v, np.ndarray) and v.dtype.kind in "biuf")
+_CONFIDENCE = _or(_number(0, 1), "NaN", _is_nan)
+_RATES = _list(_a("a number", lambda v: _is_number(v) and not _is_nan(v)))
+
+
+def _change(value: Any, where: str) -> None:
+    _list(_a("a step and two texts", lambda v: isinstance(v, int | str)), 3)(value, where)
+    for check, entry in zip((_integer(0), _one_of(("joined", "appeared", "left")), _TEXT), value, strict=True):
+        check(entry, where)
+
+
+_STATE = _record(
+    predictor=_TEXT,
+    layers=_list(_TEXT),
+    schedule=_record(
+        record_every=_integer(1),
+        decide_every=_integer(1),
+        threshold=_a("a confidence in (0, 1]", lambda v: _is_number(v) and bool(0 < v <= 1)),
+        patience=_integer(1),
+        dry_run=_BOOL,
+        seed=_integer(0),
+        freeze_order=_one_of(get_args(FreezeOrder)),
+        freeze_every=_integer(1),
+        steps_per_change=_number(0),
+        thaw_on_restart=_BOOL,
+    ),
+    total_steps=_or(_integer(1), "None", lambda v: v is None),
+    num_steps=_integer(0),
+    num_records=_integer(0),
+    frozen=_by_layer(_integer(0)),
+    streaks=_by_layer(_integer(0)),
+    warned=_list(_TEXT),
+    learning_rates=_list(_RATES, 2),
+    costs=_by_layer(_list(_number(0), 3)),
+    decision_seconds=_number(0),
+    events=_list(
+        _record(
+            step=_integer(0),
+            timestamp=_integer(-1),
+            layer=_TEXT,
+            confidence=_CONFIDENCE,
+            action=_one_of(get_args(Action)),
+            reason=_one_of(get_args(Reason)),
+            threshold=_CONFIDENCE,
+            since=_or(_integer(0), "None", lambda v: v is None),
+        )
+    ),
+    unpaid_steps=_list(_integer(0)),
+    watch=_record(barred=_list(_TEXT), pending=_list(_TEXT), believed=_list(_TEXT), held=_list(_TEXT)),
+    looked_at=_integer(0),
+    layer_changes=_list(_change),
+    history=_by_layer(_NUMBERS),
+)
+
+
+def sealed(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state with its digest."""
+    return {**state, _DIGEST: _digest(state)}
+
+
+def check_fields(state: Any) -> None:
+    """Check that each value of a state is there, and of a kind and in a range that a run can have.
+
+    Raises:
+        StateError: If one is not; the message names it.
+    """
+    _STATE(state, "controller")
+
+
+def check_contents(state: Mapping[str, Any]) -> None:
+    """Check that the values of a state go together, and that none was changed since it was saved.
+
+    Raises:
+        StateError: If they do not, or one was.
+    """
+    for name in ("frozen", "streaks"):
+        unknown = [layer for layer in state[name] if layer not in state["layers"]]
+        if unknown:
+            raise _wrong(f"controller[{name!r}]", unknown, "names of its layers")
+    if state.get(_DIGEST) != _digest(state):
+        raise _wrong(f"controller[{_DIGEST!r}]", state.get(_DIGEST), "the SHA-256 of the values that were saved")
+
+
+def _digest(state: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256()
+    _add(digest.update, {key: value for key, value in state.items() if key != _DIGEST})
+    return digest.hexdigest()
+
+
+def _add(update: Callable[[bytes], None], value: Any) -> None:
+    """Hash a value so that it counts neither what kind of list it is in nor in which order a dict is."""
+    if isinstance(value, np.ndarray):
+        update(f"array {value.dtype.str} {value.shape} ".encode())
+        update(np.ascontiguousarray(value).tobytes())
+    elif isinstance(value, Mapping):
+        update(f"dict {len(value)} ".encode())
+        for key in sorted(value, key=str):
+            _add(update, str(key))
+            _add(update, value[key])
+    elif isinstance(value, list | tuple):
+        update(f"list {len(value)} ".encode())
+        for entry in value:
+            _add(update, entry)
+    else:
+        plain = value.item() if isinstance(value, np.generic) else value
+        update(f"{type(plain).__name__} {plain!r} ".encode("utf-8", "surrogatepass"))
