@@ -229,7 +229,8 @@ def test_a_package_that_the_tasks_lack_is_named(tmp_path):
     command = [*COMMAND, "record", str(write_recipe(tmp_path)), "-o", str(tmp_path / "runs"), "--engine", "ray"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE)
     assert result.returncode == 1
-    assert 'needs torch, which is not installed. Type: pip install "smartfrz[build,cpu]"' in result.stderr
+    assert "Not recorded:\ntiny: No module named 'torch'\n" in result.stderr
+    assert 'Type on each machine of the cluster: pip install "smartfrz[build,ray,cpu]"' in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -200,17 +200,23 @@ def _record_all(recipes: Sequence[Any], output: str, options: RecordingOptions) 
             elif news.error:
                 bars.update(tasks[news.name], completed=0, what="failed")
                 failures.append(f"{news.name}: {news.error}")
-                if isinstance(news.error, ModuleNotFoundError):
+                if isinstance(news.error, ModuleNotFoundError) and _is_of_the_extra(news.error):
                     missing = news.error
             else:
                 bars.update(tasks[news.name], completed=1.0, what="done")
                 places[news.name] = news.place
                 click.echo(news.place)
-    if missing and not places and str(missing.name).partition(".")[0] in _PACKAGES:
+    if missing and options.engine == "ray":
+        failures.append('Type on each machine of the cluster: pip install "smartfrz[build,ray,cpu]"')
+    elif missing and not places:
         raise missing  # the group says what to install
     if failures:
         raise click.ClickException("Not recorded:\n" + "\n".join(failures))
     return [places[recipe.name] for recipe in recipes]
+
+
+def _is_of_the_extra(error: ModuleNotFoundError) -> bool:
+    return str(error.name).partition(".")[0] in _PACKAGES
 
 
 @contextlib.contextmanager
