@@ -17,7 +17,7 @@ import time
 
 import torch
 
-from benchmarks.options import positive
+from benchmarks.arguments import positive
 from benchmarks.overhead import networks
 from smartfrz.adapters.torch import SmartFRZ
 from smartfrz.baselines import AutoFreeze, FullTraining, LinearFreezing, WeightChange

@@ -49,8 +49,9 @@ from safetensors.torch import load_file, save_model
 from torch.utils.data import DataLoader
 
 from benchmarks import costs
+from benchmarks.arguments import errors_as_messages, lines_of, list_of, seeds
 from benchmarks.methods import EARLY, METHODS, SWEPT, TRADEOFF, methods_of
-from benchmarks.options import add_job_options, lines_of, list_of, parse_job, seeds
+from benchmarks.options import add_job_options, parse_job
 from benchmarks.pictures import plots
 from benchmarks.tables import tables
 from benchmarks.tasks import PRETRAINING, TIERS, data_of, load_except_head
@@ -405,6 +406,7 @@ def methods(text):
     return SETS.get(text) or list_of([*METHODS, *TRADEOFF, *SWEPT])(text)
 
 
+@errors_as_messages()
 def main(given=None):
     """Measure, or show what was measured."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])

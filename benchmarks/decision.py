@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.options import positive
+from benchmarks.arguments import positive
 from smartfrz import zoo
 from smartfrz.control.history import WeightHistory
 from smartfrz.errors import SmartFRZError

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
+from benchmarks.arguments import errors_as_messages
 from smartfrz import zoo
 from smartfrz.control.learned import PATIENCE, RECORDS_PER_STAGE
 from smartfrz.dataset_builder.building import labelled_runs
 from smartfrz.dataset_builder.labels import LabelRule
-from smartfrz.dataset_builder.storage import read_run
+from smartfrz.dataset_builder.storage import read_run, run_file, run_files
+from smartfrz.errors import DatasetFormatError
 from smartfrz.files import replacing
 from smartfrz.predictor.training.judging import first_freezes, score
 from smartfrz.predictor.training.runs import TrainingOptions
@@ -153,17 +155,41 @@ def facts(decision):
     }
 
 
+def find_run(folder, name=None):
+    """The file of a recorded run: of that name, or the first one.
+
+    Args:
+        folder: Folder of recordings.
+        name: The run's name.
+
+    Raises:
+        DatasetFormatError: If there is no such run.
+    """
+    files = run_files(folder)
+    if name is None:
+        return files[0]
+    path = run_file(folder, name)
+    if path not in files:
+        raise DatasetFormatError(
+            f"No recorded run {name!r} in {str(folder)!r}; expected one of {', '.join(file.stem for file in files)}."
+        )
+    return path
+
+
+@errors_as_messages()
 def main(given=None):
     """Explain, draw, and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="Folder of recordings.")
-    parser.add_argument("--run", default="efficientnet-imagenet-to-cifar10", help="One of them.")
+    parser.add_argument("--run", help="One of them. Default: the first by name.")
     parser.add_argument("--layer", help="By default the one that freezes in the middle of all.")
     parser.add_argument("--predictor", default=zoo.DEFAULT, help="A name, or a file.")
     parser.add_argument("--output", type=Path, default=PICTURE)
     options = parser.parse_args(given)
     predictor = zoo.load(options.predictor, device="cpu")
-    decision = decide(predictor, read_run(options.runs / f"{options.run}.parquet"), options.layer)
+    recorded = read_run(find_run(options.runs, options.run))
+    with errors_as_messages(ValueError):
+        decision = decide(predictor, recorded, options.layer)
     with replacing(options.output) as temporary:
         draw(decision).savefig(temporary, dpi=100, format="png")
     print(json.dumps({"predictor": predictor.info.name} | facts(decision)))

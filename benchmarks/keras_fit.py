@@ -24,7 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.options import lines_of, list_of, run_alone, seeds
+from benchmarks.arguments import errors_as_messages, lines_of, list_of, seeds
+from benchmarks.options import run_alone
 from smartfrz.comparing.engine import FULL, Method, compare
 from smartfrz.comparing.lines import add_line
 
@@ -156,6 +157,7 @@ def table(lines):
     print("The standard error of one accuracy is about 1.5 points (713 test photos).")
 
 
+@errors_as_messages()
 def main():
     """Measure, and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -184,6 +186,8 @@ def main():
             lines += made
             for line in made:
                 add_line(options.output, line)
+    if not lines:
+        sys.exit("Nothing was measured. Install a backend of Keras, or see above what failed.")
     table(lines)
 
 

@@ -21,10 +21,12 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks.options import lines_of, positive, run_alone
+from benchmarks.arguments import at_least, lines_of, list_of
+from benchmarks.options import run_alone
 from smartfrz.comparing.lines import add_line
 
 NETWORKS = ("mobilenetv2", "resnet14")
+KNOWN = tuple(f"{backend}/{mode}" for backend in ("tensorflow", "jax", "torch") for mode in ("plain", "jit"))
 CASES = ("tensorflow/plain", "tensorflow/jit", "jax/jit", "torch/plain")
 KEYS = ("backend", "jit", "network")
 
@@ -46,28 +48,28 @@ def table(rows):
         print(f"| {' | '.join(cells)} |")
 
 
-def main():
+def main(given=None):
     """Measure every case in a process of its own, and print."""
     parser = argparse.ArgumentParser()
     parser.add_argument(
         "--output", type=Path, help="Append one JSON line a row; cases that are there are not repeated."
     )
-    parser.add_argument("--cases", default=",".join(CASES), help="Backend, a slash, `jit` or `plain`.")
-    parser.add_argument("--networks", default=",".join(NETWORKS))
+    parser.add_argument("--cases", type=list_of(KNOWN), default=CASES, help="Backend, a slash, `jit` or `plain`.")
+    parser.add_argument("--networks", type=list_of(NETWORKS), default=NETWORKS)
     parser.add_argument(
-        "--steps", type=positive, default=10, help="In each of the seven blocks, the first not counted."
+        "--steps", type=at_least(3), default=10, help="In each of the seven blocks, the first not counted."
     )
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # in the process of a case
-    options = parser.parse_args()
+    options = parser.parse_args(given)
     if options.here:
         from benchmarks.keras_blocks import measure  # loads Keras, on the backend of this process
 
-        for row in measure(options.networks, options.cases.endswith("/jit"), options.steps):
+        for row in measure(options.networks[0], options.cases[0].endswith("/jit"), options.steps):
             print(json.dumps(row))
         return
     rows = lines_of(options.output)
-    for network in options.networks.split(","):
-        for case in options.cases.split(","):
+    for network in options.networks:
+        for case in options.cases:
             backend, _, mode = case.partition("/")
             labels = {"backend": backend, "jit": mode == "jit"}
             if importlib.util.find_spec(backend) is None:
@@ -80,6 +82,8 @@ def main():
                 row = labels | made
                 rows.append(row)
                 add_line(options.output, row)
+    if not rows:
+        sys.exit("Nothing was measured: no backend of these cases is installed.")
     table(rows)
 
 

@@ -1,4 +1,4 @@
-"""Options that several benchmarks have."""
+"""Options that several benchmarks have, and processes of their own."""
 
 import argparse
 import json
@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.arguments import list_of, positive
 from benchmarks.tasks import TIERS
-from smartfrz.comparing.lines import read_lines
-from smartfrz.errors import ResultsError
 
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
@@ -21,30 +20,6 @@ ONE_THREAD = {
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
-
-
-def list_of(known):
-    """Make argparse's reader of a comma-separated list of known names."""
-
-    def read(text):
-        unknown = set(text.split(",")) - set(known)
-        if unknown:
-            raise argparse.ArgumentTypeError(f"unknown: {', '.join(sorted(unknown))}. Known: {', '.join(known)}.")
-        return text.split(",")
-
-    return read
-
-
-def positive(text):
-    """Read a positive number, for argparse."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}; expected 1 or more")
-    return int(text)
-
-
-def seeds(text):
-    """Read a comma-separated list of seeds, for argparse."""
-    return [int(seed) for seed in text.split(",")]
 
 
 def add_job_options(parser):
@@ -76,14 +51,6 @@ def parse_job(parser, given):
     options.settings = {key: value for key, value in chosen.items() if value is not None}
     torch.set_num_threads(1)
     return options
-
-
-def lines_of(path):
-    """The lines of a file of results; exits with a message if one is damaged."""
-    try:
-        return read_lines(path)
-    except ResultsError as error:
-        sys.exit(str(error))
 
 
 def run_alone(module, arguments, backend):

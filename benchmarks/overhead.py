@@ -16,7 +16,7 @@ import time
 
 import torch
 
-from benchmarks.options import positive
+from benchmarks.arguments import positive
 from smartfrz.adapters.torch import SmartFRZ
 from smartfrz.control.learned import RECORDS_PER_STAGE
 

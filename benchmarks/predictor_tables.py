@@ -35,9 +35,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import paper
+from benchmarks.arguments import errors_as_messages, lines_of, list_of, positive, seeds
 from benchmarks.compare import Job
 from benchmarks.decision import kept_bytes, untrained
-from benchmarks.options import lines_of, list_of, positive, seeds
 from benchmarks.pictures import save
 from benchmarks.tables import predictor_tables
 from benchmarks.tasks import TIERS
@@ -247,6 +247,7 @@ def costs_of(predictor, file, num_layers=NUM_LAYERS):
     }
 
 
+@errors_as_messages()
 def main(given=None):
     """Measure, or show what was measured."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])

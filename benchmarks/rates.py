@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 
 from benchmarks import tables
+from benchmarks.arguments import errors_as_messages, lines_of
 from benchmarks.compare import job_of
-from benchmarks.options import add_job_options, lines_of, parse_job
+from benchmarks.options import add_job_options, parse_job
 from benchmarks.tasks import TIERS
 from smartfrz.comparing.engine import FULL, take_turns
 from smartfrz.comparing.lines import add_line
@@ -78,6 +79,7 @@ def facts_of(tier, name, settings):
     return {"tier": tier, "task": name, "settings": settings, "seed": SEED, "training": training}
 
 
+@errors_as_messages()
 def main(given=None):
     """Measure, or show what was measured."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -93,7 +95,13 @@ def main(given=None):
                 print(f"{name}, rate {line['rate']:g}: {line['validation']:.3f}", file=sys.stderr)
         except (OSError, SmartFRZError) as error:
             print(f"{name} is left out: {error}", file=sys.stderr)
-    print(tables.rates(lines_of(options.results), options.tier, options.settings))
+    table = tables.rates(lines_of(options.results), options.tier, options.settings)
+    if not table:
+        sys.exit(
+            f"{options.results} has no results of the tier {options.tier!r} with these settings. Measure them with: "
+            f"python -m benchmarks.rates run --tier {options.tier}"
+        )
+    print(table)
 
 
 if __name__ == "__main__":

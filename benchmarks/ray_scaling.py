@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from benchmarks.arguments import positive
+
 MODULE = """
 import torch
 from sklearn.datasets import load_digits
@@ -81,9 +83,9 @@ def seconds(paths: list[Path], output: Path, workers: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipes", type=int, default=4)
+    parser.add_argument("--recipes", type=positive, default=4)
     parser.add_argument("--epochs", type=float, default=20)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--workers", type=positive, nargs="+", default=[1, 2])
     options = parser.parse_args()
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     with TemporaryDirectory() as name:

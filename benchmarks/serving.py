@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.arguments import errors_as_messages, positive
 from smartfrz import zoo
 from smartfrz.comparing.lines import add_line
 
@@ -156,18 +157,19 @@ def without_server(predictor, asked, rounds):
     return times
 
 
-def main():
+@errors_as_messages()
+def main(given=None):
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--predictor", default=zoo.DEFAULT)
-    parser.add_argument("--jobs", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=54)
+    parser.add_argument("--jobs", type=positive, default=200)
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--layers", type=positive, default=54)
     parser.add_argument("--seconds", type=float, default=120, help="after which no job asks again")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=positive, default=os.cpu_count())
     parser.add_argument("--output", type=Path)
     parser.add_argument("--without-server", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     predictor = zoo.load(arguments.predictor, device="cpu")
     asked = list(questions(predictor.info, arguments.layers, 8))
     line = {"layers": arguments.layers, "window": predictor.info.window, "tailored_size": predictor.info.tailored_size}
@@ -190,7 +192,9 @@ def main():
         process.wait()
     times = [1e3 * taken for taken, _, right in results if right]
     lost = [status for _, status, right in results if not right]
-    p50, p99 = np.percentile(times, [50, 99]) if times else (float("nan"),) * 2
+    if not times:
+        sys.exit(f"No job had a right answer within {arguments.seconds:g} seconds; lost: {lost[:5]}")
+    p50, p99 = np.percentile(times, [50, 99])
     third = len(memory) // 3
     line |= {
         "what": "load",

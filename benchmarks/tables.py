@@ -17,9 +17,9 @@ import numpy as np
 import pandas as pd
 
 from benchmarks import paper
+from benchmarks.arguments import lines_of
 from benchmarks.frames import ORDERED, by_task, clock_of, frame, frozen_at, mean_of_tasks, tasks_of
 from benchmarks.methods import METHODS, SWEEPS, SWEPT, TRADEOFF, stops_early
-from benchmarks.options import lines_of
 from benchmarks.tasks import TIERS
 from smartfrz.comparing.lines import matching
 from smartfrz.files import replacing

@@ -1,5 +1,7 @@
 """Small runs and recipes for the tests of the dataset builder and of the training."""
 
+import os
+
 import numpy as np
 from click.testing import CliRunner
 
@@ -212,3 +214,22 @@ def write_digit_recipes(folder, runs=DIGIT_RUNS, epochs=4, records=16, pool_size
 
 def invoke(command, *arguments):
     return CliRunner().invoke(command, [str(argument) for argument in arguments])
+
+
+def environment_without(package, folder):
+    """Environment variables with which neither a Python process nor those that it starts can import a package."""
+    folder.mkdir(parents=True)
+    # None in sys.modules would not do: SciPy takes any entry for a module.
+    (folder / "sitecustomize.py").write_text(f"""
+import sys
+
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == {package!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+
+sys.meta_path.insert(0, Missing())
+""")
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))}

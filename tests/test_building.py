@@ -156,6 +156,24 @@ def test_runs_of_one_architecture_cannot_be_cross_validated(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_labels_of_one_kind_are_refused_before_anything_is_trained(tmp_path, recorded):
+    seen = []
+    material = Material(recorded, labelled(recorded), DIGEST)
+    same = [dataclasses.replace(run, labels=np.zeros_like(run.labels)) for run in material.runs]
+    # The data set b cannot be held out: without it the runs of one label remain.
+    some = [run if run.dataset == "data_b" else other for run, other in zip(material.runs, same, strict=True)]
+    for runs, message in ((same, "No validation run has both labels"), (some, "Nothing can be trained without the ")):
+        with pytest.raises(ValueError, match=message):
+            build_predictor(
+                dataclasses.replace(material, runs=runs),
+                Plan("mine", RULE, QUICK),
+                tmp_path / "mine.onnx",
+                lambda done, text: seen.append(text),
+            )
+    assert seen == []
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failed_export_keeps_the_file_that_was_there(tmp_path, recorded, monkeypatch):
     from smartfrz.predictor.training import export
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from builder_fixtures import TINY_PARTS, invoke, labelled_runs, write_recipe, write_runs
+from builder_fixtures import TINY_PARTS, environment_without, invoke, labelled_runs, write_recipe, write_runs
 
 from smartfrz.cli import main as smartfrz
 from smartfrz.dataset_builder import building
@@ -40,6 +40,13 @@ WRONG_USAGE = {
     "no recipe": (build, ["record"], "Missing argument 'RECIPES...'"),
     "no worker": (build, ["record", "{text}", "--workers", "0"], "'--workers': 0 is not in the range x>=1"),
     "no thread": (build, ["record", "{text}", "--threads", "0"], "'--threads': 0 is not in the range x>=1"),
+    "record to a file": (build, ["record", "{recipe}", "-o", "{text}"], "'{text}' is a file. Pass a folder."),
+    "record below a file": (build, ["record", "{recipe}", "-o", "{text}/runs"], "'{text}' is a file. Pass a folder."),
+    "record to a file on Ray": (
+        build,
+        ["record", "{recipe}", "-o", "{text}", "--engine", "ray"],
+        "'{text}' is a file.",
+    ),
     "no runs to label": (build, ["label"], "Missing argument 'RUNS'"),
     "a file for a folder": (build, ["label", "{text}"], "is a file"),
     "unknown rule": (build, ["label", "{runs}", "--rule", "up"], "'up' is not one of 'forward', 'backward'"),
@@ -77,6 +84,11 @@ FAILURES = {
     "train on an empty folder": (build, ["train", "{empty}", "-o", "{empty}/x.onnx"], "Found no recorded run"),
     "train on a damaged run": (build, ["train", "{cut}", "-o", "{empty}/x.onnx"], "is not a complete Parquet file"),
     "train on too small a pool": (build, ["train", "{runs}", "-o", "{empty}/x.onnx"], "recorded with pool_size=48"),
+    "train where all labels are the same": (
+        build,
+        ["train", "{runs}", "-o", "{empty}/x.onnx", "--tailored-size", "16", "--tolerance", "0.95"],
+        "No validation run has both labels: received ['cnn-b', 'vit-b']",
+    ),
     "unknown base": (
         build,
         ["train", "{runs}", "-o", "{empty}/x.onnx", "--base", "smartfrz-bse"],
@@ -138,7 +150,7 @@ def test_version(command):
 def test_wrong_usage(case, places):
     command, arguments, message = WRONG_USAGE[case]
     result = invoke(command, *(argument.format(**places) for argument in arguments))
-    assert message in result.stderr
+    assert message.format(**places) in result.stderr
     assert "Usage: " in result.stderr
     assert result.exit_code == 2
 
@@ -150,6 +162,7 @@ def test_failures(case, places, tmp_path_factory):
     result = invoke(command, *(argument.format(**places) for argument in arguments))
     assert message in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr
+    assert "-:--:--" not in result.stderr  # no progress bar of what has not begun
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit)
     assert tree(tmp_path_factory.getbasetemp()) == before
@@ -216,26 +229,21 @@ def test_train_passes_its_options_on(places, tmp_path, monkeypatch):
 @pytest.mark.parametrize("package", ["torch", "pyarrow", "rich"])
 def test_missing_packages_are_named(places, tmp_path, package):
     # In a process of its own, in which nothing is imported yet.
-    code = f"""
-import sys
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == {package!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Missing())  # None in sys.modules would not do: SciPy takes any entry for a module
-from smartfrz.dataset_builder.cli import main
-main(sys.argv[1:])
-"""
+    environment = environment_without(package, tmp_path / "without")
 
     def call(*arguments):
-        command = [sys.executable, "-c", code, *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True)
+        command = [sys.executable, "-c", "from smartfrz.dataset_builder.cli import main; main()", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
 
     assert call("--help").returncode == call("record", "--help").returncode == 0
-    result = call("train", places["runs"], "-o", tmp_path / "x.onnx", "--tailored-size", 16)
-    assert result.returncode == 1
-    assert f'needs {package}, which is not installed. Type: pip install "smartfrz[build,cpu]"' in result.stderr
-    assert "Traceback" not in result.stderr
+    for arguments in (
+        ("train", places["runs"], "-o", tmp_path / "x.onnx", "--tailored-size", 16),
+        ("record", places["recipe"], "-o", tmp_path / "new", "--threads", 1),  # its workers import
+    ):
+        result = call(*arguments)
+        assert result.returncode == 1
+        assert f'needs {package}, which is not installed. Type: pip install "smartfrz[build,cpu]"' in result.stderr
+        assert "Traceback" not in result.stderr
 
 
 def test_a_package_that_the_users_own_code_lacks_is_not_taken_for_one_of_ours(tmp_path):

@@ -1,3 +1,6 @@
+import dataclasses
+
+import numpy as np
 import pytest
 from builder_fixtures import SMALL, labelled_runs
 
@@ -61,3 +64,20 @@ def test_data_sets_are_held_out_together(monkeypatch):
 def test_the_only_data_set_cannot_be_held_out():
     with pytest.raises(ValueError, match=r"Holding out a data set needs at least two: received runs of \['data_a'\]"):
         leave_one_out(labelled_runs({"x-a": "cnn", "y-a": "vit"}), SMALL, "dataset")
+
+
+def test_a_round_that_cannot_be_trained_is_refused_before_the_first():
+    seen = []
+    runs = [
+        dataclasses.replace(r, labels=np.ones_like(r.labels)) if r.name[:3] == "cnn" else r for r in labelled_runs()
+    ]
+    expected = r"without the architecture 'transformer', which is to be held out: No validation run has both labels"
+    with pytest.raises(
+        ValueError, match=expected
+    ):  # without the networks of the other one, which come first, all is well
+        leave_one_out(runs, SMALL, progress=lambda done, text: seen.append(text))
+    with pytest.raises(ValueError, match=r"without the architecture 'vit'.*received 0 and 1\. Record more runs"):
+        leave_one_out(
+            labelled_runs({"a": "cnn", "b": "vit", "c": "vit"}), SMALL, progress=lambda done, text: seen.append(text)
+        )
+    assert seen == []

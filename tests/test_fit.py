@@ -91,3 +91,35 @@ def test_runs_are_needed_on_both_sides(train, validation):
     run = labelled_run("one", "cnn")
     with pytest.raises(ValueError, match=rf"received {train} and {validation}\. Record more runs"):
         fit([run] * train, [run] * validation, SMALL)
+
+
+def one_label(run):
+    return dataclasses.replace(run, labels=np.ones_like(run.labels))
+
+
+def test_validation_runs_of_one_label_are_refused_before_training():
+    seen, runs = [], labelled_runs()
+    with pytest.raises(
+        ValueError, match=r"No validation run has both labels: received \['cnn-a'\].*Change the tolerance"
+    ):
+        fit(runs[1:], [one_label(runs[0])], SMALL, lambda done, text: seen.append(done))
+    assert seen == []
+
+
+def test_only_labels_at_freezing_stages_count_for_validation():
+    run = labelled_run("unseen", "cnn", seed=50)
+    labels = np.ones_like(run.labels)
+    labels[:, RECORDS_PER_STAGE::RECORDS_PER_STAGE] = 0  # one record after each stage
+    with pytest.raises(ValueError, match="No validation run has both labels"):
+        fit(labelled_runs(), [dataclasses.replace(run, labels=labels)], SMALL)
+
+
+def test_one_validation_run_with_both_labels_is_enough():
+    runs = labelled_runs()
+    fit(runs[2:], [one_label(runs[0]), runs[1]], options(epochs=1, steps_per_epoch=2))
+
+
+def test_training_that_diverges_is_named():
+    runs = labelled_runs()
+    with pytest.raises(ValueError, match=r"answers with NaN after training at a learning rate of 1e\+30.*Lower"):
+        fit(runs[1:], runs[:1], options(optimizer="sgd", learning_rate=1e30))

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from builder_fixtures import invoke, write_digit_recipes, write_recipe
+from builder_fixtures import environment_without, invoke, write_digit_recipes, write_recipe
 from safetensors import safe_open
 
 from smartfrz.dataset_builder.cli import main as build
@@ -221,6 +221,17 @@ def test_mock_ray_is_not_installed(tmp_path, monkeypatch):
     result = invoke(build, "record", write_recipe(tmp_path), "-o", tmp_path / "runs", "--engine", "ray")
     assert result.exit_code == 1
     assert 'Type: pip install "smartfrz[build,ray,cpu]"' in " ".join(result.stderr.split())
+
+
+def test_a_package_that_the_tasks_lack_is_named(tmp_path):
+    pytest.importorskip("ray")
+    environment = environment_without("torch", tmp_path / "without") | {"RAY_USAGE_STATS_ENABLED": "0"}
+    command = [*COMMAND, "record", str(write_recipe(tmp_path)), "-o", str(tmp_path / "runs"), "--engine", "ray"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE)
+    assert result.returncode == 1
+    assert "Not recorded:\ntiny: No module named 'torch'\n" in result.stderr
+    assert 'Type on each machine of the cluster: pip install "smartfrz[build,ray,cpu]"' in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 PLACES = {

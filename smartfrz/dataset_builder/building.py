@@ -20,9 +20,9 @@ from smartfrz.predictor.training.baselines import (
     score_weight_change,
     weight_change_confidence,
 )
-from smartfrz.predictor.training.cross_validation import Group, can_hold_out, leave_one_out
+from smartfrz.predictor.training.cross_validation import Group, can_hold_out, check_rounds, leave_one_out
 from smartfrz.predictor.training.export import export
-from smartfrz.predictor.training.fit import fit
+from smartfrz.predictor.training.fit import check_runs, fit
 from smartfrz.predictor.training.judging import (
     Quality,
     Reliability,
@@ -173,9 +173,11 @@ def build_predictor(
         The card, Markdown.
 
     Raises:
-        ValueError: If the runs are too few or too small, or do not fit the base.
+        ValueError: If the runs are too few or too small, lack one of the labels, or do not fit the base. What can be
+            known of that before training is.
         PredictorFileError: If the exported file answers differently from the trained network.
     """
+    check_runs(*plan.split(material.runs), plan.options)
     share = 0.8 if plan.cross_validate else 0.0
     held_out = _hold_out(material.runs, plan.options, _part(progress, 0.0, share)) if plan.cross_validate else {}
     fitted = _fit(material.runs, plan, _part(progress, share, 1 - share, "final: "))
@@ -208,6 +210,8 @@ def _hold_out(runs: Sequence[LabelledRun], options: TrainingOptions, progress: P
     kinds: list[Group] = ["architecture"]
     if can_hold_out([run.dataset for run in runs]):
         kinds.append("dataset")
+    for kind in kinds:
+        check_rounds(runs, options, kind)
     part = 1 / len(kinds)
     return {
         kind: leave_one_out(runs, options, kind, _part(progress, index * part, part))

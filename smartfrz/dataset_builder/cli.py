@@ -200,17 +200,23 @@ def _record_all(recipes: Sequence[Any], output: str, options: RecordingOptions) 
             elif news.error:
                 bars.update(tasks[news.name], completed=0, what="failed")
                 failures.append(f"{news.name}: {news.error}")
-                if isinstance(news.error, ModuleNotFoundError):
+                if isinstance(news.error, ModuleNotFoundError) and _is_of_the_extra(news.error):
                     missing = news.error
             else:
                 bars.update(tasks[news.name], completed=1.0, what="done")
                 places[news.name] = news.place
                 click.echo(news.place)
-    if missing and not places and str(missing.name).partition(".")[0] in _PACKAGES:
+    if missing and options.engine == "ray":
+        failures.append('Type on each machine of the cluster: pip install "smartfrz[build,ray,cpu]"')
+    elif missing and not places:
         raise missing  # the group says what to install
     if failures:
         raise click.ClickException("Not recorded:\n" + "\n".join(failures))
     return [places[recipe.name] for recipe in recipes]
+
+
+def _is_of_the_extra(error: ModuleNotFoundError) -> bool:
+    return str(error.name).partition(".")[0] in _PACKAGES
 
 
 @contextlib.contextmanager
@@ -222,6 +228,10 @@ def _engine(output: str, options: RecordingOptions) -> Iterator[Any]:
     """
     from smartfrz.zoo import urls
 
+    taken = () if urls.is_url(output) else (Path(output), *Path(output).parents)
+    for path in taken:
+        if path.exists() and not path.is_dir():
+            raise click.UsageError(f"Cannot record to {output!r}: {str(path)!r} is a file. Pass a folder.")
     if options.engine == "ray":
         with _ray_engine(output, options) as engine:
             yield engine
@@ -267,9 +277,16 @@ def _train(job: Any, files: Sequence[Path]) -> None:
     """Train, export, write the card and print it."""
     # The exporter warns of torchvision operators, which no predictor has.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with _progress_bars() as bars:
-        task = bars.add_task("training", total=1.0, what="")
-        card = job.run(files, lambda fraction, what: bars.update(task, completed=fraction, what=what))
+    bars = _progress_bars()
+    task = bars.add_task("training", total=1.0, what="")
+    with contextlib.ExitStack() as stack:
+
+        def progress(fraction: float, what: str) -> None:
+            if not bars.live.is_started:  # nothing is drawn above an error of what is read first
+                stack.enter_context(bars)
+            bars.update(task, completed=fraction, what=what)
+
+        card = job.run(files, progress)
     click.echo(card)
     click.echo(f"Wrote {job.output} and {job.output.with_suffix('.md')}.")
 

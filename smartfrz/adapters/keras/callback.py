@@ -40,22 +40,18 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
     `smartfrz/backward_saved` join the logs of every epoch.
 
     Args:
-        predictor: A name in the zoo, the path or address of an ONNX file, the address of a predictor on a
-            server (`http://host:port/NAME`), a loaded `Predictor`, or another policy: one from
-            `smartfrz.baselines` that needs neither gradients nor learning rates of single layers.
-        device: Where ONNX Runtime runs: `"cpu"`, `"cuda"`, or `"auto"`.
+        predictor: A predictor or policy, as for `smartfrz.adapters.base.Freezer`. A policy may need neither gradients
+            nor learning rates of single layers.
         recompile_steps: What it costs to make the training function again, in training steps. Nothing is
             frozen that saves less in the rest of the run. By default it is measured at the first
             step. 0: freeze whatever has converged.
 
-    The other arguments are the fields of `smartfrz.control.options.FreezeOptions`, which documents them.
+    `device` is that of `Freezer`. The other arguments are the fields of `smartfrz.control.options.FreezeOptions`.
     `total_steps` is by default what `fit` announces, steps times epochs. If `fit` does not know the number of
     steps, as with generators, pass `total_steps` or `record_every`.
 
     Raises:
-        PredictorFileError: If the predictor cannot be used.
-        UnknownPredictorError: If the zoo has no predictor of that name.
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range; and the errors of `Freezer`.
 
     Example:
         >>> freezer = SmartFRZ("smartfrz-base")  # doctest: +SKIP

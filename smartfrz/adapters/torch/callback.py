@@ -24,17 +24,17 @@ class FreezingCallback:
     """Makes a `SmartFRZ` when training begins and leaves the model as it was found when it ends.
 
     Args:
-        predictor: A predictor or policy, as for `SmartFRZ`.
+        predictor: A predictor or policy, as for `smartfrz.adapters.base.Freezer`.
         allow_missing_state: Whether training may resume from a checkpoint that was made without this callback. It
             then starts to watch at that step. By default that raises a `StateError`.
 
-    The other arguments are those of `SmartFRZ`. `total_steps` comes from the framework.
+    The other arguments are those of `smartfrz.adapters.torch.SmartFRZ`. `total_steps` comes from the framework's trainer.
 
     Attributes:
         freezer: The `SmartFRZ` of the current or the last run; None before the first.
 
     Raises:
-        UnknownPredictorError: If the zoo has no predictor of that name.
+        ValueError: If an argument is out of range, when training begins; and the errors of `Freezer`.
     """
 
     freezer: SmartFRZ | None = None

@@ -48,23 +48,18 @@ class SmartFRZ(Freezer[TorchAdapter]):
             before the first optimizer step, of the model or of parts of it, show which layers it has, in which order they
             run, and what they cost. These passes are not compiled.
         optimizer: The optimizer of the model's parameters, or several.
-        predictor: A name in the zoo, the path or address of an ONNX file, the address of a predictor on a
-            server (`http://host:port/NAME`), a loaded `Predictor`, or another policy, such as the policies in
-            `smartfrz.baselines`.
-        device: Where ONNX Runtime runs: `"cpu"`, `"cuda"`, or `"auto"`.
+        predictor: A predictor or policy, as for `smartfrz.adapters.base.Freezer`.
         rank_timeout: Where several processes train together (`torch.distributed`): seconds to wait
             for a process that does not come to a freezing stage.
         cache: Keeps the outputs of the frozen prefix, so that it need not run again for the same samples.
         auto_step: Whether the optimizer calls `step` itself, after each of its steps; a training loop then needs no
             other line. With several optimizers, a step counts when each of them has taken one.
 
-    The other arguments are the fields of `smartfrz.control.options.FreezeOptions`, which documents them. Pass
+    `device` is that of `Freezer`. The other arguments are the fields of `smartfrz.control.options.FreezeOptions`. Pass
     `total_steps` or `record_every`.
 
     Raises:
-        PredictorFileError: If the predictor cannot be used.
-        UnknownPredictorError: If the zoo has no predictor of that name.
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range; and the errors of `Freezer`.
 
     Example:
         >>> freezer = SmartFRZ(model, optimizer, total_steps=len(loader) * epochs)  # doctest: +SKIP

@@ -36,18 +36,7 @@ class SmartFRZCallback(FreezingCallback, Callback):
     `smartfrz/backward_saved` (a share, 0 to 1) are logged. When fitting ends, `requires_grad` is
     again what it was before.
 
-    Args:
-        predictor: A predictor or policy, as for `SmartFRZ`.
-        allow_missing_state: Whether training may resume from a checkpoint that was made without this callback. It
-            then starts to watch at that step. By default that raises a `StateError`.
-
-    The other arguments are those of `SmartFRZ`. `total_steps` comes from the Trainer.
-
-    Attributes:
-        freezer: The `SmartFRZ` of the current or the last run; None before the first.
-
-    Raises:
-        UnknownPredictorError: If the zoo has no predictor of that name.
+    `smartfrz.adapters.torch.callback.FreezingCallback` documents the arguments and attributes.
 
     Example:
         >>> callback = SmartFRZCallback()

@@ -6,7 +6,7 @@ from typing import Literal
 
 from smartfrz.predictor.training import baselines
 from smartfrz.predictor.training.baselines import Baselines, Judged
-from smartfrz.predictor.training.fit import fit
+from smartfrz.predictor.training.fit import check_runs, fit
 from smartfrz.predictor.training.judging import Reliability, calibrate, measure_quality, score
 from smartfrz.predictor.training.runs import LabelledRun, TrainingOptions, split
 
@@ -48,16 +48,11 @@ def leave_one_out(
         For each group that was held out and each of `METHODS`, one judgement per seed.
 
     Raises:
-        ValueError: If there are fewer than two groups.
+        ValueError: If `check_rounds` refuses the runs.
     """
-    groups = sorted({getattr(run, group) for run in runs})
-    if len(groups) < 2:
-        raise ValueError(
-            f"Holding out {'an architecture' if group == 'architecture' else 'a data set'} needs at least two: received "
-            f"runs of {groups}. Record another one."
-        )
-    results: dict[str, dict[str, list[Judged]]] = {name: {method: [] for method in METHODS} for name in groups}
-    rounds = [(name, options.seed + number) for name in groups for number in range(num_seeds)]
+    check_rounds(runs, options, group, num_seeds)
+    rounds = _rounds(runs, options, group, num_seeds)
+    results: dict[str, dict[str, list[Judged]]] = {name: {method: [] for method in METHODS} for name, _ in rounds}
     for done_before, (held_out, seed) in enumerate(rounds):
 
         def report(done: float, text: str, done_before: int = done_before, held_out: str = held_out) -> None:
@@ -68,6 +63,39 @@ def leave_one_out(
         for method, judged in _judge_without(test, rest, dataclasses.replace(options, seed=seed), report).items():
             results[held_out][method].append(judged)
     return results
+
+
+def check_rounds(
+    runs: Sequence[LabelledRun], options: TrainingOptions, group: Group = "architecture", num_seeds: int = 3
+) -> None:
+    """Refuse before training what `leave_one_out` cannot train in one of its rounds; the arguments are the same.
+
+    Raises:
+        ValueError: If there are fewer than two groups, or if what remains without one of them cannot be trained on.
+    """
+    groups = sorted({getattr(run, group) for run in runs})
+    if len(groups) < 2:
+        raise ValueError(
+            f"Holding out {'an architecture' if group == 'architecture' else 'a data set'} needs at least two: received "
+            f"runs of {groups}. Record another one."
+        )
+    for held_out, seed in _rounds(runs, options, group, num_seeds):
+        train, validation = split([run for run in runs if getattr(run, group) != held_out], seed)
+        try:
+            check_runs(train, validation, options)
+        except ValueError as error:
+            raise ValueError(
+                f"Nothing can be trained without the {group} {held_out!r}, which is to be held out: {error} Or hold nothing "
+                "out (--no-cross-validate)."
+            ) from error
+
+
+def _rounds(
+    runs: Sequence[LabelledRun], options: TrainingOptions, group: Group, num_seeds: int
+) -> list[tuple[str, int]]:
+    """Return the group to hold out and the seed of each round."""
+    groups = sorted({getattr(run, group) for run in runs})
+    return [(name, options.seed + number) for name in groups for number in range(num_seeds)]
 
 
 def _judge_without(

@@ -14,7 +14,14 @@ from smartfrz.control.learned import RECORDS_PER_STAGE
 from smartfrz.predictor.contract import UNKNOWN_POSITION
 from smartfrz.predictor.training.judging import mean_auc, score
 from smartfrz.predictor.training.model import FreezePredictor
-from smartfrz.predictor.training.runs import LabelledRun, TrainingOptions, decided_pairs, is_decidable, layer_positions
+from smartfrz.predictor.training.runs import (
+    LabelledRun,
+    TrainingOptions,
+    decided_pairs,
+    has_both_labels,
+    is_decidable,
+    layer_positions,
+)
 
 logger = logging.getLogger("smartfrz")
 
@@ -43,14 +50,14 @@ def fit(
         The network, in eval mode.
 
     Raises:
-        ValueError: If there are no runs, a pool is smaller than the tailored size, or `base` differs from `options` in
-            its tailored size or representation.
+        ValueError: If `check_runs` refuses the runs, `base` differs from `options` in its tailored size or
+            representation, or training diverges.
 
     Source:
         The pull is L2-SP of Li, Grandvalet and Davoine 2018 (arXiv:1802.01483), applied apart from the gradient, as
         AdamW applies weight decay.
     """
-    _check_runs(runs, validation, options)
+    check_runs(runs, validation, options)
     torch.manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
     model = FreezePredictor(options.tailored_size, options.representation, options.dropout)
@@ -124,8 +131,8 @@ def _validate(model: FreezePredictor, validation: Sequence[LabelledRun], options
     auc = mean_auc(scores, validation, options)
     if np.isnan(auc):
         raise ValueError(
-            f"No validation run has both labels: received {[run.name for run in validation]}; expected layers that "
-            "are ready and layers that are not. Change the tolerance, or record longer runs."
+            f"The network answers with NaN after training at a learning rate of {options.learning_rate:g}; expected "
+            "confidences. Lower the learning rate."
         )
     likely = [
         np.log(np.where(y == 1, s, 1 - s) + 1e-6).mean()
@@ -135,7 +142,18 @@ def _validate(model: FreezePredictor, validation: Sequence[LabelledRun], options
     return {"AUC": auc, "log likelihood": float(np.mean(likely))}
 
 
-def _check_runs(runs: Sequence[LabelledRun], validation: Sequence[LabelledRun], options: TrainingOptions) -> None:
+def check_runs(runs: Sequence[LabelledRun], validation: Sequence[LabelledRun], options: TrainingOptions) -> None:
+    """Refuse before training what cannot be trained on.
+
+    Args:
+        runs: Runs to train on.
+        validation: Runs to validate on.
+        options: How to train.
+
+    Raises:
+        ValueError: If there are no runs, a pool is smaller than the tailored size, or no validation run has both labels
+            at the freezing stages.
+    """
     if not runs or not validation:
         raise ValueError(
             f"Training needs runs to train on and others to validate on: received {len(runs)} and {len(validation)}. "
@@ -147,6 +165,11 @@ def _check_runs(runs: Sequence[LabelledRun], validation: Sequence[LabelledRun], 
                 f"run {run.name!r} was recorded with pool_size={run.weights.shape[2]}, which is less than "
                 f"tailored_size={options.tailored_size}. Record it again with a larger recording.pool_size."
             )
+    if not any(has_both_labels(run, options, RECORDS_PER_STAGE) for run in validation):
+        raise ValueError(
+            f"No validation run has both labels: received {[run.name for run in validation]}; expected layers that "
+            "are ready and layers that are not. Change the tolerance, or record longer runs."
+        )
 
 
 class _Batch(NamedTuple):

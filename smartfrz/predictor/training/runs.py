@@ -111,6 +111,18 @@ def is_decidable(run: LabelledRun, options: TrainingOptions) -> NDArray[np.bool_
     return (run.labels >= 0) & old_enough[None, :] & (bad == bad_before)
 
 
+def has_both_labels(run: LabelledRun, options: TrainingOptions, every: int = 1) -> bool:
+    """Return whether both labels occur among the decisions of a run that can be judged.
+
+    Args:
+        run: The run.
+        options: Window and shortest history.
+        every: Number of timestamps between two decisions, as between two freezing stages.
+    """
+    stages = slice(every - 1, None, every)
+    return len(np.unique(run.labels[:, stages][is_decidable(run, options)[:, stages]])) == 2
+
+
 def decided_pairs(scores: Scores, runs: Sequence[LabelledRun], options: TrainingOptions) -> Iterator[tuple[Any, Any]]:
     """Yield scores and labels of one run after the other.
 
