@@ -51,6 +51,7 @@ class TorchAdapter(LayerReader):
         reentrant: Whether the model uses reentrant gradient checkpointing.
         previous: The adapter that this one replaces. What it froze does not count as frozen by the user.
         steps: Hooks of the optimizers, for `set_lr_scale` and `gradient_norm`. Made on first use by default.
+        guard: Looks at the optimizers' steps. Without it nothing is known of them.
 
     Raises:
         UnsupportedModelError: If the model's weights have no data.
@@ -66,6 +67,7 @@ class TorchAdapter(LayerReader):
         reentrant: bool = False,
         previous: Self | None = None,
         steps: OptimizerSteps | None = None,
+        guard: StepGuard | None = None,
     ):
         super().__init__(model, layers)
         if any(tensor.is_meta for tensors in self._tensors.values() for tensor in tensors):
@@ -78,7 +80,7 @@ class TorchAdapter(LayerReader):
         self._parameters = dict(model.named_parameters())
         self._model = model
         self._parameter_ids = {id(p) for p in self._parameters.values()}
-        self._guard = StepGuard(model, self._optimizers)
+        self._guard = StepGuard(model, []) if guard is None else guard
         self._kept, self._kept_buffers, self._unmoved = Samples(), Samples(), Samples(spread=True)
         self._unmoved_since: dict[str, int] = {}
         self._newcomers: list[Layer] = []
@@ -291,8 +293,7 @@ class TorchAdapter(LayerReader):
         self._kept_buffers.forget(layer)
 
     def forget_marks(self) -> None:
-        """Have later runs take what is frozen for frozen by the user; and stop looking at the optimizers' steps."""
-        self._guard.close()
+        """Have later runs take what is frozen for frozen by the user."""
         for parameter, _ in self._guard.frozen.values():
             mark(parameter, frozen=False)
 
