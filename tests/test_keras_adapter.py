@@ -419,7 +419,7 @@ def test_a_resumed_run_goes_on_as_an_uninterrupted_one(mid_training, tmp_path):
         model.save(tmp_path / "model.keras")
         first.save(tmp_path / "freezer.npz")
     model = keras.saving.load_model(tmp_path / "model.keras")
-    resumed, rest = freezer(predictor=predictor, record_every=5), Watch()
+    resumed, rest = freezer(**options, seed=3), Watch()  # the saved seed goes on
     resumed.load(tmp_path / "freezer.npz")
     fit(model, [resumed, rest], epochs=6, initial_epoch=3)
     assert repr(resumed.events) == repr(whole.events)  # repr: NaN differs from itself
