@@ -4,10 +4,10 @@ import asyncio
 import contextlib
 from dataclasses import dataclass
 
-from kserve.constants.constants import INFERENCE_CONTENT_LENGTH_HEADER
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from smartfrz.predictor.remote import HEADER_LENGTH
 from smartfrz.serving import metrics
 from smartfrz.serving.connections import Connections
 from smartfrz.serving.options import ServeOptions
@@ -23,7 +23,7 @@ PRESSED_SECONDS, PRESSED_RATE = 2.0, 16
 _LOOK_SECONDS = 0.2
 _NOT_READ = ("slow", "connections", "queue")  # reasons for which the server is not willing to read what is still sent
 _HEALTH = ("/v2/health/", "/metrics")
-_HEADER_LENGTH = INFERENCE_CONTENT_LENGTH_HEADER.lower().encode()
+_HEADER_LENGTH = HEADER_LENGTH.lower().encode()
 
 
 class Refused(Exception):
