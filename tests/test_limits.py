@@ -4,7 +4,8 @@ import asyncio
 
 import pytest
 
-pytest.importorskip("kserve")
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
 
 from smartfrz.serving import limits
 from smartfrz.serving.connections import Connections, fit_open_files

@@ -1,6 +1,7 @@
 """`smartfrz serve`, as a process, beside clients that hold on to it."""
 
 import contextlib
+import importlib.util
 import json
 import socket
 import subprocess
@@ -11,7 +12,7 @@ import time
 import pytest
 from serving_process import ServingProcess, binary, histories, question
 
-pytest.importorskip("kserve")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("kserve") is None, reason="needs kserve")
 
 MIB = 2**20
 HISTORY, LENGTHS = histories(3, 5, 64)

@@ -1,6 +1,7 @@
 """`examples/nginx.conf` in front of a server, if there is an nginx."""
 
 import http.client
+import importlib.util
 import shutil
 import socket
 import ssl
@@ -15,7 +16,7 @@ from serving_process import ServingProcess, binary, histories
 from smartfrz.errors import ServerError
 from smartfrz.predictor.remote import RemotePredictor
 
-pytest.importorskip("kserve")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("kserve") is None, reason="needs kserve")
 NGINX, OPENSSL = shutil.which("nginx"), shutil.which("openssl")
 if not NGINX or not OPENSSL:
     pytest.skip("nginx and openssl are needed", allow_module_level=True)
