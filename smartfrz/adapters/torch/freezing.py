@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
+from smartfrz.adapters.torch.distributed import reshard
 from smartfrz.adapters.torch.layers import Layer, LayerReader, Uncopied, group_later
 from smartfrz.adapters.torch.optimizer_steps import OptimizerSteps
 from smartfrz.adapters.torch.watching import Samples, StepGuard, find_optimizers, mark, thaw_leftovers
@@ -374,6 +375,8 @@ class TorchAdapter(LayerReader):
 
     def find_layers(self) -> list[str]:
         """Return the names of the layers that may be frozen now; see `Adapter`."""
+        if self._processes is not None:
+            reshard(self._model)  # after an evaluation, some modules show parameters that are not trained
         present = {id(p): p for p in self._model.parameters()}
         known = {id(p) for layer in self._all.values() for p in layer}
         for parameter in self._guard.strangers:
