@@ -9,6 +9,7 @@ import hashlib
 import http.server
 import json
 import re
+from urllib.parse import parse_qs
 
 repositories = {}
 
@@ -91,7 +92,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif action == "tree":
             self.answer(rows)
         else:
-            wanted = json.loads(body)["paths"]
+            # huggingface_hub 0 sends a form, later ones JSON.
+            wanted = json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode())["paths"]
             self.answer([row for row in rows if row["path"] in wanted])
 
     def file(self, name, path):
