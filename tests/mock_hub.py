@@ -50,6 +50,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.repository(*found.groups(), body)
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)", path):
             self.repository(found[1], "revision", body)
+        elif re.fullmatch(
+            r"/api/models/[^/]+", path
+        ):  # huggingface_hub 0 also looks for a repository without organisation
+            self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
         else:
             self.answer({"error": f"not mocked: {path}"}, 404)
 

@@ -392,6 +392,8 @@ def test_the_layers_of_a_lora_model_freeze_and_its_base_never_trains(tmp_path):
     assert all("lora_" in name or "classifier" in name for name in report.frozen)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == trainable
 
+    if not RESUMES_EXACTLY:
+        return
     again = smartfrz()
     model = peft.get_peft_model(tiny_bert(), config)
     train(tmp_path, again, model=model, resume=str(tmp_path / "checkpoint-18"), **options)

@@ -48,9 +48,9 @@ def check_saved(state: Any) -> dict[str, Any]:
     """
     found: Any = to_arrays(state)
     more = {"gradients": ARRAYS, "reentrant": FLAG}
-    if isinstance(found, Mapping):
+    if isinstance(found, Mapping) and "controller" in found:
         found = {"gradients": {}, **found}  # earlier versions saved none
-        if ANNOUNCED in found:
-            more[ANNOUNCED] = COUNT_OR_NONE
+    if isinstance(found, Mapping) and ANNOUNCED in found:
+        more[ANNOUNCED] = COUNT_OR_NONE
     require_state(found, Layer, more)
     return dict(found)
