@@ -3,29 +3,44 @@ PYTHON ?= python3
 VENV ?= .venv
 # The plain requirement would bring gigabytes of CUDA; a CPU build is enough for demo and tests.
 TORCH ?= torch==2.13.0
+# The oldest one that pyproject.toml claims; the rest is in requirements/oldest.txt.
+TORCH_OLDEST ?= torch==2.9.0
+VENV_OLDEST ?= .venv-oldest
+VENV_TOOLS ?= .venv-tools
+# The tests of the adapters, the zoo and what they are built on. Exporting needs newer versions, and its tests are skipped.
+TESTS_OLDEST := $(addprefix tests/test_,accelerate.py baselines.py controller.py costs.py files.py hf.py lightning.py options.py runtime.py \
+	state.py) $(wildcard tests/test_torch_*.py tests/test_zoo*.py)
+# What the wheel is installed with for `make sbom`.
+SBOM_EXTRAS ?= cpu,zoo
 # The parser of Triton's model configurations, for the tests.
 TRITON ?= tritonclient[grpc]
 # The tests run Keras on each of its backends.
 KERAS ?= keras==3.15.1 tensorflow-cpu==2.21.0 jax==0.10.2 tensorboard
+EXTRAS := build demo hf lightning hub signatures ray serve cpu
+comma := ,
+space := $(subst ,, )
 RUN := $(VENV)/bin/python -m
 DATA ?= $(SMARTFRZ_DATA)
 RUNS ?= runs
 # What smartfrz-base 2 is made from. The others are for judging it, and for its next version.
 RECIPES := $(filter-out %-long.toml %-halves.toml %-pairs.toml,$(wildcard recipes/*.toml))
 
-.PHONY: help demo test lint format bench bench-gpu predictor clean
+.PHONY: help demo test oldest lint format lock sbom bench bench-gpu predictor clean
 
 help:
 	@echo "make demo       fine-tune a pretrained network fully and with SmartFRZ, and compare (about 6 minutes)"
 	@echo "make test       run all tests"
+	@echo "make oldest     run the adapters' tests with the oldest versions that we claim (requirements/oldest.txt)"
 	@echo "make lint       ruff and mypy"
+	@echo "make lock       write requirements/development.txt anew: every package but PyTorch, with hashes"
+	@echo "make sbom       build the wheel and write the bill of materials of an installation beside it (CycloneDX)"
 	@echo "make bench      measure everything that benchmarks/README.md says of a CPU, and more: many hours (SMARTFRZ_DATA)"
 	@echo "make bench-gpu  measure the paper's architectures on a GPU, and fill benchmarks/README.md"
 	@echo "make predictor  record its recipes and train smartfrz-base anew (SMARTFRZ_DATA names the data folder)"
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) pip install -q --disable-pip-version-check "$(TORCH)" -e ".[build,demo,hf,lightning,hub,signatures,ray,serve,cpu]" peft $(KERAS) \
+	$(RUN) pip install -q --disable-pip-version-check "$(TORCH)" -e ".[$(subst $(space),$(comma),$(EXTRAS))]" peft $(KERAS) \
 		"$(TRITON)" pytest pytest-xdist hypothesis "pandas>=2.3" ruff mypy
 	touch $@
 
@@ -40,6 +55,15 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed $(if $(shell command -v npm),examples/node_modules/.installed)
 	$(RUN) pytest -n auto --dist loadscope
 
+$(VENV_OLDEST)/.installed: pyproject.toml requirements/oldest.txt
+	$(PYTHON) -m venv $(VENV_OLDEST)
+	$(VENV_OLDEST)/bin/python -m pip install -q --disable-pip-version-check "$(TORCH_OLDEST)" -r requirements/oldest.txt \
+		-e ".[hf,lightning,hub,signatures,cpu]" pytest pytest-xdist hypothesis
+	touch $@
+
+oldest: $(VENV_OLDEST)/.installed
+	$(VENV_OLDEST)/bin/python -m pytest -n auto --dist loadscope $(TESTS_OLDEST)
+
 lint: $(VENV)/.installed
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
@@ -48,6 +72,29 @@ lint: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(RUN) ruff check --fix .
 	$(RUN) ruff format .
+
+$(VENV_TOOLS)/.installed:
+	$(PYTHON) -m venv $(VENV_TOOLS)
+	$(VENV_TOOLS)/bin/python -m pip install -q --disable-pip-version-check uv build cyclonedx-bom
+	touch $@
+
+# PyTorch is left out: the builds for CPU, and for each CUDA, come from indexes of their own, with other hashes.
+lock: $(VENV_TOOLS)/.installed
+	$(VENV_TOOLS)/bin/uv pip compile -q --no-config --no-cache --no-annotate --python-version 3.11 --generate-hashes \
+		--default-index https://pypi.org/simple --no-emit-index-url --custom-compile-command "make lock" \
+		--group test --group lint $(foreach extra,$(EXTRAS),--extra $(extra)) --no-emit-package torch --no-emit-package triton \
+		pyproject.toml requirements/newest.txt --output-file requirements/development.txt
+	sed -i '/^nvidia-/,/[^\\]$$/d; /^cuda-/,/[^\\]$$/d' requirements/development.txt
+
+# The bill of materials of what a user gets: the wheel and its extras in a fresh environment, without any tool of ours.
+sbom: $(VENV_TOOLS)/.installed
+	rm -rf dist/*.whl .venv-sbom
+	$(VENV_TOOLS)/bin/python -m build --wheel --outdir dist
+	$(PYTHON) -m venv --without-pip .venv-sbom
+	$(VENV_TOOLS)/bin/uv pip install -q --no-config --python .venv-sbom/bin/python "$$(ls dist/*.whl)[$(SBOM_EXTRAS)]"
+	$(VENV_TOOLS)/bin/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml \
+		--output-file "$$(ls dist/*.whl | cut -d- -f1,2).cdx.json" .venv-sbom/bin/python
+	rm -rf .venv-sbom
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/python recipes/fetch.py
@@ -82,4 +129,4 @@ predictor: $(VENV)/.installed
 	@echo "Compare $(RUNS)/smartfrz-base.md with smartfrz/zoo/smartfrz-base.md"
 
 clean:
-	rm -rf $(VENV) demo-output
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_TOOLS) demo-output

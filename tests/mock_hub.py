@@ -9,6 +9,7 @@ import hashlib
 import http.server
 import json
 import re
+from urllib.parse import parse_qs
 
 repositories = {}
 
@@ -49,6 +50,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.repository(*found.groups(), body)
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)", path):
             self.repository(found[1], "revision", body)
+        elif re.fullmatch(
+            r"/api/models/[^/]+", path
+        ):  # huggingface_hub 0 also looks for a repository without organisation
+            self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
         else:
             self.answer({"error": f"not mocked: {path}"}, 404)
 
@@ -91,7 +96,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif action == "tree":
             self.answer(rows)
         else:
-            wanted = json.loads(body)["paths"]
+            # huggingface_hub 0 sends a form, later ones JSON.
+            wanted = json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode())["paths"]
             self.answer([row for row in rows if row["path"] in wanted])
 
     def file(self, name, path):

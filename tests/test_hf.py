@@ -13,7 +13,7 @@ from framework_runs import (
 from numpy_adapter import ChangePredictor
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from transformers import (  # noqa: E402
@@ -30,6 +30,9 @@ from smartfrz.baselines import AutoFreeze, LinearFreezing  # noqa: E402
 from smartfrz.errors import StateError, UnknownPredictorError  # noqa: E402
 
 STEPS = 24
+# The Trainer of version 4 itself does not train the same after resuming from the middle of an epoch.
+RESUMES_EXACTLY = int(transformers.__version__.partition(".")[0]) >= 5
+needs_exact_resuming = pytest.mark.skipif(not RESUMES_EXACTLY, reason="transformers 4 does not resume bit-identically")
 
 
 class Probe(TrainerCallback):
@@ -174,6 +177,7 @@ def test_the_learning_rate_is_that_of_training_without_smartfrz(whole, tmp_path)
     assert len(set(rates[0])) > 3
 
 
+@needs_exact_resuming
 @pytest.mark.parametrize("how", ["last", "step 10", "moved"])
 def test_a_killed_run_goes_on_bit_identical(how, whole, killed, tmp_path):
     folder, resume = {
@@ -265,6 +269,8 @@ def test_a_checkpoint_whose_file_is_lost_or_of_another_run_is_refused(killed, tm
         train(tmp_path / "new", smartfrz(), resume=str(lost))
 
 
+# transformers 4 says so where checkpoints follow each other within a second
+@pytest.mark.filterwarnings("ignore:mtime may not be reliable:UserWarning")
 def test_only_the_kept_checkpoints_hold_a_state_and_the_best_model_is_loaded(tmp_path):
     callback = smartfrz()
     train(
@@ -283,6 +289,7 @@ def test_only_the_kept_checkpoints_hold_a_state_and_the_best_model_is_loaded(tmp
     assert all((folder / STATE_FILE).is_file() for folder in kept_folders)
 
 
+@needs_exact_resuming
 def test_a_state_that_has_no_folder_is_in_the_json_as_in_a_hyperparameter_search(killed, tmp_path, whole, monkeypatch):
     monkeypatch.setattr("smartfrz.adapters.torch.hf.PREFIX_CHECKPOINT_DIR", "elsewhere")
     train(tmp_path, smartfrz(), max_steps=STEPS, save_strategy="steps", save_steps=10)
@@ -389,6 +396,8 @@ def test_a_dry_run_trains_as_without_smartfrz(tmp_path):
 
 # peft 0.21 asks for it
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+# peft 0.17 looks for the file of a model that was never saved
+@pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")
 def test_the_layers_of_a_lora_model_freeze_and_its_base_never_trains(tmp_path):
     peft = pytest.importorskip("peft")
     base = tiny_bert()
@@ -403,6 +412,8 @@ def test_the_layers_of_a_lora_model_freeze_and_its_base_never_trains(tmp_path):
     assert all("lora_" in name or "classifier" in name for name in report.frozen)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == trainable
 
+    if not RESUMES_EXACTLY:
+        return
     again = smartfrz()
     model = peft.get_peft_model(tiny_bert(), config)
     train(tmp_path, again, model=model, resume=str(tmp_path / "checkpoint-18"), **options)

@@ -1,5 +1,6 @@
 """The Keras adapter on the backend that KERAS_BACKEND names; `test_keras_backends.py` runs it on each."""
 
+import copy
 import dataclasses
 import inspect
 from itertools import pairwise
@@ -31,6 +32,7 @@ from numpy_adapter import ChangePredictor, NumpyAdapter, ScriptedPredictor, make
 from smartfrz.adapters.keras import KerasAdapter, SmartFRZ, trace_layers
 from smartfrz.control.controller import FreezeController
 from smartfrz.control.options import FreezeOptions
+from smartfrz.control.state import sealed
 from smartfrz.errors import StateError, UnsupportedModelError, UsageError
 
 pytestmark = WARNINGS
@@ -458,6 +460,36 @@ def test_states_that_do_not_fit(tmp_path):
     wrong.load_state_dict(state)
     with pytest.raises(StateError, match=r"\['conv1'\] were trained or frozen.*inside of `with freezer.thawed"):
         fit(compiled(model), [wrong])
+
+
+def test_a_damaged_state_is_refused_when_it_is_loaded():
+    callback = freezer(FREEZE_FIRST)
+    fit(make_model(), [callback], epochs=1)
+    whole = callback.state_dict()
+    assert whole["norms"]
+    norm = next(iter(whole["norms"]))
+    changes = {
+        "seconds": lambda s: s.update(seconds="3"),
+        "layers": lambda s: s["layers"][0].update(members="conv1"),
+        "norms": lambda s: s["norms"][norm].pop(),
+        "controller": lambda s: s["controller"].update(num_steps=-1),
+        "sha256": lambda s: s["norms"][norm][0].__setitem__(0, 9.0),
+    }
+    for name, change in changes.items():
+        state = copy.deepcopy(whole)
+        change(state)
+        target = freezer()
+        with pytest.raises(StateError, match=rf"damaged: .*{name}.*; expected"):
+            target.load_state_dict(state)
+        assert target.state_dict() == {"started": False}
+    state = copy.deepcopy(whole)
+    state["norms"][norm][:2] = [np.zeros(2), np.zeros(2)]
+    target = freezer()
+    target.load_state_dict(sealed(state))
+    with pytest.raises(
+        StateError, match=rf"statistics of shape \(2,\) of the layer '{norm}', which has statistics of shape"
+    ):
+        fit(make_model(), [target])
 
 
 def test_wrong_moments_and_models():

@@ -62,9 +62,9 @@ def places(value, place=()):
 PLACES = [place for place in places(STATE) if place != ("sha256",)]
 
 
-def changed(place, change):
+def changed(place, change, state=STATE):
     """A copy of the state in which `change(container, key)` was called for one place."""
-    state = copy.deepcopy(STATE)
+    state = copy.deepcopy(state)
     inner = state
     for key in place[:-1]:
         inner = inner[key]

@@ -571,9 +571,20 @@ NORMS = {
 }
 
 
+def drifts_in_eval_mode(norm):
+    """Whether PyTorch itself writes other statistics in eval mode: instance norms average over the batch up to 2.9."""
+    inputs = torch.randn(8, 4, 5, 5)
+    norm(inputs)
+    before = copy.deepcopy(norm.eval().state_dict())
+    norm(inputs)
+    return any(not torch.equal(before[name], value) for name, value in norm.state_dict().items())
+
+
 @pytest.mark.parametrize("kind", NORMS)
 def test_norms_freeze_with_the_layer_before_them(kind):
     make, statistics = NORMS[kind]
+    if kind.startswith("instance") and drifts_in_eval_mode(make()):
+        pytest.skip("this PyTorch rounds the statistics of an instance norm at each pass in eval mode")
     model = Net()
     model.norm1 = make()
     if kind == "synchronised" and not torch.cuda.is_available():

@@ -4,7 +4,7 @@ import logging
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -17,6 +17,7 @@ from smartfrz.control.policy import Policy
 from smartfrz.control.protocols import Adapter
 from smartfrz.control.report import Report, ReportedLayer
 from smartfrz.control.saying import describe_stage, say
+from smartfrz.control.state import Check, check_run, sealed
 from smartfrz.errors import StateError
 from smartfrz.predictor.runtime import Device
 
@@ -32,6 +33,10 @@ class StatefulAdapter(Adapter, Protocol):
 
     def norm_state(self) -> dict[str, Any]:
         """Return the snapshot, for a saved state."""
+        ...
+
+    def check_norm_state(self, state: dict[str, Any]) -> None:
+        """Raise `StateError` if `load_norm_state` could not use this. Nothing is changed."""
         ...
 
     def load_norm_state(self, state: dict[str, Any]) -> None:
@@ -235,6 +240,10 @@ class Freezer(ABC, Generic[A]):
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs to continue as an uninterrupted one: plain data and arrays."""
+        state = self._unsealed_state()
+        return sealed(state) if state["started"] else state
+
+    def _unsealed_state(self) -> dict[str, Any]:
         run = self._run
         if run is None:
             return {"started": False}
@@ -247,24 +256,42 @@ class Freezer(ABC, Generic[A]):
         }
 
 
-def require_state(state: dict[str, Any]) -> None:
-    """Refuse a dict that `Freezer.state_dict` did not return, or that another version of smartfrz saved.
+def require_state(state: Any, layer: type, more: Mapping[str, Check] | None = None) -> None:
+    """Refuse what `Freezer.state_dict` did not return, what another version of smartfrz saved, and values no run has.
+
+    Whether a value was changed since it was saved is found by `check_unchanged`, once it is known that the state belongs
+    to this model.
+
+    Args:
+        state: What is checked. Tensors are arrays by now.
+        layer: The dataclass of the stored layers.
+        more: Checks of what only this framework saves, by the name.
 
     Raises:
-        StateError: If it is such a dict.
+        StateError: If it is such a state.
     """
-    if "started" not in state:
-        raise StateError(
-            f"SmartFRZ.load_state_dict received a dict with keys {sorted(map(str, state))[:5]}; expected what "
-            "SmartFRZ.state_dict() returned. Save and load that."
+    if not isinstance(state, Mapping) or "started" not in state:
+        received = (
+            f"a dict with keys {sorted(map(str, state))[:5]}" if isinstance(state, Mapping) else repr(state)[:100]
         )
-    if not state["started"]:
+        raise StateError(
+            f"SmartFRZ.load_state_dict received {received}; expected what SmartFRZ.state_dict() returned. Save and "
+            "load that."
+        )
+    started = state["started"]
+    if not isinstance(started, bool) or (not started and "controller" in state):
+        expected = "True, as there is a state of the controller" if "controller" in state else "True or False"
+        raise StateError(
+            f"The saved state is damaged: started is {started!r:.100}; expected {expected}. Resume from another "
+            "checkpoint, or start without a state."
+        )
+    if not started:
         return
-    kinds: dict[str, Any] = {"seconds": (int, float), "layers": list, "controller": dict, "norms": dict}
-    for name, kind in kinds.items():
-        if not isinstance(state.get(name), kind) or isinstance(state.get(name), bool):
-            raise StateError(
-                f"The saved state is damaged: {name} is {state.get(name)!r:.100}. Resume from another checkpoint, or start "
-                "without a state."
-            )
-    require_version(state["controller"])
+    controller = state.get("controller")
+    if not isinstance(controller, Mapping):
+        raise StateError(
+            f"The saved state is damaged: controller is {controller!r:.100}; expected a dict. Resume from another "
+            "checkpoint, or start without a state."
+        )
+    require_version(controller)
+    check_run(state, layer, more or {})

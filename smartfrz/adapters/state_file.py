@@ -3,6 +3,7 @@
 import json
 import os
 import zipfile
+import zlib
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,11 @@ from smartfrz.errors import StateError
 from smartfrz.files import replacing
 
 _ARRAY = "__array__"
+# What zipfile, NumPy and json raise where a file was damaged or made by somebody else.
+_BROKEN = (
+    *(zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, AttributeError, TypeError, NotImplementedError),
+    *(RuntimeError, MemoryError, OverflowError, SyntaxError, IndexError),
+)
 
 
 def write_state(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
@@ -29,8 +35,8 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            state: dict[str, Any] = _unpack(json.loads(str(file["state"])), file)
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, AttributeError, TypeError) as error:
+            state = _require_dict(_unpack(json.loads(str(file["state"])), file))
+    except _BROKEN as error:
         raise StateError(
             f"{os.fspath(path)} holds no state of SmartFRZ ({error}); expected a file that SmartFRZ wrote."
         ) from error
@@ -46,10 +52,25 @@ def to_json(state: dict[str, Any]) -> str:
 
 
 def from_json(text: str) -> dict[str, Any]:
-    """Return the state that `to_json` made a text of."""
-    content = json.loads(text)
-    arrays = {name: np.array(v, dtype).reshape(shape) for name, (v, dtype, shape) in content["arrays"].items()}
-    state: dict[str, Any] = _unpack(content["state"], arrays)
+    """Return the state that `to_json` made a text of.
+
+    Raises:
+        StateError: If the text is of another kind, or damaged.
+    """
+    try:
+        content = json.loads(text)
+        arrays = {name: np.array(v, dtype).reshape(shape) for name, (v, dtype, shape) in content["arrays"].items()}
+        return _require_dict(_unpack(content["state"], arrays))
+    except _BROKEN as error:
+        raise StateError(
+            f"The text holds no state of SmartFRZ ({error}); expected one that SmartFRZ wrote. Resume from "
+            "another checkpoint."
+        ) from error
+
+
+def _require_dict(state: Any) -> dict[str, Any]:
+    if not isinstance(state, dict):
+        raise ValueError(f"its content is {type(state).__name__}, not a dict")
     return state
 
 

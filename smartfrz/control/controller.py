@@ -596,7 +596,7 @@ class FreezeController:
             logger.warning("SmartFRZ goes on from step %d with other options: %s.", state["num_steps"], "; ".join(told))
 
 
-def require_version(state: dict[str, Any]) -> None:
+def require_version(state: Mapping[str, Any]) -> None:
     """Refuse a state that another version of smartfrz saved.
 
     Raises:

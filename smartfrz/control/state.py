@@ -1,5 +1,6 @@
-"""What a controller's saved state must look like, and a digest that notices changes."""
+"""What the saved state of a controller, and of a whole run, must look like, and a digest that notices changes."""
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Collection, Mapping
@@ -102,6 +103,7 @@ def _is_nan(value: Any) -> bool:
 _TEXT = _a("text", lambda v: isinstance(v, str))
 _BOOL = _a("True or False", lambda v: isinstance(v, bool | np.bool_))
 _NUMBERS = _a("an array of numbers", lambda v: isinstance(v, np.ndarray) and v.dtype.kind in "biuf")
+_FRACTIONS = _a("an array of floats", lambda v: isinstance(v, np.ndarray) and v.dtype.kind == "f")
 _CONFIDENCE = _or(_number(0, 1), "NaN", _is_nan)
 _RATES = _list(_a("a number", lambda v: _is_number(v) and not _is_nan(v)))
 
@@ -111,6 +113,19 @@ def _change(value: Any, where: str) -> None:
     for check, entry in zip((_integer(0), _one_of(("joined", "appeared", "left")), _TEXT), value, strict=True):
         check(entry, where)
 
+
+def _norm(value: Any, where: str) -> None:
+    _list(lambda *_: None, 3)(value, where)
+    for index, check in enumerate((_FRACTIONS, _FRACTIONS, _integer(0))):
+        check(value[index], f"{where}[{index}]")
+    if value[0].shape != value[1].shape:
+        raise _wrong(f"{where}[1]", value[1], f"a variance of the mean's shape, {value[0].shape}")
+
+
+# What adapters save besides.
+FLAG = _BOOL
+COUNT_OR_NONE = _or(_integer(0), "None", lambda v: v is None)
+ARRAYS = _by_layer(_a("an array of numbers", lambda v: isinstance(v, np.ndarray) and v.dtype.kind in "biufc"))
 
 _STATE = _record(
     predictor=_TEXT,
@@ -170,6 +185,36 @@ def check_fields(state: Any) -> None:
     _STATE(state, "controller")
 
 
+def check_run(state: Any, layer: type, more: Mapping[str, Check]) -> None:
+    """Check that each value of a run's saved state is there, and of a kind and in a range that a run can have.
+
+    Args:
+        state: What is checked. Tensors are arrays by now.
+        layer: The dataclass whose fields a stored layer holds: texts, integers and tuples of texts.
+        more: Checks of what only this adapter saves, by the name.
+
+    Raises:
+        StateError: If one is not; the message names it.
+    """
+    kinds: dict[Any, Check] = {str: _TEXT, int: _integer(0)}
+    fields = {field.name: kinds.get(field.type, _list(_TEXT)) for field in dataclasses.fields(layer)}
+    stored = _list(_record(**fields))
+    _record(seconds=_number(0), layers=stored, norms=_by_layer(_norm), **more)(state, "state")
+    check_fields(state["controller"])
+    names = [entry["name"] for entry in state["layers"]]
+    if not names or len(set(names)) < len(names):
+        raise _wrong("state['layers']", names, "layers with different names, at least one")
+
+
+def check_unchanged(state: Mapping[str, Any]) -> None:
+    """Check that no value of a run's saved state was changed since it was saved.
+
+    Raises:
+        StateError: If one was.
+    """
+    _check_digest(state, "state")
+
+
 def check_contents(state: Mapping[str, Any]) -> None:
     """Check that the values of a state go together, and that none was changed since it was saved.
 
@@ -180,8 +225,12 @@ def check_contents(state: Mapping[str, Any]) -> None:
         unknown = [layer for layer in state[name] if layer not in state["layers"]]
         if unknown:
             raise _wrong(f"controller[{name!r}]", unknown, "names of its layers")
+    _check_digest(state, "controller")
+
+
+def _check_digest(state: Mapping[str, Any], where: str) -> None:
     if state.get(_DIGEST) != _digest(state):
-        raise _wrong(f"controller[{_DIGEST!r}]", state.get(_DIGEST), "the SHA-256 of the values that were saved")
+        raise _wrong(f"{where}[{_DIGEST!r}]", state.get(_DIGEST), "the SHA-256 of the values that were saved")
 
 
 def _digest(state: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ from smartfrz.control.learned import AsksPredictor
 from smartfrz.control.options import FreezeOptions
 from smartfrz.control.ordering import FreezeOrder, LayerCost
 from smartfrz.control.policy import Policy
+from smartfrz.control.state import check_unchanged
 from smartfrz.errors import StateError, UnsupportedModelError, UsageError
 from smartfrz.predictor.runtime import Device
 
@@ -193,6 +194,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         backup = self._saving.find_state(self._iterations) if self._saving else None
         if state is None and backup is not None:
             state = read_state(backup)
+            _require(state)
         if state is None and end is not None and end.describes(self._model, self._iterations):
             self._compiling, self._given_up = end.compiling, end.given_up
             return end.state
@@ -424,14 +426,15 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
             self._model.make_train_function(force=True)
 
     def _control(self, layers: list[Layer], state: dict[str, Any] | None = None) -> Run[KerasAdapter]:
-        """Take control of these layers, as the controller's saved state says."""
+        """Take control of these layers, as a saved state says."""
         adapter = KerasAdapter(self._model, layers)
         controller = FreezeController(
             adapter, self.predictor, self._run_options, keep_one_of=lambda: group_parts(adapter.model, layers)
         )
         controller.set_costs({x.name: LayerCost(*(x.forward_flops,) * 3) for x in layers})
         if state is not None:
-            controller.load_state_dict(state)
+            adapter.check_norm_state(state["norms"])
+            controller.load_state_dict(state["controller"])
         elif self.options.norm_batches:
             adapter.snapshot_statistics()  # for a first stage that comes before the next snapshot
         self._run = Run(layers, adapter, controller)
@@ -439,15 +442,14 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
 
     def _restore(self, state: dict[str, Any], layers: list[Layer]) -> None:
         probe = KerasAdapter(self._model, layers)
-        saved = dict(state["controller"])
-        lost = [x for x in saved["layers"] if x in probe.all_layers() and x not in probe.layers()]
+        lost = [x for x in state["controller"]["layers"] if x in probe.all_layers() and x not in probe.layers()]
         if lost:
             raise StateError(
                 f"The saved state says that {lost[:3]} were trained or frozen by SmartFRZ, but in this model "
                 "trainable is False. A model that is saved while layers are frozen also loses its momenta: save it "
                 "inside of `with freezer.thawed():`, or after fit()."
             )
-        self._control(layers, saved).adapter.load_norm_state(state["norms"])
+        self._control(layers, state).adapter.load_norm_state(state["norms"])
         self._clock.resume(state["seconds"])
 
     @contextmanager
@@ -489,7 +491,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
                 belongs to the model and predictor shows when training begins.
             UsageError: During training.
         """
-        require_state(state)
+        _require(state)
         if self._training:
             raise UsageError("SmartFRZ.load_state_dict was called during training. Call it before fit().")
         self._pending = copy.deepcopy(state) if state["started"] else None
@@ -505,6 +507,12 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
             StateError: If the file is of another kind, or damaged.
         """
         self.load_state_dict(read_state(path))
+
+
+def _require(state: Any) -> None:
+    require_state(state, Layer)
+    if state["started"]:
+        check_unchanged(state)
 
 
 def _innermost(optimizer: Any) -> Any:

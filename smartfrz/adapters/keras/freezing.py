@@ -16,7 +16,7 @@ from smartfrz.control.norms import compute_old_share, compute_recent_statistics
 from smartfrz.control.protocols import Untrained
 from smartfrz.control.tailoring import split_positions
 from smartfrz.control.watch import Disturbance
-from smartfrz.errors import UnsupportedModelError, UsageError
+from smartfrz.errors import StateError, UnsupportedModelError, UsageError
 
 _ADAPTER = "_smartfrz_adapter"
 
@@ -402,6 +402,17 @@ class KerasAdapter:
             name: [mean, variance, self._num_batches - before]
             for name, (mean, variance, before) in self._snapshots.items()
         }
+
+    def check_norm_state(self, state: dict[str, Any]) -> None:
+        """Raise `StateError` if `load_norm_state` could not use this. Nothing is changed."""
+        for name, (mean, _, _) in state.items():
+            running = getattr(self._named.get(name), "moving_mean", None)
+            if name in self._named and (running is None or tuple(running.shape) != mean.shape):
+                here = "no statistics" if running is None else f"statistics of shape {tuple(running.shape)}"
+                raise StateError(
+                    f"The saved state has statistics of shape {mean.shape} of the layer {name!r}, which has {here} in this "
+                    "model. Use the state of a run of this same model."
+                )
 
     def load_norm_state(self, state: dict[str, Any]) -> None:
         """Restore what `norm_state` returned."""

@@ -4,7 +4,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import wraps
 from typing import Any
 
@@ -61,7 +61,8 @@ class Layer:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Layer":
         """Make the layer that `to_dict` described."""
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        named = {field.name: data[field.name] for field in fields(cls)}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in named.items()}
         return cls(**values)
 
 

@@ -12,6 +12,7 @@ from smartfrz import zoo
 from smartfrz.adapters.torch.cache.options import PrefixCache
 from smartfrz.adapters.torch.distributed import RANK_TIMEOUT
 from smartfrz.adapters.torch.freezer import SmartFRZ
+from smartfrz.adapters.torch.saved import ANNOUNCED, check_saved, seal
 from smartfrz.control.learned import AsksPredictor, policy_of
 from smartfrz.control.ordering import FreezeOrder
 from smartfrz.control.policy import Policy
@@ -102,13 +103,14 @@ class FreezingCallback:
         """Return all that a resumed run needs to continue as an uninterrupted one."""
         if self.freezer is None:
             return {"started": False}
-        return self.freezer.state_dict() | {"announced": self._announced}
+        state = self.freezer.state_dict() | {ANNOUNCED: self._announced}
+        return seal(state) if state["started"] else state
 
     def _length(self, steps_left: int | None, saved: dict[str, Any] | None) -> int | None:
         """Return how long the framework's run is, from the first step that the freezer counts."""
         if saved is None or not saved.get("started") or steps_left is None:
             return steps_left
-        if saved.get("announced") == self._announced:
+        if saved.get(ANNOUNCED) == self._announced:
             return None  # as it was: what was saved goes on
         return int(saved["controller"]["num_steps"]) + steps_left
 
@@ -146,6 +148,8 @@ class FreezingCallback:
                 "again. Resume from a checkpoint that was made with SmartFRZ, or pass allow_missing_state=True to "
                 "watch from here on."
             )
+        if saved is not None:
+            check_saved(saved)  # before anything is read from it
         options = dict(self._options)
         if options.get("total_steps") is None:
             # Also beside `record_every`: policies, and what pays in the rest of the run, depend on the length.

@@ -53,7 +53,7 @@ class EagerHold:
                 EagerHold._stance = None
 
     def __del__(self) -> None:
-        if not sys.is_finalizing():
+        if sys is not None and not sys.is_finalizing():  # None once the interpreter has emptied this module
             self.release()
 
 

@@ -8,14 +8,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from smartfrz import zoo
-from smartfrz.adapters.base import Freezer, Run, require_state
+from smartfrz.adapters.base import Freezer, Run
 from smartfrz.adapters.torch.cache.options import PrefixCache
 from smartfrz.adapters.torch.cache.prefix import CachedPrefix
 from smartfrz.adapters.torch.compiling import CompileWatch, EagerHold
@@ -24,6 +23,7 @@ from smartfrz.adapters.torch.distributed import RANK_TIMEOUT, TrainingProcesses,
 from smartfrz.adapters.torch.freezing import TorchAdapter, take_back
 from smartfrz.adapters.torch.layers import Layer, LayerTracer, list_uncounted
 from smartfrz.adapters.torch.optimizer_steps import OptimizerSteps
+from smartfrz.adapters.torch.saved import check_saved, seal, to_tensors
 from smartfrz.adapters.torch.sharding import GradientWatch
 from smartfrz.adapters.torch.updates import Rounds, UpdateWatch, list_optimizers, unwrap
 from smartfrz.adapters.torch.watching import Samples, StepGuard, owned_by, sample_of_foreign
@@ -33,7 +33,8 @@ from smartfrz.control.learned import AsksPredictor
 from smartfrz.control.options import FreezeOptions
 from smartfrz.control.ordering import FreezeOrder
 from smartfrz.control.policy import Policy
-from smartfrz.errors import UnsupportedModelError, UsageError
+from smartfrz.control.state import check_unchanged
+from smartfrz.errors import StateError, UnsupportedModelError, UsageError
 from smartfrz.predictor.runtime import Device
 
 logger = logging.getLogger("smartfrz")
@@ -308,7 +309,7 @@ class SmartFRZ(Freezer[TorchAdapter]):
         return run
 
     def _control(self, layers: list[Layer], reentrant: bool, state: dict[str, Any] | None = None) -> Run[TorchAdapter]:
-        """Take control of these layers, as the controller's saved state says; if it is refused, nothing changes."""
+        """Take control of these layers, as a saved state says; if it is refused, nothing changes."""
         adapter = self._adapter_of(layers, reentrant, previous=self.adapter if state else None)
         controller = FreezeController(
             adapter,
@@ -319,9 +320,16 @@ class SmartFRZ(Freezer[TorchAdapter]):
             ranks=self._processes,
         )
         if state is not None:
-            controller.check_state(state)
+            try:
+                adapter.check_norm_state(state["norms"])
+                adapter.check_gradient_state(state["gradients"])
+                controller.check_state(state["controller"])
+                check_unchanged(state)
+            except StateError:
+                adapter.forget_marks()  # and let go of the optimizers
+                raise
             self._undo()
-            controller.load_state_dict(state)
+            controller.load_state_dict(state["controller"])
         controller.set_lr_scales()
         self._run, self._reentrant = Run(layers, adapter, controller), reentrant
         self._stop_watching()
@@ -417,12 +425,12 @@ class SmartFRZ(Freezer[TorchAdapter]):
 
         It holds plain data and tensors: `torch.load(..., weights_only=True)` reads it.
         """
+        state = self._unsealed_state()
         if self._run is None:
-            return super().state_dict()
-        state = super().state_dict()
-        history = state["controller"]["history"]
-        state["controller"]["history"] = {layer: torch.from_numpy(rows) for layer, rows in history.items()}
-        return state | {"gradients": self._run.adapter.gradient_state(), "reentrant": self._reentrant}
+            return state
+        state |= {"gradients": self._run.adapter.gradient_state(), "reentrant": self._reentrant}
+        sealed: dict[str, Any] = to_tensors(seal(state))
+        return sealed
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue a saved run. Load the model and the optimizer first, then this.
@@ -433,17 +441,15 @@ class SmartFRZ(Freezer[TorchAdapter]):
         Raises:
             StateError: If the state belongs to another model, predictor or version. Nothing is changed then.
         """
-        require_state(state)
-        if not state["started"]:
+        saved = check_saved(state)
+        if not saved["started"]:
             self._start_over()
             return
-        saved = dict(state["controller"])
-        saved["history"] = {k: np.asarray(v) for k, v in saved["history"].items()}
-        layers = [Layer.from_dict(layer) for layer in state["layers"]]
-        run = self._control(layers, state["reentrant"], saved)
-        run.adapter.load_norm_state(state["norms"])
-        run.adapter.load_gradient_state(state.get("gradients", {}))  # earlier versions saved none
-        self._clock.resume(state["seconds"])
+        layers = [Layer.from_dict(layer) for layer in saved["layers"]]
+        run = self._control(layers, saved["reentrant"], saved)
+        run.adapter.load_norm_state(to_tensors(saved["norms"]))
+        run.adapter.load_gradient_state(to_tensors(saved["gradients"]))
+        self._clock.resume(saved["seconds"])
 
     def _start_over(self) -> None:
         if self._run is not None:

@@ -15,12 +15,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from smartfrz.adapters.torch.distributed import reshard
 from smartfrz.adapters.torch.layers import Layer, LayerReader, Uncopied, group_later
 from smartfrz.adapters.torch.optimizer_steps import OptimizerSteps
+from smartfrz.adapters.torch.updates import unwrap
 from smartfrz.adapters.torch.watching import Samples, StepGuard, find_optimizers, mark, thaw_leftovers
 from smartfrz.control.grouping import choose_judged
 from smartfrz.control.norms import compute_old_share, compute_recent_statistics
 from smartfrz.control.protocols import Untrained
 from smartfrz.control.watch import Disturbance
-from smartfrz.errors import UnsupportedModelError
+from smartfrz.errors import StateError, UnsupportedModelError
 
 logger = logging.getLogger("smartfrz")
 
@@ -200,6 +201,17 @@ class TorchAdapter(LayerReader):
         sums = self._given_steps.sums()
         return {name: sums[p] for name, p in self._parameters.items() if p in sums}
 
+    def check_gradient_state(self, state: Mapping[str, Any]) -> None:
+        """Raise `StateError` if `load_gradient_state` could not use this. Nothing is changed."""
+        for name, gradient in state.items():
+            parameter = self._parameters.get(name)
+            if parameter is None or tuple(parameter.shape) != gradient.shape:
+                here = "no such parameter" if parameter is None else f"one of shape {tuple(parameter.shape)}"
+                raise StateError(
+                    f"The saved state has the gradient of a parameter {name!r} of shape {gradient.shape}, and "
+                    f"{type(self._model).__name__} has {here}. Use the state of a run of this same model."
+                )
+
     def load_gradient_state(self, state: dict[str, torch.Tensor]) -> None:
         """Restore what `gradient_state` returned."""
         if state or self._given_steps is not None:
@@ -238,6 +250,8 @@ class TorchAdapter(LayerReader):
             self._let_go(layer)
             for parameter in self._trainable[layer]:
                 parameter.requires_grad_(True)
+                for optimizer in self._optimizers:
+                    _renew_state(optimizer, parameter)
             for norm in self._held_for.pop(layer, []):
                 if norm in self._held_in_eval:
                     override, was_trained = self._held_in_eval.pop(norm)
@@ -489,12 +503,25 @@ class TorchAdapter(LayerReader):
         names = {module: name for name, module in self._model.named_modules()}
         return {names[norm]: list(values) for norm, values in self._snapshots.items()}
 
+    def check_norm_state(self, state: Mapping[str, Any]) -> None:
+        """Raise `StateError` if `load_norm_state` could not use this. Nothing is changed."""
+        modules = dict(self._model.named_modules())
+        for name, (mean, _, _) in state.items():
+            running = getattr(modules.get(name), "running_mean", None)
+            if running is None or tuple(running.shape) != mean.shape:
+                here = "no such batch norm" if running is None else f"one of shape {tuple(running.shape)}"
+                raise StateError(
+                    f"The saved state has statistics of a batch norm {name!r} of shape {mean.shape}, and "
+                    f"{type(self._model).__name__} has {here}. Use the state of a run of this same model."
+                )
+
     def load_norm_state(self, state: dict[str, Any]) -> None:
         """Restore what `norm_state` returned."""
-        self._snapshots = {
-            self._model.get_submodule(name): (mean.clone(), variance.clone(), int(batches))  # type: ignore[misc]
-            for name, (mean, variance, batches) in state.items()
-        }
+        self._snapshots = {}
+        for name, (mean, variance, batches) in state.items():
+            norm: Any = self._model.get_submodule(name)
+            statistics = [x.to(norm.running_mean.device, copy=True) for x in (mean, variance)]
+            self._snapshots[norm] = statistics[0], statistics[1], int(batches)
 
 
 def _is_quantizer(module: nn.Module) -> bool:
@@ -515,6 +542,22 @@ def _drop_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> No
         if direction is not None and other is parameter and direction[start : start + other.numel()].any():
             optimizer.state.clear()
         start += other.numel()
+
+
+def _renew_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
+    """Give a thawed parameter what the optimizer made for it at the start, if it makes nothing in a step.
+
+    That is Adagrad before PyTorch 2.10: its step looks for a sum, and raises KeyError.
+    """
+    inner = unwrap(optimizer)
+    if not isinstance(inner, torch.optim.Adagrad) or inner.state.get(parameter):
+        return
+    for group in inner.param_groups:
+        if any(other is parameter for other in group["params"]):
+            options = {name: group[name] for name in ("initial_accumulator_value", "fused") if name in group}
+            fresh = torch.optim.Adagrad([parameter], **options)
+            if fresh.state:
+                inner.state[parameter] = fresh.state[parameter]
 
 
 def _count_batches(norm: nn.Module) -> int:

@@ -8,13 +8,12 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from smartfrz.adapters.state_file import from_json, read_state, to_json, write_state
 from smartfrz.adapters.torch.callback import FreezingCallback
 from smartfrz.adapters.torch.freezing import take_back
+from smartfrz.adapters.torch.saved import to_arrays, to_tensors
 from smartfrz.errors import StateError
 
 try:
@@ -95,7 +94,7 @@ class SmartFRZCallback(FreezingCallback, TrainerCallback, ExportableState):
                 "allow_missing_state=True to watch from here on."
             )
         if "state" in entry:
-            return _with_tensors(from_json(entry["state"]))
+            return to_tensors(from_json(entry["state"]))
         places = [Path(place) for place in _folders_of_resumed_training(frame)]
         places += [Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{step}"]
         for place in places:
@@ -103,7 +102,7 @@ class SmartFRZCallback(FreezingCallback, TrainerCallback, ExportableState):
             if file.is_file():
                 state = read_state(file)
                 if state.pop("id", None) == entry["id"]:
-                    return _with_tensors(state)
+                    return to_tensors(state)
         raise StateError(
             f"The state of {type(self).__name__} at step {step} is in the file {STATE_FILE} of the checkpoint, and "
             f"{' and '.join(sorted({str(place) for place in places}))} does not hold it; expected the file that was written "
@@ -156,29 +155,13 @@ class SmartFRZCallback(FreezingCallback, TrainerCallback, ExportableState):
 
     def _write(self, state: dict[str, Any], step: int) -> dict[str, Any]:
         """Write the state into the folder of the checkpoint, and return what finds it again there."""
-        state = _with_arrays(state)
+        state = to_arrays(state)
         folder = self._folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         if not folder.is_dir():  # a hyperparameter search has folders of its own
             return {"step": step, "state": to_json(state)}
         identity = uuid.uuid4().hex
         write_state(state | {"id": identity}, folder / STATE_FILE)
         return {"step": step, "id": identity}
-
-
-def _with_arrays(value: Any) -> Any:
-    """Return the state with arrays in place of tensors; formats that NumPy lacks become float32, which holds them."""
-
-    def convert(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        leaf = leaf.detach().cpu()
-        return (leaf.float() if leaf.dtype == torch.bfloat16 else leaf).numpy()
-
-    return tree_map(convert, value)
-
-
-def _with_tensors(value: Any) -> Any:
-    return tree_map(lambda leaf: torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf, value)
 
 
 def _folders_of_resumed_training(frame: FrameType | None) -> list[str]:

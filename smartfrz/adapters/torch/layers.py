@@ -4,7 +4,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,8 @@ class Layer:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Layer":
         """Make the layer that `to_dict` described."""
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        named = {field.name: data[field.name] for field in fields(cls)}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in named.items()}
         return cls(**values)
 
 
@@ -449,6 +450,14 @@ def _list_changing_modules(name: str, module: nn.Module) -> Iterator[str]:
         yield name
 
 
+def _has_module(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
 class LayerReader:
     """Reads the weights of a model's layers as NumPy arrays.
 
@@ -457,17 +466,18 @@ class LayerReader:
         layers: Its layers, in execution order.
 
     Raises:
-        StateError: If the model lacks a parameter that a layer names.
+        StateError: If the model lacks a parameter or a module that a layer names.
     """
 
     def __init__(self, model: nn.Module, layers: list[Layer]):
         self._layers = {layer.name: layer for layer in layers}
         known = dict(model.named_parameters())
-        missing = [n for layer in layers for n in layer.parameters if n not in known]
-        if missing:
+        missing = [n for layer in layers for n in (*layer.parameters, *layer.weights) if n not in known]
+        lost = [n for layer in layers for n in (*layer.norms, layer.output) if not _has_module(model, n)]
+        if missing or lost:
             raise StateError(
-                f"The layers name parameters that {type(model).__name__} does not have: {missing[:3]}. "
-                "Use the state of a run of this same model."
+                f"The layers name {'parameters' if missing else 'modules'} that {type(model).__name__} does not have: "
+                f"{(missing or lost)[:3]}. Use the state of a run of this same model."
             )
         self._tensors = {layer.name: [known[n] for n in layer.weights] for layer in layers}
         self._parts: dict[str, tuple[NDArray[np.int64], list[Any]]] = {}
