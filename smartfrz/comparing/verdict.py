@@ -44,7 +44,8 @@ class Spread:
 
     def text(self, scale: float = 1.0, digits: int = 0, sign: bool = False) -> str:
         """Show `71 ± 4`, or `71` for one seed."""
-        mean = f"{scale * self.mean:{'+' if sign else ''}.{digits}f}"
+        rounded = round(scale * self.mean, digits) + 0.0  # no minus before a zero
+        mean = f"{rounded:{'+' if sign else ''}.{digits}f}"
         return mean if self.deviation is None else f"{mean} ± {scale * self.deviation:.{digits}f}"
 
 
