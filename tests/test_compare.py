@@ -237,7 +237,10 @@ def test_what_cannot_be_trained_is_explained(case, tmp_path, eager_predictor):
 
 
 WRONG_USAGE = {
-    "no task": ([], "Missing the task"),
+    "no task": ([], "Expected one of: MODULE:CALLABLE or FILE.py:CALLABLE, --pictures FOLDER, --texts"),
+    "two tasks": (["x:y", "--pictures", "."], "Expected one of: MODULE:CALLABLE"),
+    "epochs of a function": (["x:y", "--epochs", "3"], "--epochs belong to --pictures and --texts"),
+    "no network": (["--pictures", "."], "--pictures needs --network NAME"),
     "budget": (["x:y", "--budget", "20"], "expected a number and a unit, as in 90s, 20m or 1.5h"),
     "variant": (["x:y", "--variant", "warp=9"], "'warp=9' is no variant; expected 'default', or OPTION=VALUE"),
     "value": (["x:y", "--variant", "patience=many"], "`patience` is 'many'"),

@@ -16,6 +16,18 @@ from smartfrz.errors import MissingDependencyError
 MINUTE = 60.0  # between two lines of progress where there is no terminal
 
 
+_READY = (
+    "pictures",
+    "texts",
+    "network",
+    "epochs",
+    "batch_size",
+    "learning_rate",
+    "image_size",
+    "from_scratch",
+)
+
+
 class Duration(click.ParamType[float]):
     """A time such as `90s`, `20m` or `1.5h`, in seconds."""
 
@@ -31,6 +43,34 @@ class Duration(click.ParamType[float]):
 
 @click.command()
 @click.argument("task", metavar="[MODULE:CALLABLE | FILE.py:CALLABLE]", required=False)
+@click.option(
+    "--pictures",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="In the place of TASK: pictures in train/<class>/ and test/<class>/, or in <class>/.",
+)
+@click.option(
+    "--texts",
+    type=click.Path(path_type=Path),
+    metavar="FILE.csv",
+    help="In the place of TASK: CSV with the columns text and label.",
+)
+@click.option(
+    "--network",
+    help="For --pictures: a name of torchvision or timm, efficientnet-lite0, or MODULE:CALLABLE, called with the number of "
+    "classes. For --texts: a model of transformers, its folder or its name.",
+)
+@click.option("--epochs", type=click.FloatRange(min=0, min_open=True), help="Of --pictures and --texts. Default: 5.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Of --pictures and --texts. Default: 32.")
+@click.option(
+    "--learning-rate",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Of --pictures and --texts. Default: 2e-4, from scratch 1e-3.",
+)
+@click.option("--image-size", type=click.IntRange(min=8), help="Of --pictures. Default: 128.")
+@click.option(
+    "--from-scratch", is_flag=True, default=None, help="Of --pictures and --texts: random weights to start from."
+)
 @click.option(
     "--variant",
     "variants",
@@ -89,19 +129,18 @@ def compare(
         raise click.ClickException(
             'The comparison needs torch, which is not installed. Type: pip install "smartfrz[torch,cpu]"'
         ) from error
-    from smartfrz.comparing import command, own_task
+    from smartfrz.comparing import command
     from smartfrz.comparing.variants import methods_of
     from smartfrz.comparing.verdict import text_table
 
-    if task is None:
-        raise click.UsageError("Missing the task. Give MODULE:CALLABLE or FILE.py:CALLABLE.")
+    ready = {name: options.pop(name) for name in _READY}
     ways = ("default", *variants, *(f"threshold={value:g}" for value in thresholds))
     chosen = command.CompareOptions(variants=ways, **options)
     try:
         methods_of(chosen.predictor, chosen.variants, chosen.fewer)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    source = own_task.find_task(task, Path.cwd())
+    source = _source(task, {name: value for name, value in ready.items() if value is not None})
     try:
         with _told() as progress:
             outcome = command.run_compare(source, chosen, progress)
@@ -126,6 +165,28 @@ def compare(
             err=True,
         )
     click.echo(f"wrote {', '.join(map(str, written))}", err=True)
+
+
+def _source(task: str | None, ready: dict[str, Any]) -> Any:
+    """Where the task comes from: the user's function, pictures or texts."""
+    data = {name: ready.pop(name) for name in ("pictures", "texts") if name in ready}
+    if (task is not None) + len(data) != 1:
+        raise click.UsageError(
+            "Expected one of: MODULE:CALLABLE or FILE.py:CALLABLE, --pictures FOLDER, --texts FILE.csv."
+        )
+    if task is not None:
+        if ready:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in ready)
+            raise click.UsageError(f"{names} belong to --pictures and --texts. Set them in the function of your task.")
+        from smartfrz.comparing.own_task import find_task
+
+        return find_task(task, Path.cwd())
+    if "network" not in ready:
+        raise click.UsageError(f"--{next(iter(data))} needs --network NAME as well.")
+    from smartfrz.comparing.ready_tasks import ReadyOptions, picture_source, text_source
+
+    options = ReadyOptions(**ready)
+    return picture_source(data["pictures"], options) if "pictures" in data else text_source(data["texts"], options)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import math
+import sysconfig
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,11 @@ from smartfrz.importing import import_callable, importable
 
 FEWEST_STEPS = 100  # of a task that is cut: a predictor that decides at 60 records a run needs some steps
 PROBED = 8  # steps that are timed
+_NOT_THE_USERS = (
+    "<",
+    str(Path(__file__).parents[1]),
+    *filter(None, (sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))),
+)
 FOLLOWED = 5  # evaluations of a run that is cut
 
 
@@ -143,7 +149,9 @@ def _explained(what: str) -> Iterator[None]:
     except SmartFRZError:
         raise
     except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if not frame.filename.startswith(_NOT_THE_USERS)]
+        last = (own or frames)[-1]
         where = f"{last.filename}, line {last.lineno}"
         if isinstance(error, SyntaxError):
             where = f"{error.filename}, line {error.lineno}"

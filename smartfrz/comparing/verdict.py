@@ -265,8 +265,8 @@ class _Words:
         seeds = self.full.metric.seeds
         if seeds == 1:
             notes = [
-                "One seed: how much of a difference is chance is not known. Differences of a point between two runs of the "
-                "same kind are common. The same command with --seeds 3 goes on from here."
+                "One seed: how much of a difference is chance is not known, and another seed may turn it round. The same "
+                "command with --seeds 3 goes on from here."
             ]
         else:
             notes = [
