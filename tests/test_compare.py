@@ -13,7 +13,7 @@ import pytest
 from builder_fixtures import invoke
 
 from smartfrz.cli import main
-from smartfrz.comparing import study
+from smartfrz.comparing import cli, study
 from smartfrz.comparing.engine import FULL, Result
 from smartfrz.comparing.lines import read_lines
 from smartfrz.comparing.own_task import FEWEST_STEPS, Part, build_task, find_task, fit_budget
@@ -150,6 +150,26 @@ def test_a_killed_comparison_goes_on(tmp_path, eager_predictor):
     assert sorted(line["method"] for line in lines) == ["10 % of the steps", "SmartFRZ", "full training"]
 
 
+def test_without_a_terminal_there_is_a_line_a_minute(done, eager_predictor, monkeypatch):
+    folder, task, _ = done
+    given = (folder / "out", eager_predictor, "--fewer-steps", "40")
+    monkeypatch.setattr(cli, "MINUTE", 0.0)
+    result = call(task, *given)
+    assert re.search(r"\d+% done, about \d+ min left   seed 0 \(1 of 1\)   40 % of the steps [\d.]+", result.stderr)
+
+
+def test_without_matplotlib_there_is_no_picture_and_all_the_rest(done, eager_predictor, monkeypatch):
+    folder, task, first = done
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "smartfrz.comparing.fronts", raising=False)
+    result = call(task, folder / "out", eager_predictor, "--seeds", 2, "--threshold", "0.5")
+    assert result.exit_code == 0
+    assert result.stdout == first.stdout
+    assert "No picture was made: matplotlib" in result.stderr
+    assert "compare.png" not in result.stderr
+
+
 def test_ctrl_c_ends_quietly(tmp_path, eager_predictor, monkeypatch):
     def stop(*arguments):
         raise KeyboardInterrupt
@@ -184,9 +204,9 @@ def test_the_budget_decides_how_large_the_part_is(tmp_path):
     assert (len(cut.train), cut.steps, cut.evaluations) == (100, 310, 2)
     assert Part(0.01, 1).of(task).steps == FEWEST_STEPS
     assert len(Part(0.01, 1).of(task).train) == task.batch_size
-    assert "much the same" in Part(0.6, 1).trust("1 minutes", task)
-    assert "which way a difference goes" in Part(0.3, 1).trust("1 minutes", task)
-    assert "nothing was cut" in Part().trust("1 minutes", task)
+    assert "much the same" in Part(0.6, 1).trust(60, task)
+    assert "which way a difference goes" in Part(0.3, 1).trust(60, task)
+    assert "nothing was cut" in Part().trust(60, task)
 
 
 BROKEN = {

@@ -1,5 +1,7 @@
 """What is said about made-up results, of which is known what would be true."""
 
+import sys
+
 import pytest
 
 from smartfrz.comparing.verdict import Spread, judge, text_table
@@ -147,3 +149,17 @@ def test_the_table_is_aligned():
     assert header.split("  ")[-1].strip() == "layers frozen, %"
     assert rows[1].startswith("SmartFRZ ")
     assert rows[1].endswith("60 ± 0")
+
+
+def test_the_picture_names_every_method_and_switches_no_backend(monkeypatch):
+    matplotlib = pytest.importorskip("matplotlib")
+    monkeypatch.setattr(matplotlib, "use", lambda *arguments, **options: pytest.fail("switched"))
+    sys.modules.pop("smartfrz.comparing.fronts", None)
+    from smartfrz.comparing.fronts import draw_fronts
+
+    for seeds in (1, 3):
+        verdict = judge(runs([0.9, 0.89, 0.9], seeds=seeds))
+        axes = draw_fronts(verdict, "mine").axes[0]
+        assert [text.get_text() for text in axes.texts] == ["full training", "50 %", "SmartFRZ"]
+        assert axes.texts[1].xy == pytest.approx((50, -5 if seeds == 1 else -5.1))
+        assert axes.get_title(loc="left").startswith(f"mine, {seeds} seed")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import click
 
 from smartfrz.errors import MissingDependencyError
 
+_BAR = 68  # columns of a progress bar; a line that is longer than the terminal would not be overwritten
 MINUTE = 60.0  # between two lines of progress where there is no terminal
 
 
@@ -151,7 +153,7 @@ def compare(
     try:
         written.append(command.draw(outcome, source.name, chosen.output))
     except MissingDependencyError as error:
-        click.echo(f"{error}.", err=True)
+        click.echo(str(error), err=True)
     if as_json:
         click.echo(json.dumps(command.to_dict(outcome)))
     else:
@@ -194,7 +196,8 @@ def _told() -> Iterator[Callable[[float, str], None]]:
     """Show progress on standard error: a bar on a terminal, else a line a minute."""
     if sys.stderr.isatty():
         with click.progressbar(length=1000, label="training", file=sys.stderr, item_show_func=lambda item: item) as bar:
-            yield lambda fraction, text: bar.update(round(1000 * fraction) - bar.pos, text)
+            width = max(0, shutil.get_terminal_size().columns - _BAR)
+            yield lambda fraction, text: bar.update(round(1000 * fraction) - bar.pos, text[:width])
         return
     start = last = time.monotonic()
 

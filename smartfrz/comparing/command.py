@@ -105,7 +105,7 @@ def _notes(verdict: Verdict, task: Task, part: Part, options: CompareOptions) ->
             f"The test data has {number} samples: a single one is {100 / number:.2g} points. More test data would tell more."
         )
     if options.budget is not None:
-        notes.append(part.trust(f"{options.budget / 60:g} minutes", task))
+        notes.append(part.trust(options.budget, task))
     return notes
 
 
@@ -124,7 +124,7 @@ def draw(outcome: Outcome, title: str, folder: Path) -> Path:
         from smartfrz.comparing.fronts import save_fronts
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
-            f"No picture was made: {error.name} is not installed. Type: pip install matplotlib, and start again"
+            f"No picture was made: {error.name} is not installed. Type: pip install matplotlib, and give the same command."
         ) from error
     save_fronts(outcome.verdict, title, folder / PICTURE)
     return folder / PICTURE

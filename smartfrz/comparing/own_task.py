@@ -163,6 +163,18 @@ def device_name(task: Task) -> str:
     return next((parameter.device.type for parameter in task.model(0).parameters()), "cpu")
 
 
+def duration(seconds: float) -> str:
+    """Show a time as `--budget` takes it, rounded up.
+
+    Example:
+        >>> duration(60), duration(90), duration(5400)
+        ('1m', '90s', '1.5h')
+    """
+    if seconds < 120 and seconds != 60:
+        return f"{math.ceil(seconds)}s"
+    return f"{math.ceil(seconds / 60)}m" if seconds < 3600 else f"{math.ceil(seconds / 360) / 10:g}h"
+
+
 @dataclass(frozen=True)
 class Part:
     """What a budget leaves of a task.
@@ -188,8 +200,9 @@ class Part:
             evaluations=self.evaluations,
         )
 
-    def trust(self, budget: str, task: Task) -> str:
+    def trust(self, seconds: float, task: Task) -> str:
         """Say how far the result of the part can be believed."""
+        budget = duration(seconds)
         if self.share == 1.0:
             return f"The whole task fits into the budget of {budget}: nothing was cut."
         cut = self.of(task)
@@ -239,8 +252,8 @@ def fit_budget(task: Task, methods: Sequence[Method], seeds: int, seconds: float
     if share < smallest:
         needed = judging + smallest * steps
         raise RecipeError(
-            f"A budget of {seconds:.0f} seconds is too short for {runs} runs: {min(FEWEST_STEPS, task.steps)} steps of each "
-            f"and judging them take about {needed:.0f} seconds. Give --budget {math.ceil(needed / 60 * 1.1)}m, fewer "
+            f"A budget of {duration(seconds)} is too short for {runs} runs: {min(FEWEST_STEPS, task.steps)} steps of each "
+            f"and judging them take about {duration(needed)}. Give --budget {duration(1.2 * needed)}, fewer "
             "methods, or fewer seeds."
         )
     return Part(min(1.0, round(share, 3) or share), number)

@@ -109,6 +109,8 @@ def _picture_task(folder: Path, options: ReadyOptions) -> Task:
             f"--pictures is {str(folder)!r}, which is no folder; expected one with train/<class>/ and test/<class>/, or "
             "with <class>/, of pictures."
         )
+    train: Dataset[Any]
+    test: Dataset[Any]
     if {"train", "test"} <= set(class_names(folder)):
         train, test = image_folders(folder, options.image_size)
         classes = len(class_names(folder / "train"))
@@ -208,7 +210,7 @@ def _text_task(file: Path, options: ReadyOptions) -> Task:
 
     def model(seed: int) -> nn.Module:
         if options.from_scratch:
-            network = AutoModelForSequenceClassification.from_config(config)
+            network = AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
         else:
             network = AutoModelForSequenceClassification.from_pretrained(
                 options.network, config=config, ignore_mismatched_sizes=True
