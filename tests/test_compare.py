@@ -22,6 +22,9 @@ from smartfrz.errors import RecipeError
 
 PAGE = Path(__file__).parent.parent / "docs" / "compare.md"
 METHODS = ["full training", "SmartFRZ", "SmartFRZ threshold=0.5", "50 % of the steps"]
+MINE = re.compile(
+    r" with eager\.onnx [0-9a-f]{6}"
+)  # a predictor that is a file has its name and digest in those of methods
 
 
 def write_task(folder, epochs=2, **changes):
@@ -59,7 +62,7 @@ def test_the_verdict_the_table_and_the_files(done):
     assert sentence.startswith("SmartFRZ ")
     assert "training 50 % of the steps" in sentence
     assert header.split()[0] == "steps"
-    assert [row.split("  ")[0] for row in rows[:4]] == METHODS
+    assert [MINE.sub("", row.split("  ")[0]) for row in rows[:4]] == METHODS
     assert "- Behind ± stands the standard deviation over 2 seeds." in result.stdout
     assert "Traceback" not in result.output
     assert sorted(path.name for path in (folder / "out").iterdir() if not path.name.startswith(".")) == [
@@ -69,12 +72,13 @@ def test_the_verdict_the_table_and_the_files(done):
     ]
     figures = json.loads((folder / "out" / "compare.json").read_text())
     assert figures["sentence"] == sentence
-    assert [one["method"] for one in figures["figures"]] == METHODS
+    assert [MINE.sub("", one["method"]) for one in figures["figures"]] == METHODS
 
 
 def test_each_run_is_a_line_and_a_fair_one(done):
     lines = read_lines(done[0] / "out" / "runs.jsonl")
-    assert sorted((line["seed"], line["method"]) for line in lines) == sorted((s, m) for s in (0, 1) for m in METHODS)
+    found = sorted((line["seed"], MINE.sub("", line["method"])) for line in lines)
+    assert found == sorted((seed, method) for seed in (0, 1) for method in METHODS)
     for line in lines:
         assert line["full_steps"] == 62
         assert line["steps"] == (31 if line["kind"] == "fewer" else 62)
@@ -112,7 +116,7 @@ def test_a_new_method_trains_alone_beside_a_pacemaker(done, eager_predictor):
     result = call(task, folder / "out", eager_predictor, "--variant", "threshold=0.6,patience=1")
     assert result.exit_code == 0, result.output
     (new,) = read_lines(folder / "out" / "runs.jsonl")[len(before) :]
-    assert (new["method"], new["seed"]) == ("SmartFRZ threshold=0.6,patience=1", 0)
+    assert (MINE.sub("", new["method"]), new["seed"]) == ("SmartFRZ threshold=0.6,patience=1", 0)
     assert 0 < new["pace"]["cpu_seconds"] < 100 * before[0]["pace"]["cpu_seconds"]
 
 
@@ -147,7 +151,7 @@ def test_a_killed_comparison_goes_on(tmp_path, eager_predictor):
     assert result.exit_code == 0, result.output
     lines = read_lines(out / "runs.jsonl")
     assert lines[: len(kept)] == kept
-    assert sorted(line["method"] for line in lines) == ["10 % of the steps", "SmartFRZ", "full training"]
+    assert sorted(MINE.sub("", line["method"]) for line in lines) == ["10 % of the steps", "SmartFRZ", "full training"]
 
 
 def test_without_a_terminal_there_is_a_line_a_minute(done, eager_predictor, monkeypatch):
@@ -284,6 +288,19 @@ def test_a_damaged_file_of_results_is_named_before_anything_is_trained(tmp_path,
     result = call(write_task(tmp_path), tmp_path / "out", eager_predictor)
     assert "line 2 is damaged" in result.stderr
     assert result.exit_code == 1
+
+
+def test_a_predictor_of_ones_own_is_told_apart_by_its_content(tmp_path):
+    assert variant("default", "smartfrz-base").name == "SmartFRZ"
+    assert variant("threshold=0.9,predictor=smartfrz-base", "other").name == "SmartFRZ threshold=0.9"
+    assert variant("predictor=other@2", "smartfrz-base").name == "SmartFRZ with other@2"
+    file = tmp_path / "mine.onnx"
+    names = []
+    for content in (b"1", b"2"):
+        file.write_bytes(content)
+        names.append(variant("threshold=0.9", str(file)).name)
+    assert names[0] != names[1]
+    assert all(re.fullmatch(r"SmartFRZ with mine\.onnx [0-9a-f]{6} threshold=0\.9", name) for name in names)
 
 
 def test_variants_and_shares():

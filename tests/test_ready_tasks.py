@@ -77,7 +77,7 @@ def test_pictures_and_a_network_of_ones_own(tmp_path, pictures, eager_predictor,
     given = ["--pictures", "pictures", "--network", "mynetworks:small", "--image-size", 16, "--epochs", 8]
     result = call(tmp_path, *given, "--batch-size", 8, "--learning-rate", 0.01, "--predictor", eager_predictor)
     assert result.exit_code == 0, result.output
-    assert "With one seed, SmartFRZ took" in result.stdout
+    assert "With one seed, SmartFRZ with eager.onnx" in result.stdout
     assert "The test data has 12 samples" in result.stdout
     full = read_lines(tmp_path / "out" / "runs.jsonl")
     assert {line["full_steps"] for line in full} == {48}

@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from smartfrz import __version__
 from smartfrz.comparing.engine import FULL, Progress
 from smartfrz.comparing.lines import matching, read_lines
 from smartfrz.comparing.own_task import Part, Source, build_task, device_name, fit_budget
 from smartfrz.comparing.pytorch import Task, start_run
 from smartfrz.comparing.study import finished, run_study
-from smartfrz.comparing.variants import DEFAULT, methods_of
+from smartfrz.comparing.variants import DEFAULT, PREDICTOR, methods_of
 from smartfrz.comparing.verdict import Verdict, judge
 from smartfrz.errors import MissingDependencyError
 from smartfrz.files import replacing
@@ -34,7 +35,7 @@ class CompareOptions:
         output: Folder of the results.
     """
 
-    predictor: str = "smartfrz-base"
+    predictor: str = PREDICTOR
     variants: tuple[str, ...] = (DEFAULT,)
     fewer: str = "50,70"
     seeds: int = 1
@@ -74,8 +75,8 @@ def run_compare(source: Source, options: CompareOptions, progress: Progress = la
     with importable(source.folder):
         task = build_task(source)
         device = device_name(task)
-        facts: dict[str, Any] = {"task": source.name, "version": source.version, "predictor": options.predictor}
-        facts |= {"device": device, "budget": options.budget}
+        facts: dict[str, Any] = {"task": source.name, "version": source.version}
+        facts |= {"device": device, "smartfrz": __version__, "budget": options.budget}
         part = Part()
         if options.budget is not None:
             part = _known_part(path, facts) or fit_budget(task, methods, options.seeds, options.budget)

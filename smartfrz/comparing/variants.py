@@ -1,14 +1,17 @@
 """Methods of a comparison from the words of a command line."""
 
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from smartfrz.comparing.engine import Method
 from smartfrz.control.options import FreezeOptions
 
 DEFAULT = "default"
+PREDICTOR = "smartfrz-base"
 _OPTIONS = {field.name for field in fields(FreezeOptions)} - {"total_steps", "seed", "verbose", "dry_run"} | {
     "predictor"
 }
@@ -26,7 +29,7 @@ def variant(text: str, predictor: str) -> Method:
         ValueError: If `text` is not of that form, or an option has no such value.
     """
     if text == DEFAULT:
-        return Method("SmartFRZ", lambda run: predictor)
+        return Method(_name(predictor, ""), lambda run: predictor)
     options: dict[str, Any] = {}
     for part in text.split(","):
         name, equals, value = (word.strip() for word in part.partition("="))
@@ -37,13 +40,26 @@ def variant(text: str, predictor: str) -> Method:
             )
         options[name] = _value(value)
     chosen = str(options.pop("predictor", predictor))
+    words = ",".join(part.strip() for part in text.split(",") if part.partition("=")[0].strip() != "predictor")
     try:
         FreezeOptions(**options)
     except TypeError as error:
         raise ValueError(
             f"{text!r} has a value of the wrong type ({error}). Write numbers plain, as in 0.9."
         ) from error
-    return Method(f"SmartFRZ {text}", lambda run: chosen, options)
+    return Method(_name(chosen, words), lambda run: chosen, options)
+
+
+def _name(predictor: str, words: str) -> str:
+    """Name of a method, which changes with the content of a predictor's file, so that old runs do not pass for new ones."""
+    parts = ["SmartFRZ"]
+    if predictor != PREDICTOR:
+        path = Path(predictor)
+        is_file = path.is_file()
+        parts.append(
+            f"with {path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:6]}" if is_file else f"with {predictor}"
+        )
+    return " ".join([*parts, words] if words else parts)
 
 
 def _value(text: str) -> Any:
