@@ -212,8 +212,8 @@ class Part:
             )
         elif self.share >= 0.15:
             worth = (
-                "The share of the time is a fair guess for the whole task; the accuracies are not, as they come from less "
-                "data and fewer steps. Believe which way a difference goes, not its size."
+                "The share of the time is a guess for the whole task, whose longer runs may save more; the accuracies come "
+                "from less data and fewer steps. Believe which way a difference goes, not its size."
             )
         else:
             worth = "So small a part shows that it runs, and what a step costs. Take no decision from its accuracies."
