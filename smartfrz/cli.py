@@ -1,4 +1,4 @@
-"""`smartfrz`: the demo, an estimate of what freezing would save, the zoo, and serving."""
+"""`smartfrz`: the demo, a comparison on your own task, an estimate of what freezing would save, the zoo, and serving."""
 
 import sys
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from smartfrz.commands import Group
+from smartfrz.comparing.cli import compare
 from smartfrz.serving.cli import serve
 from smartfrz.zoo.cli import zoo
 
@@ -17,6 +18,7 @@ def main() -> None:
     """Train to the same accuracy in less time: freeze layers when they have converged."""
 
 
+main.add_command(compare)
 main.add_command(zoo)
 main.add_command(serve)
 

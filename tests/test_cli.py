@@ -20,6 +20,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 HELP = {
     "smartfrz": (smartfrz, [], "Train to the same accuracy in less time"),
     "smartfrz demo": (smartfrz, ["demo"], "--num-train"),
+    "smartfrz compare": (smartfrz, ["compare"], "FILE.py:CALLABLE"),
     "smartfrz zoo": (smartfrz, ["zoo"], "Find, fetch, check and publish predictors"),
     "smartfrz zoo download": (smartfrz, ["zoo", "download"], "--registry"),
     "smartfrz-build": (build, [], "Build a freeze predictor"),

@@ -22,7 +22,7 @@ from smartfrz.training import Loss, classification_loss, device_of, endless, eva
 
 LAST_LOSSES = 20  # steps whose mean loss is reported
 JUDGED_AT_ONCE = 250  # samples
-Judge = Callable[[nn.Module, Dataset[Any]], tuple[float, dict[str, Any]]]
+Judge = Callable[[nn.Module, Dataset[Any]], float | tuple[float, dict[str, Any]]]
 
 
 def judge_accuracy(model: nn.Module, data: Dataset[Any]) -> tuple[float, dict[str, Any]]:
@@ -51,9 +51,10 @@ class Task:
         schedule: Learning rate as a fraction of its peak, from the fraction of the run that is done.
         warmup: What is left of `schedule` for methods that bring their own.
         loss: Loss of a batch, from the model, inputs and targets.
-        judge: Metric of a model on data, the larger the better, and other facts to report; it may leave the model in
-            eval mode.
+        judge: Metric of a model on data, the larger the better: a number, or a number and other facts to report. It may
+            leave the model in eval mode.
         evaluations: How often a run is evaluated on `validation`; None for after each epoch.
+        metric: Name of what `judge` returns.
     """
 
     model: Callable[[int], nn.Module]
@@ -68,6 +69,7 @@ class Task:
     loss: Loss = classification_loss
     judge: Judge = judge_accuracy
     evaluations: int | None = None
+    metric: str = "accuracy"
 
 
 class TorchRun:
@@ -161,7 +163,12 @@ class TorchRun:
             peak = torch.cuda.max_memory_allocated() - others
             self.result.peak_device_bytes = max(peak, self.result.peak_device_bytes or 0)
         self._random = self._random_state()
+        self.result.last_loss = self._last_loss()
         return self.result.steps < self.total_steps
+
+    def _last_loss(self) -> float | None:
+        last = self._losses[-LAST_LOSSES:]
+        return sum(last) / len(last) if last else None
 
     def _step(self) -> None:
         result, start = self.result, self._clock()
@@ -226,17 +233,35 @@ class TorchRun:
         self.model.train()
 
     def judge(self, data: Dataset[Any]) -> tuple[float, dict[str, Any]]:
-        """The task's metric on data, and other facts; the model is in eval mode afterwards."""
+        """The task's metric on data, and other facts; the model is in eval mode afterwards.
+
+        Raises:
+            RecipeError: If the metric is no finite number.
+        """
         self.model.eval()
         with self._random_numbers_kept():
-            return self.task.judge(self.model, data)
+            judged = self.task.judge(self.model, data)
+        value, details = judged if isinstance(judged, tuple) else (judged, {})
+        try:
+            number = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise self._no_metric(type(value).__name__) from error
+        if not math.isfinite(number):
+            raise self._no_metric(str(number))
+        return number, details
+
+    def _no_metric(self, received: str) -> RecipeError:
+        return RecipeError(
+            f"The metric of {self.method.name} is {received} after {self.result.steps} steps; expected a finite number, the "
+            "larger the better. Look at what the task's `judge` returns, and whether training diverged."
+        )
 
     def finish(self) -> Result:
         """Judge the trained model on the test data, release the freezer, and return the result."""
         result = self.result
         is_judged = self.task.test is self.task.validation and result.curve[-1].step == result.steps
         result.accuracy, result.details = self._judged if is_judged else self.judge(self.task.test)
-        result.last_loss = sum(self._losses[-LAST_LOSSES:]) / len(self._losses[-LAST_LOSSES:])
+        result.last_loss = self._last_loss()
         if self._freezer is not None:
             report = self._freezer.report()
             result.decision_seconds, result.frozen = report.decision_seconds, dict(report.frozen)

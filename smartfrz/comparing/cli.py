@@ -1,0 +1,212 @@
+"""`smartfrz compare`: whether it helps on a task of your own."""
+
+import json
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from smartfrz.errors import MissingDependencyError
+
+_BAR = 68  # columns of a progress bar; a line that is longer than the terminal would not be overwritten
+MINUTE = 60.0  # between two lines of progress where there is no terminal
+
+
+_READY = (
+    "pictures",
+    "texts",
+    "network",
+    "epochs",
+    "batch_size",
+    "learning_rate",
+    "image_size",
+    "from_scratch",
+)
+
+
+class Duration(click.ParamType[float]):
+    """A time such as `90s`, `20m` or `1.5h`, in seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Read the text."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", str(value).strip())
+        if match is None or not float(match[1]):
+            self.fail(f"{value!r} is no time; expected a number and a unit, as in 90s, 20m or 1.5h.", param, ctx)
+        return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+@click.command()
+@click.argument("task", metavar="[MODULE:CALLABLE | FILE.py:CALLABLE]", required=False)
+@click.option(
+    "--pictures",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="In the place of TASK: pictures in train/<class>/ and test/<class>/, or in <class>/.",
+)
+@click.option(
+    "--texts",
+    type=click.Path(path_type=Path),
+    metavar="FILE.csv",
+    help="In the place of TASK: CSV with the columns text and label.",
+)
+@click.option(
+    "--network",
+    help="For --pictures: a name of torchvision or timm, efficientnet-lite0, or MODULE:CALLABLE, called with the number of "
+    "classes. For --texts: a model of transformers, its folder or its name.",
+)
+@click.option("--epochs", type=click.FloatRange(min=0, min_open=True), help="Of --pictures and --texts. Default: 5.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Of --pictures and --texts. Default: 32.")
+@click.option(
+    "--learning-rate",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Of --pictures and --texts. Default: 2e-4, from scratch 1e-3.",
+)
+@click.option("--image-size", type=click.IntRange(min=8), help="Of --pictures. Default: 128.")
+@click.option(
+    "--from-scratch", is_flag=True, default=None, help="Of --pictures and --texts: random weights to start from."
+)
+@click.option(
+    "--variant",
+    "variants",
+    multiple=True,
+    metavar="OPTION=VALUE,..",
+    help="A way to use SmartFRZ, for example "
+    "threshold=0.9,freeze_order=prefix; can be repeated. 'default' is always there.",
+)
+@click.option(
+    "--threshold",
+    "thresholds",
+    multiple=True,
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Short for --variant threshold=VALUE; can be repeated.",
+)
+@click.option(
+    "--fewer-steps",
+    "fewer",
+    default="50,70",
+    show_default=True,
+    metavar="PERCENT,..",
+    help="Full training in fewer steps, in percent of them; '' for none.",
+)
+@click.option("--seeds", default=1, show_default=True, type=click.IntRange(min=1), help="Runs of each method.")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    help="Loss of the metric that counts as none: in points for a "
+    "metric between 0 and 1. Default: 0.5 points, or 1% of full training's.",
+)
+@click.option(
+    "--budget",
+    type=Duration(),
+    metavar="TIME",
+    help="Take a part of the data and of the steps, so that all runs together take about so long: 90s, 20m, 1.5h.",
+)
+@click.option("--predictor", default="smartfrz-base", show_default=True, help="A zoo name, file or address.")
+@click.option(
+    "--output", "-o", default="compare-output", show_default=True, type=click.Path(path_type=Path, file_okay=False)
+)
+@click.option("--json", "as_json", is_flag=True, help="Print all figures as JSON, in the place of the table.")
+def compare(
+    task: str | None, variants: tuple[str, ...], thresholds: tuple[float, ...], as_json: bool, **options: Any
+) -> None:
+    """Will it help? Train your own task fully, with SmartFRZ, and in fewer steps.
+
+    The function that MODULE:CALLABLE names is called without arguments and returns a smartfrz.comparing.pytorch.Task: model,
+    optimizer, data, steps, schedule, loss and metric (docs/compare.md). Modules in the current directory are found.
+
+    OUTPUT gets one line for each finished run (runs.jsonl), all figures (compare.json) and a picture (compare.png). The same
+    command started again goes on where it was stopped.
+    """
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise click.ClickException(
+            'The comparison needs torch, which is not installed. Type: pip install "smartfrz[torch,cpu]"'
+        ) from error
+    from smartfrz.comparing import command
+    from smartfrz.comparing.variants import methods_of
+    from smartfrz.comparing.verdict import text_table
+
+    ready = {name: options.pop(name) for name in _READY}
+    ways = ("default", *variants, *(f"threshold={value:g}" for value in thresholds))
+    chosen = command.CompareOptions(variants=ways, **options)
+    try:
+        methods_of(chosen.predictor, chosen.variants, chosen.fewer)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    source = _source(task, {name: value for name, value in ready.items() if value is not None})
+    try:
+        with _told() as progress:
+            outcome = command.run_compare(source, chosen, progress)
+    except KeyboardInterrupt:
+        click.echo("\nStopped. Finished runs are kept; the same command goes on from there.", err=True)
+        raise SystemExit(130) from None
+    written = [chosen.output / name for name in (command.LINES, command.FIGURES)]
+    try:
+        written.append(command.draw(outcome, source.name, chosen.output))
+    except MissingDependencyError as error:
+        click.echo(str(error), err=True)
+    if as_json:
+        click.echo(json.dumps(command.to_dict(outcome)))
+    else:
+        click.echo(f"{outcome.verdict.sentence}\n\n{text_table(outcome.verdict.table())}\n")
+        for note in outcome.verdict.notes:
+            click.echo(f"- {note}")
+    if outcome.foreign:
+        click.echo(
+            f"{outcome.foreign} runs in {chosen.output / command.LINES} are of another task, version of it, or budget, "
+            "and are left out.",
+            err=True,
+        )
+    click.echo(f"wrote {', '.join(map(str, written))}", err=True)
+
+
+def _source(task: str | None, ready: dict[str, Any]) -> Any:
+    """Where the task comes from: the user's function, pictures or texts."""
+    data = {name: ready.pop(name) for name in ("pictures", "texts") if name in ready}
+    if (task is not None) + len(data) != 1:
+        raise click.UsageError(
+            "Expected one of: MODULE:CALLABLE or FILE.py:CALLABLE, --pictures FOLDER, --texts FILE.csv."
+        )
+    if task is not None:
+        if ready:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in ready)
+            raise click.UsageError(f"{names} belong to --pictures and --texts. Set them in the function of your task.")
+        from smartfrz.comparing.own_task import find_task
+
+        return find_task(task, Path.cwd())
+    if "network" not in ready:
+        raise click.UsageError(f"--{next(iter(data))} needs --network NAME as well.")
+    from smartfrz.comparing.ready_tasks import ReadyOptions, picture_source, text_source
+
+    options = ReadyOptions(**ready)
+    return picture_source(data["pictures"], options) if "pictures" in data else text_source(data["texts"], options)
+
+
+@contextmanager
+def _told() -> Iterator[Callable[[float, str], None]]:
+    """Show progress on standard error: a bar on a terminal, else a line a minute."""
+    if sys.stderr.isatty():
+        with click.progressbar(length=1000, label="training", file=sys.stderr, item_show_func=lambda item: item) as bar:
+            width = max(0, shutil.get_terminal_size().columns - _BAR)
+            yield lambda fraction, text: bar.update(round(1000 * fraction) - bar.pos, text[:width])
+        return
+    start = last = time.monotonic()
+
+    def tell(fraction: float, text: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= MINUTE:
+            left = (now - start) * (1 - fraction) / max(fraction, 1e-9)
+            click.echo(f"{fraction:.0%} done, about {left / 60:.0f} min left   {text}", err=True)
+            last = now
+
+    yield tell

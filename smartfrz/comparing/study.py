@@ -1,0 +1,112 @@
+"""Trains a task by several methods with several seeds, and keeps each finished run, so that a second start goes on."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from smartfrz.comparing.engine import FULL, TURN, Method, Progress, Result, Run
+from smartfrz.comparing.lines import add_line, matching, read_lines
+from smartfrz.errors import ResultsError
+
+PACE_EVERY = 10  # rounds; how often full training takes a turn if its result is known already
+Start = Callable[[Method], Run]
+
+
+def kind_of(method: Method) -> str:
+    """What a method is: `full`, `freezing`, or `fewer` (full training in fewer steps)."""
+    if method.policy is not None:
+        return "freezing"
+    return "full" if method.share == 1.0 else "fewer"
+
+
+def finished(
+    path: Path, facts: Mapping[str, Any], methods: Sequence[Method], seeds: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Lines of the runs that are asked for and finished, in the order of the methods."""
+    lines = matching(read_lines(path), facts)
+    found = {(line["method"], line["seed"]): line for line in lines}
+    wanted = [(method.name, seed) for method in methods for seed in seeds]
+    return [found[key] for key in wanted if key in found]
+
+
+def run_study(
+    start: Callable[[int], Start],
+    methods: Sequence[Method],
+    seeds: Sequence[int],
+    facts: Mapping[str, Any],
+    path: Path,
+    progress: Progress = lambda fraction, text: None,
+) -> list[dict[str, Any]]:
+    """Train all methods with all seeds; what the file has already is not trained again.
+
+    The methods of a seed take turns of a few steps, so that a machine that gets slower or faster meanwhile does so for all
+    of them.
+
+    Args:
+        start: Makes what starts the runs of a seed.
+        methods: The methods; full training is added if it is missing.
+        seeds: The seeds, one after the other.
+        facts: What a line must have to count as a run of this comparison; every line gets them.
+        path: File of JSON lines, one a run, each written as soon as the run is finished.
+        progress: Called after each turn with the fraction that is done, and how the runs stand.
+
+    Returns:
+        The lines of all runs.
+
+    Raises:
+        ResultsError: If the loss of full training or a metric is not finite, or the file is damaged.
+    """
+    methods = [FULL, *(method for method in methods if method.name != FULL.name)]
+    for number, seed in enumerate(seeds):
+        known = {line["method"] for line in finished(path, facts, methods, [seed])}
+
+        def told(fraction: float, text: str, number: int = number, seed: int = seed) -> None:
+            progress((number + fraction) / len(seeds), f"seed {seed} ({number + 1} of {len(seeds)})   {text}")
+
+        missing = [method for method in methods if method.name not in known]
+        for line in _train(start(seed), missing, told):
+            add_line(path, {**facts, "seed": seed, **line})
+    return finished(path, facts, methods, seeds)
+
+
+def _train(start: Start, methods: Sequence[Method], progress: Progress) -> Iterator[dict[str, Any]]:
+    """Train the runs of a seed in turns, and yield the line of each as soon as it is finished.
+
+    A line says at which pace full training went meanwhile. Where full training was finished by an earlier start, it takes
+    a turn now and then for that, and is left unfinished.
+    """
+    runs = [(method, start(method)) for method in methods]
+    if not runs:
+        return
+    pacemaker = None if methods[0] is FULL else start(FULL)
+    pace = (pacemaker or runs[0][1]).result
+    total, results, rounds = sum(run.total_steps for _, run in runs), [run.result for _, run in runs], 0
+    while runs:
+        if pacemaker is not None and rounds % PACE_EVERY == 0:
+            pacemaker.advance(TURN)
+        rounds += 1
+        for method, run in list(runs):
+            more = run.advance(TURN)
+            _check_loss(run.result, method)
+            if not more:
+                runs.remove((method, run))
+                yield _line(method, run.finish(), pace)
+            texts = [f"{result.method} {result.curve[-1].accuracy:.4g}" for result in results if result.curve]
+            progress(sum(result.steps for result in results) / total, "   ".join(texts))
+
+
+def _check_loss(result: Result, method: Method) -> None:
+    if kind_of(method) == "full" and result.last_loss is not None and not math.isfinite(result.last_loss):
+        raise ResultsError(
+            f"The loss of full training is {result.last_loss} after {result.steps} steps; expected a finite number. Lower "
+            "the learning rate, or look at the data and the loss of the task."
+        )
+
+
+def _line(method: Method, result: Result, full: Result) -> dict[str, Any]:
+    fields = result.to_dict()
+    if fields["last_loss"] is not None and not math.isfinite(fields["last_loss"]):
+        fields["last_loss"] = None  # JSON has no NaN
+    pace = {clock: getattr(full, clock) / full.steps for clock in ("cpu_seconds", "train_seconds")}
+    return {"kind": kind_of(method), **fields, "pace": pace}
