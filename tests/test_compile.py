@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 
 from smartfrz.adapters.torch import SmartFRZ  # noqa: E402
 from smartfrz.adapters.torch.compiling import EagerHold  # noqa: E402
-from smartfrz.baselines import AutoFreeze, LinearFreezing  # noqa: E402
+from smartfrz.baselines import AutoFreeze, GradES, LinearFreezing  # noqa: E402
 from smartfrz.control.options import COMPILED_STAGES  # noqa: E402
 
 DEPTH = 16
@@ -229,7 +229,9 @@ def test_compiled_costs_are_profiled_eagerly_and_compiling_goes_on():
     assert backend.frame_count >= 1
 
 
-@pytest.mark.parametrize("policy", [LinearFreezing(0.3, scale_lr=True), AutoFreeze(steps_per_epoch=8)])
+@pytest.mark.parametrize(
+    "policy", [LinearFreezing(0.3, scale_lr=True), AutoFreeze(steps_per_epoch=8), GradES(100.0, alpha=0.2)]
+)
 def test_baselines_freeze_at_few_stages_too_and_train_as_uncompiled_until_then(policy):
     weights = []
     for compiler in (compiled_before, lambda model, backend: model):

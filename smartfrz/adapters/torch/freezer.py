@@ -138,12 +138,13 @@ class SmartFRZ(Freezer[TorchAdapter]):
 
     def _optimizer_steps(self) -> OptimizerSteps | None:
         policy = self._policy
-        if not (policy.scales_learning_rates or policy.reads_gradients):
+        if not (policy.scales_learning_rates or policy.reads_gradients or policy.compares_gradients):
             return None
         return OptimizerSteps(
             self._optimizers,
             before_step=self._before_optimizer_step if policy.scales_learning_rates else None,
             accumulate=policy.reads_gradients,
+            compare=policy.compares_gradients,
         )
 
     def _learn_layers(self) -> None:
@@ -411,7 +412,9 @@ class SmartFRZ(Freezer[TorchAdapter]):
         state = super().state_dict()
         history = state["controller"]["history"]
         state["controller"]["history"] = {layer: torch.from_numpy(rows) for layer, rows in history.items()}
-        return state | {"gradients": self._run.adapter.gradient_state(), "reentrant": self._reentrant}
+        adapter = self._run.adapter
+        gradients = {"gradients": adapter.gradient_state(), "gradient_changes": adapter.gradient_change_state()}
+        return state | gradients | {"reentrant": self._reentrant}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue a saved run. Load the model and the optimizer first, then this.
@@ -432,6 +435,7 @@ class SmartFRZ(Freezer[TorchAdapter]):
         run = self._control(layers, state["reentrant"], saved)
         run.adapter.load_norm_state(state["norms"])
         run.adapter.load_gradient_state(state.get("gradients", {}))  # earlier versions saved none
+        run.adapter.load_gradient_change_state(state.get("gradient_changes", {}))
         self._clock.resume(state["seconds"])
 
     def _start_over(self) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, Self
 
@@ -50,7 +50,8 @@ class TorchAdapter(LayerReader):
             change of what is frozen.
         reentrant: Whether the model uses reentrant gradient checkpointing.
         previous: The adapter that this one replaces. What it froze does not count as frozen by the user.
-        steps: Hooks of the optimizers, for `set_lr_scale` and `gradient_norm`. Made on first use by default.
+        steps: Hooks of the optimizers, for `set_lr_scale`, `gradient_norm` and `gradient_changes`. Made on first use by
+            default.
 
     Raises:
         UnsupportedModelError: If the model's weights have no data.
@@ -188,6 +189,25 @@ class TorchAdapter(LayerReader):
         averaged over processes, unscaled and clipped.
         """
         return self._steps.take_norm(self._trainable[layer])
+
+    def gradient_changes(self, layers: Sequence[str]) -> dict[str, float]:
+        """Return how little the gradients of each layer changed from one optimizer step to the next, since the last call.
+
+        The change of a matrix at a step is the L1 norm of its gradient less its gradient at the step before. Its smallest
+        change counts, and of a layer with several matrices the largest of these; infinity if one has none that is finite.
+        Matrices are the weights that the layer is judged by. Gradients count as the optimizer sees them. Measuring begins
+        with the first call, unless `steps` already did so.
+        """
+        return self._steps.take_changes({layer: self._tensors[layer] for layer in layers})
+
+    def gradient_change_state(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Return the latest gradients and their smallest changes by the name of the parameter, for a saved state."""
+        return {} if self._given_steps is None else self._given_steps.changes.state(self._parameters)
+
+    def load_gradient_change_state(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Restore what `gradient_change_state` returned."""
+        if state or self._given_steps is not None:
+            self._steps.changes.load(state, self._parameters)
 
     def gradient_state(self) -> dict[str, torch.Tensor]:
         """Return the sums of gradients by the name of the parameter, for a saved state."""
