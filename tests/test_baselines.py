@@ -302,12 +302,12 @@ def test_changes_that_are_not_finite_freeze_nothing(bad, relative):
     policy = GradES(0.5 if relative else 1.0, alpha=0, relative=relative)
     controller, adapter = controller_of(policy, ChangesAdapter(changes), record_every=1)
     run(controller, adapter, 3)
-    # relative to a first change of 0 nothing is less
+    # relative to a change of 0 nothing is less
     assert controller.frozen == ({"b": 3} if relative else {"b": 3, "d": 1})
 
 
-def test_relative_to_its_own_first_change():
-    changes = {"a": [100.0, 60.0, 49.0], "b": [1.0, 0.6, 0.4], "c": [3.0, 1.4], "d": [1.0] * 3}
+def test_relative_to_its_own_largest_change():
+    changes = {"a": [10.0, 100.0, 49.0], "b": [1.0, 0.6, 0.4], "c": [3.0, 1.4], "d": [1.0, 2.0, 1.0]}
     policy = GradES(0.5, alpha=0, relative=True)
     controller, adapter = controller_of(policy, ChangesAdapter(changes), record_every=1)
     run(controller, adapter, 3)

@@ -24,7 +24,7 @@ class GradES(Policy):
         tau: The threshold. The norm grows with the number of weights and depends on loss, batch and clipping, so there is
             no value for all models.
         alpha: The grace period, as a fraction of the run: nothing freezes at stages before its end.
-        relative: Whether `tau` is a share of the layer's own change before the first stage, the smallest of it, so that
+        relative: Whether `tau` is a share of the largest change of the layer, among the smallest since each stage, so that
             one value may suit several models. This is ours.
 
     Raises:
@@ -78,7 +78,7 @@ class GradES(Policy):
         self._adapter = adapter
         self._grace = int(self.alpha * (total_steps or 0))
         self._changes: dict[str, float] = {}
-        self._first: dict[str, float] = {}
+        self._largest: dict[str, float] = {}
 
     def record(self, active: list[str], *, ask: bool) -> None:
         """Read the changes since the last stage."""
@@ -87,7 +87,7 @@ class GradES(Policy):
         self._changes = dict(self._adapter.gradient_changes(active))
         if self.relative:
             known = {layer: change for layer, change in self._changes.items() if math.isfinite(change)}
-            self._first = known | self._first
+            self._largest |= {layer: max(change, self._largest.get(layer, 0.0)) for layer, change in known.items()}
 
     def confidence(self, layers: list[str], *, step: int) -> dict[str, float]:
         """Return `tau / (tau + change)`, which is above 0.5, the threshold, if the change is below tau; 0 in the grace."""
@@ -96,15 +96,15 @@ class GradES(Policy):
         return {layer: _readiness(self._changes.get(layer, math.inf), self._tau(layer)) for layer in layers}
 
     def _tau(self, layer: str) -> float:
-        return self.tau * self._first.get(layer, 0.0) if self.relative else self.tau
+        return self.tau * self._largest.get(layer, 0.0) if self.relative else self.tau
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
-        """Return the first change of each layer, float64 `[1]`; nothing unless `relative`."""
-        return {layer: np.array([change], np.float64) for layer, change in self._first.items()}
+        """Return the largest change of each layer, float64 `[1]`; nothing unless `relative`."""
+        return {layer: np.array([change], np.float64) for layer, change in self._largest.items()}
 
     def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Replace the first changes."""
-        self._first = {layer: float(change[0]) for layer, change in state.items()}
+        """Replace the largest changes."""
+        self._largest = {layer: float(change[0]) for layer, change in state.items()}
 
 
 def _readiness(change: float, tau: float) -> float:

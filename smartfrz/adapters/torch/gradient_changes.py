@@ -34,7 +34,11 @@ class GradientChanges:
             self._latest[parameter] = counted.clone()
             return
         dtype = torch.promote_types(gradient.dtype, torch.float32)
-        change = torch.linalg.vector_norm(counted.to(dtype) - latest.to(dtype), 1).float()
+        if overflowed is None and gradient.dtype == latest.dtype == dtype:
+            difference = latest.sub_(gradient)  # without memory for another copy
+        else:
+            difference = counted.to(dtype) - latest.to(dtype)
+        change = torch.linalg.vector_norm(difference, 1).float()
         smallest = self._smallest.get(parameter)
         # Of a number and NaN, fmin returns the number.
         self._smallest[parameter] = change if smallest is None else torch.fmin(smallest, change)
