@@ -4,10 +4,10 @@ MobileNetV2 (transformers' own class, random weights), 32 pictures of 96 px, SGD
 CPU or with `--device cuda`; the policies take turns, step by step. Prints medians, nothing frozen:
 
 - of both passes, and of `optimizer.step()` with the policy's hooks: learning rates of single layers
-  for LinearFreezing, the sum of all gradients for AutoFreeze;
+  for LinearFreezing, the sum of all gradients for AutoFreeze, their changes for GradES;
 - of one record with the freezing stage that follows it (AutoFreeze: the norms; the predictor: asking it;
   the oracle: a forward pass on 64 pictures);
-- the memory that AutoFreeze's sums take.
+- the memory that AutoFreeze's sums and GradES' latest gradients take.
 """
 
 import argparse
@@ -20,8 +20,9 @@ import torch
 from benchmarks.arguments import positive
 from benchmarks.overhead import networks
 from smartfrz.adapters.torch import SmartFRZ
-from smartfrz.baselines import AutoFreeze, FullTraining, LinearFreezing, WeightChange
+from smartfrz.baselines import AutoFreeze, FullTraining, GradES, LinearFreezing, WeightChange
 from smartfrz.baselines.similarity_guided import SimilarityGuided
+from smartfrz.comparing.pytorch import kept_gradients
 
 ENDLESS = 10**9  # steps: nothing freezes
 
@@ -33,6 +34,7 @@ def policies(model, device):
         "full training": (FullTraining(), {}),
         "linear freezing": (LinearFreezing(), {}),
         "AutoFreeze": (AutoFreeze(steps_per_epoch=4), {"patience": ENDLESS}),
+        "GradES": (GradES(1e-30), {}),
         "weight change": (WeightChange(limit=1e-12), {}),
         "smartfrz-base": ("smartfrz-base", {"threshold": 1.0}),
         "similarity-guided": (SimilarityGuided(model, copy.deepcopy(model), pictures), {"patience": ENDLESS}),
@@ -48,7 +50,7 @@ class Turn:
         options = {"total_steps": ENDLESS, "record_every": 1, "decide_every": 1} | options
         self.freezer = SmartFRZ(model, self.optimizer, policy, **options)
         self.seconds = {"passes": [], "optimizer": [], "stage": []}
-        self.sums = 0
+        self.kept = 0
 
     def step(self, batch, clock):
         """Take one, and note the times."""
@@ -58,9 +60,7 @@ class Turn:
         self.optimizer.step()
         times.append(clock())
         self.optimizer.zero_grad()
-        if self.freezer.adapter is not None:
-            sums = self.freezer.adapter.gradient_state().values()
-            self.sums = sum(gradient.numel() * gradient.element_size() for gradient in sums)
+        self.kept = sum(gradient.numel() * gradient.element_size() for gradient in kept_gradients(self.freezer))
         start = clock()
         self.freezer.step()
         for name, seconds in zip(
@@ -96,7 +96,7 @@ def main():
         # The first step learns the layers; a predictor is asked from the fourth record on.
         times = [statistics.median(seconds[4:]) for seconds in turn.seconds.values()]
         cells = [f"{1e3 * seconds:.1f} ms" for seconds in times]
-        print(f"| {name} | {' | '.join(cells)} | {turn.sums / 2**20:.1f} MiB |", flush=True)
+        print(f"| {name} | {' | '.join(cells)} | {turn.kept / 2**20:.1f} MiB |", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_model
 
 from smartfrz.adapters.torch import PrefixCache
-from smartfrz.baselines import AutoFreeze, LinearFreezing, WeightChange
+from smartfrz.baselines import AutoFreeze, GradES, LinearFreezing, WeightChange
 from smartfrz.baselines.similarity_guided import SimilarityGuided
 from smartfrz.comparing.engine import Method
 from smartfrz.dataset_builder.labels import LabelRule
@@ -22,6 +22,7 @@ METHODS = (
     "smartfrz+cache",
     "linear",
     "autofreeze",
+    "grades",
     "weight-change",
     "similarity-guided",
     "early-stop",
@@ -68,6 +69,7 @@ def methods_of(job):
         smartfrz("smartfrz+cache", cache=lambda: PrefixCache(memory="4GB")),
         linear("linear", 0.5),
         autofreeze("autofreeze", 4),
+        baseline("grades", lambda run: GradES(0.5, relative=True)),  # a tau of its own for each task would be tuned
         baseline("weight-change", lambda run: calibrated_weight_change(job.predictor)),
         baseline("similarity-guided", lambda run: oracle(job, run)),
         Method("early-stop"),  # its share is known once SmartFRZ has run

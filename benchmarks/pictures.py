@@ -20,6 +20,7 @@ STYLES = {
     "smartfrz+cache": ("#0b2545", "-", "D"),
     "linear": ("#c1121f", "-", "v"),
     "autofreeze": ("#f2813a", "-", "<"),
+    "grades": ("#9b5de5", "-", "p"),
     "weight-change": ("#f2b134", "-", ">"),
     "similarity-guided": ("#588157", ":", "P"),
     "early-stop": ("#111111", "--", "X"),
@@ -194,7 +195,7 @@ def tradeoff(groups):
         (["smartfrz", *whole], "smartfrz", "SmartFRZ, by threshold"),
         (shorter, "smartfrz+cache", "SmartFRZ in 85 % of the steps, by threshold"),
         (EARLY, "early-stop", "full training in fewer steps"),
-        *(([method], method, method) for method in ("linear", "autofreeze", "weight-change")),
+        *(([method], method, method) for method in ("linear", "autofreeze", "grades", "weight-change")),
     ]
     for methods, style, label in curves:
         colour, line, marker = STYLES[style]

@@ -29,7 +29,7 @@ NOTHING = "Not measured yet."
 LANGUAGE = ("minilm-agnews", "minilm-mrpc", "minilm-cola", "bert-mrpc", "bert-cola")
 SCRATCH = ("resnet20-scratch",)
 FREEZING = [method for method in METHODS if method != "full" and not stops_early(method)]
-IN_TRADEOFF = ("smartfrz", *TRADEOFF, "linear", "autofreeze", "weight-change", *METHODS[-4:])
+IN_TRADEOFF = ("smartfrz", *TRADEOFF, "linear", "autofreeze", "grades", "weight-change", *METHODS[-4:])
 EQUAL_TIME = 0.03  # by which two runs of equal time may differ
 NOTES = (
     "Times, FLOPs and memory are those of full training of the same seed = 100 %. After ± is the standard deviation over "

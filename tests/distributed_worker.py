@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from smartfrz.adapters.torch import PrefixCache, SmartFRZ
 from smartfrz.adapters.torch import distributed as ours
 from smartfrz.adapters.torch.layers import LayerReader, trace_layers
-from smartfrz.baselines import AutoFreeze, LinearFreezing
+from smartfrz.baselines import AutoFreeze, GradES, LinearFreezing
 from smartfrz.errors import SmartFRZError
 
 STEPS = 16
@@ -492,7 +492,7 @@ def baselines(rank, world):
     """Policies that reach into the optimizer's steps; unsharded, all ranks train on the same data."""
     results = {}
     options = {"total_steps": MLP_STEPS, "rank_timeout": 60.0}
-    for policy in (LinearFreezing(0.2, scale_lr=True), AutoFreeze(steps_per_epoch=8)):
+    for policy in (LinearFreezing(0.2, scale_lr=True), AutoFreeze(steps_per_epoch=8), GradES(3.0, alpha=0.2)):
         for name in ("alone", "ddp", "fsdp", "ddp on data of each rank"):
             model = shard(Mlp()) if name == "fsdp" else Mlp()
             forward = DistributedDataParallel(model) if "ddp" in name else model

@@ -50,6 +50,7 @@ class NumpyAdapter:
         self._known = [name for name in self.arrays if name in self.ran]
         self._layers = self.find_layers()
         self.gradient_sums = {name: np.zeros(array.shape) for name, array in self.arrays.items()}
+        self.latest, self.smallest = {}, {}
 
     @classmethod
     def random(cls, sizes, seed=0):
@@ -100,6 +101,8 @@ class NumpyAdapter:
             self._kept[layer] = self.arrays[layer].tobytes()
             self.velocity[layer][...] = 0
             self.gradient_sums[layer][...] = 0
+            self.latest.pop(layer, None)
+            self.smallest.pop(layer, None)
             self.lr_scales.pop(layer, None)
 
     def unfreeze(self, layers):
@@ -114,6 +117,9 @@ class NumpyAdapter:
         self.gradient_sums[layer][...] = 0
         return float(norm)
 
+    def gradient_changes(self, layers):
+        return {layer: self.smallest.pop(layer, np.inf) for layer in layers}
+
     def train_step(self, learning_rate=0.05):
         """One real step; layers further behind converge more slowly."""
         for index, (name, array) in enumerate(self.arrays.items()):
@@ -122,6 +128,10 @@ class NumpyAdapter:
             if name in self.trained & self.ran and (name not in self.frozen or name in self.trainable):
                 gradient = (array - 1) / (index + 1) + 0.1 * array
                 self.gradient_sums[name] += gradient
+                if name in self.latest:
+                    change = float(np.abs(gradient - self.latest[name]).sum())
+                    self.smallest[name] = min(self.smallest.get(name, np.inf), change)
+                self.latest[name] = gradient
                 self.velocity[name] = 0.9 * self.velocity[name] + gradient
                 array -= learning_rate * self.rates.get(name, 1.0) * self.lr_scales.get(name, 1.0) * self.velocity[name]
 

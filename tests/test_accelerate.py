@@ -11,7 +11,7 @@ from torch import nn  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 from smartfrz.adapters.torch import SmartFRZ  # noqa: E402
-from smartfrz.baselines import AutoFreeze, LinearFreezing  # noqa: E402
+from smartfrz.baselines import AutoFreeze, GradES, LinearFreezing  # noqa: E402
 from smartfrz.errors import StateError  # noqa: E402
 
 STEPS = 24
@@ -122,7 +122,7 @@ def test_the_state_of_something_else_is_refused(tmp_path):
         Loop().accelerator.load_state(folder)
 
 
-@pytest.mark.parametrize("policy", [LinearFreezing(0.2, scale_lr=True), AutoFreeze(epochs=6)])
+@pytest.mark.parametrize("policy", [LinearFreezing(0.2, scale_lr=True), AutoFreeze(epochs=6), GradES(0.5, alpha=0.2)])
 def test_baselines_reach_the_optimizer_inside_and_are_restored(policy, tmp_path):
     options = {"policy": policy, "total_steps": STEPS}
     raw = Loop(prepared_optimizer=False, **options)

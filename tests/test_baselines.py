@@ -8,7 +8,7 @@ import pytest
 from numpy_adapter import ChangePredictor, NumpyAdapter, ScriptedPredictor
 
 from smartfrz import baselines
-from smartfrz.baselines import AutoFreeze, EarlyStop, FullTraining, LinearFreezing, WeightChange
+from smartfrz.baselines import AutoFreeze, EarlyStop, FullTraining, GradES, LinearFreezing, WeightChange
 from smartfrz.baselines.linear_freezing import annealed, moments
 from smartfrz.control.controller import FreezeController
 from smartfrz.control.learned import LearnedPolicy, policy_of
@@ -27,6 +27,8 @@ MAKE = {
     "linear untouched": lambda: LinearFreezing(0.3, anneal=False),
     "autofreeze": lambda: AutoFreeze(epochs=5),
     "autofreeze by steps": lambda: AutoFreeze(steps_per_epoch=28, percentile=70.0),
+    "grades": lambda: GradES(0.4, alpha=0.2),
+    "grades relative": lambda: GradES(0.1, relative=True),
     "weight change": lambda: WeightChange(limit=0.05, tailored_size=8),
 }
 # Layers, t_0, spacing -> moments, by hand
@@ -60,6 +62,11 @@ BAD_ARGUMENTS = [
     (lambda: AutoFreeze(steps_per_epoch=2.5), r"`steps_per_epoch` is 2\.5; expected an integer"),
     (lambda: AutoFreeze(), "received epochs=None and steps_per_epoch=None; expected one of them. Pass epochs="),
     (lambda: AutoFreeze(epochs=3, steps_per_epoch=9), "received epochs=3 and steps_per_epoch=9; expected one of them"),
+    (lambda: GradES(0.0), r"`tau` is 0\.0; expected a positive number"),
+    (lambda: GradES(math.nan), "`tau` is nan; expected a positive number"),
+    (lambda: GradES(math.inf), "`tau` is inf; expected a positive number"),
+    (lambda: GradES(1.0, alpha=1.0), r"`alpha` is 1\.0; expected a fraction of the run in \[0, 1\), such as 0\.5"),
+    (lambda: GradES(1.0, alpha=-0.1), r"`alpha` is -0\.1; expected a fraction"),
     (lambda: WeightChange(limit=0.0), r"received limit=0\.0, .* expected a positive limit such as 0\.01"),
     (lambda: WeightChange(records=0), "received limit=0.01, records=0"),
 ]
@@ -93,7 +100,7 @@ class NormsAdapter(NumpyAdapter):
 class TakesNoRates(NumpyAdapter):
     """An adapter that cannot reach into the optimizer's steps, as that of Keras."""
 
-    set_lr_scale = gradient_norm = property()
+    set_lr_scale = gradient_norm = gradient_changes = property()
 
 
 # Linear freezing
@@ -256,6 +263,85 @@ def test_with_a_compiler_stages_are_grouped_if_anything_tells_how_many_there_are
     assert stages_apart(AutoFreeze(steps_per_epoch=100), None, 25, 1) == 1
 
 
+# GradES
+
+
+class ChangesAdapter(NumpyAdapter):
+    """Its changes of gradients are listed, not computed: one of each layer a call."""
+
+    def __init__(self, changes):
+        super().__init__(NumpyAdapter.random(SIZES).arrays)
+        self.changes = {layer: list(values) for layer, values in changes.items()}
+
+    def gradient_changes(self, layers):
+        return {layer: self.changes[layer].pop(0) for layer in layers}
+
+
+def test_layers_freeze_in_any_order_once_below_tau_after_the_grace_period():
+    tau = 0.3
+    above = math.nextafter(tau, 1.0)
+    changes = {
+        "a": [0.0, 0.0, tau, above, 9.0],  # below tau in the grace period only
+        "b": [9.0, 9.0, math.nextafter(tau, 0.0)],
+        "c": [9.0, 9.0, 9.0, 0.0],
+        "d": [9.0] * 5,
+    }
+    controller, adapter = controller_of(GradES(tau, alpha=0.5), ChangesAdapter(changes), total_steps=6, record_every=1)
+    run(controller, adapter, 5)
+    assert controller.frozen == {"b": 3, "c": 4}
+    assert controller.freeze_order == "free"
+    assert controller.events[8].confidence < 0.5, "a change of tau is not below tau"
+    assert controller.events[9].confidence >= 0.5
+    assert {e.confidence for e in controller.events[:8]} == {0.0}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("relative", [False, True])
+def test_changes_that_are_not_finite_freeze_nothing(bad, relative):
+    changes = {"a": [bad, bad, bad], "b": [2.0, bad, 0.5], "c": [2.0, 2.0, 2.0], "d": [0.0, 2.0, 2.0]}
+    policy = GradES(0.5 if relative else 1.0, alpha=0, relative=relative)
+    controller, adapter = controller_of(policy, ChangesAdapter(changes), record_every=1)
+    run(controller, adapter, 3)
+    # relative to a change of 0 nothing is less
+    assert controller.frozen == ({"b": 3} if relative else {"b": 3, "d": 1})
+
+
+def test_relative_to_its_own_largest_change():
+    changes = {"a": [10.0, 100.0, 49.0], "b": [1.0, 0.6, 0.4], "c": [3.0, 1.4], "d": [1.0, 2.0, 1.0]}
+    policy = GradES(0.5, alpha=0, relative=True)
+    controller, adapter = controller_of(policy, ChangesAdapter(changes), record_every=1)
+    run(controller, adapter, 3)
+    assert controller.frozen == {"a": 3, "b": 3, "c": 2}
+
+
+def test_without_a_grace_period_the_length_of_the_run_need_not_be_known():
+    controller, adapter = controller_of(GradES(0.4, alpha=0), total_steps=None, record_every=4)
+    run(controller, adapter, 60)
+    assert controller.frozen
+
+
+def test_between_stages_the_smallest_change_counts():
+    tau, every = 0.3, 4
+    twin, changes, latest = NumpyAdapter.random(SIZES), [], {}
+    for _ in range(STEPS):
+        before = {name: array.astype(np.float64) for name, array in twin.arrays.items()}
+        twin.train_step()
+        gradients = {n: (w - 1) / (i + 1) + 0.1 * w for i, (n, w) in enumerate(before.items())}
+        changes.append({n: np.abs(g - latest[n]).sum() for n, g in gradients.items()} if latest else {})
+        latest = gradients
+    controller, adapter = controller_of(GradES(tau, alpha=0.1))
+    run(controller, adapter, STEPS)
+    assert controller.record_every == every
+    expected = {}
+    for end in range(12, STEPS + 1, every):
+        for layer in SIZES:
+            if layer not in expected and min(c[layer] for c in changes[end - every : end]) < tau:
+                expected[layer] = end
+    # Layers do not depend on each other in this model.
+    assert controller.frozen == dict(list(sorted(expected.items(), key=lambda item: item[1]))[: len(SIZES) - 1])
+    assert len(set(controller.frozen.values())) > 1, "the case shall freeze at several stages"
+
+
 # Weight change
 
 
@@ -317,6 +403,7 @@ def test_a_resumed_run_is_an_uninterrupted_one(name, stop):
     kept = copy.deepcopy(state)
     fresh = NumpyAdapter(first_adapter.arrays)
     fresh.velocity = copy.deepcopy(first_adapter.velocity)
+    fresh.latest, fresh.smallest = copy.deepcopy((first_adapter.latest, first_adapter.smallest))
     fresh.gradient_sums = copy.deepcopy(first_adapter.gradient_sums)
     second, _ = controller_of(MAKE[name](), fresh, seed=5)  # the saved seed goes on
     second.load_state_dict(state)
@@ -369,7 +456,7 @@ def test_runs_that_share_a_policy_do_not_disturb_each_other(name):
 
 def test_a_state_of_another_policy_or_of_other_settings_is_refused():
     controllers = [controller_of(MAKE[name]())[0] for name in MAKE]
-    controllers += [controller_of(p)[0] for p in (LinearFreezing(), WeightChange(), AutoFreeze(epochs=6))]
+    controllers += [controller_of(p)[0] for p in (LinearFreezing(), WeightChange(), AutoFreeze(epochs=6), GradES(0.4))]
     assert len({controller.state_dict()["predictor"] for controller in controllers}) == len(controllers)
     with pytest.raises(StateError, match=r"this run has 'linear-freezing' \(.*policy with the same settings"):
         controllers[1].load_state_dict(controllers[0].state_dict())
@@ -387,6 +474,11 @@ def test_a_run_whose_length_is_not_known():
     adapter = NumpyAdapter.random(SIZES)
     for policy, options, message in [
         (LinearFreezing(), {"record_every": 5}, "LinearFreezing .*received no `total_steps`; expected the optimizer"),
+        (
+            GradES(1.0),
+            {"record_every": 5},
+            "GradES freezes nothing in the first 50% of the run, and received no `total_",
+        ),
         (AutoFreeze(epochs=4), {}, r"AutoFreeze\(epochs=4\) received no `total_steps`, .*steps_per_epoch=len"),
         (FullTraining(), {}, "received neither `total_steps` nor `record_every`"),
     ]:
@@ -395,7 +487,12 @@ def test_a_run_whose_length_is_not_known():
 
 
 @pytest.mark.parametrize(
-    ("policy", "method"), [(LinearFreezing(), "set_lr_scale"), (AutoFreeze(epochs=2), "gradient_norm")]
+    ("policy", "method"),
+    [
+        (LinearFreezing(), "set_lr_scale"),
+        (AutoFreeze(epochs=2), "gradient_norm"),
+        (GradES(1.0), "gradient_changes"),
+    ],
 )
 def test_an_adapter_that_does_not_reach_into_the_optimizer(policy, method):
     message = rf"'{policy.name}' needs an adapter with the method `{method}`, which TakesNoRates does not have"
@@ -429,7 +526,7 @@ def test_a_policy_that_only_says_its_confidence_is_enough():
 
 
 def test_public_names():
-    names = ["AutoFreeze", "EarlyStop", "FullTraining", "LinearFreezing", "WeightChange"]
+    names = ["AutoFreeze", "EarlyStop", "FullTraining", "GradES", "LinearFreezing", "WeightChange"]
     public = [n for n, v in vars(baselines).items() if n[0] != "_" and isinstance(v, type)]
     assert sorted(public) == baselines.__all__ == names
     assert dataclasses.is_dataclass(WeightChange)

@@ -15,7 +15,7 @@ from torch._higher_order_ops.scan import scan  # noqa: E402
 
 from smartfrz.adapters.torch import SmartFRZ  # noqa: E402
 from smartfrz.adapters.torch.compiling import EagerHold, EagerOperators  # noqa: E402
-from smartfrz.baselines import AutoFreeze, LinearFreezing  # noqa: E402
+from smartfrz.baselines import AutoFreeze, GradES, LinearFreezing  # noqa: E402
 from smartfrz.control.options import COMPILED_STAGES  # noqa: E402
 
 DEPTH = 16
@@ -300,7 +300,9 @@ def test_a_scan_runs_as_a_loop_while_compiling_is_held():
     assert layer.weight.grad is not None
 
 
-@pytest.mark.parametrize("policy", [LinearFreezing(0.3, scale_lr=True), AutoFreeze(steps_per_epoch=8)])
+@pytest.mark.parametrize(
+    "policy", [LinearFreezing(0.3, scale_lr=True), AutoFreeze(steps_per_epoch=8), GradES(100.0, alpha=0.2)]
+)
 def test_baselines_freeze_at_few_stages_too_and_train_as_uncompiled_until_then(policy):
     weights = []
     for compiler in (compiled_before, lambda model, backend: model):

@@ -18,7 +18,7 @@ from smartfrz import zoo  # noqa: E402
 from smartfrz.adapters.torch import PrefixCache, SmartFRZ, trace_layers  # noqa: E402
 from smartfrz.adapters.torch.costs import measure_step  # noqa: E402
 from smartfrz.adapters.torch.layers import LayerReader  # noqa: E402
-from smartfrz.baselines import AutoFreeze, LinearFreezing, WeightChange  # noqa: E402
+from smartfrz.baselines import AutoFreeze, GradES, LinearFreezing, WeightChange  # noqa: E402
 from smartfrz.baselines.similarity_guided import SimilarityGuided  # noqa: E402
 from smartfrz.dataset_builder.recording import record  # noqa: E402
 from smartfrz.dataset_builder.similarity import layer_grams  # noqa: E402
@@ -136,7 +136,7 @@ def test_a_run_that_is_resumed_goes_on_as_if_nothing_had_happened(tmp_path):
     assert not moved(values(whole[0]), second[0])
 
 
-@pytest.mark.parametrize("policy", ["linear", "autofreeze", "weight change", "oracle"])
+@pytest.mark.parametrize("policy", ["linear", "autofreeze", "grades", "weight change", "oracle"])
 def test_baselines(policy):
     model, reference = network().cuda(), network().cuda()
     optimizer, other = sgd(model), sgd(reference)
@@ -144,6 +144,7 @@ def test_baselines(policy):
     made = {
         "linear": lambda: LinearFreezing(0.3),
         "autofreeze": lambda: AutoFreeze(epochs=4),
+        "grades": lambda: GradES(100.0),
         "weight change": lambda: WeightChange(limit=0.5, tailored_size=16),
         "oracle": lambda: SimilarityGuided(model, reference, batch(0)[0].cuda()),
     }[policy]()

@@ -261,11 +261,12 @@ def test_fully_sharded_training_decides_and_trains_as_unsharded_training(two, na
 def test_policies_that_reach_into_the_optimizers_steps(two):
     first, second = of(two, "baselines")
     assert first == second
-    for policy in ("linear-freezing", "autofreeze"):
+    for policy in ("linear-freezing", "autofreeze", "grades"):
         assert first[f"{policy} ddp"] == first[f"{policy} alone"]
         assert len(first[f"{policy} ddp on data of each rank"]["frozen_at"]) > 0
     assert first["linear-freezing fsdp"] == first["linear-freezing alone"]
     assert "AutoFreeze adds up gradients, and this model is in fully_shard" in first["autofreeze fsdp"]
+    assert "GradES compares gradients, and this model is in fully_shard" in first["grades fsdp"]
 
 
 def test_fully_sharded_on_four_ranks_and_replicated_in_pairs(four):

@@ -26,7 +26,7 @@ from transformers import (  # noqa: E402
 
 from smartfrz.adapters.torch import PrefixCache  # noqa: E402
 from smartfrz.adapters.torch.hf import STATE_FILE, SmartFRZCallback  # noqa: E402
-from smartfrz.baselines import AutoFreeze, LinearFreezing  # noqa: E402
+from smartfrz.baselines import AutoFreeze, GradES, LinearFreezing  # noqa: E402
 from smartfrz.errors import StateError, UnknownPredictorError  # noqa: E402
 
 STEPS = 24
@@ -196,7 +196,7 @@ def test_a_killed_run_goes_on_bit_identical(how, whole, killed, tmp_path):
     assert_frozen_means_bit_identical(whole[2].after | probe.after, callback.report())
 
 
-@pytest.mark.parametrize("policy", [LinearFreezing(0.2, scale_lr=True), AutoFreeze(epochs=3)])
+@pytest.mark.parametrize("policy", [LinearFreezing(0.2, scale_lr=True), AutoFreeze(epochs=3), GradES(0.3)])
 def test_baselines_go_on_from_a_checkpoint(policy, tmp_path):
     callback, again = SmartFRZCallback(policy), SmartFRZCallback(policy)
     plain = train(tmp_path / "plain")

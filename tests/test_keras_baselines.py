@@ -6,7 +6,7 @@ from adapter_contract import same
 from keras_runs import LAYERS, WARNINGS, Watch, everything, fit, keras, make_model
 
 from smartfrz.adapters.keras import SmartFRZ
-from smartfrz.baselines import AutoFreeze, FullTraining, LinearFreezing, WeightChange
+from smartfrz.baselines import AutoFreeze, FullTraining, GradES, LinearFreezing, WeightChange
 from smartfrz.errors import UnsupportedModelError
 
 pytestmark = WARNINGS
@@ -72,7 +72,12 @@ def test_a_resumed_run(policy, stop):
 
 
 @pytest.mark.parametrize(
-    ("policy", "method"), [(LinearFreezing(), "set_lr_scale"), (AutoFreeze(epochs=2), "gradient_norm")]
+    ("policy", "method"),
+    [
+        (LinearFreezing(), "set_lr_scale"),
+        (AutoFreeze(epochs=2), "gradient_norm"),
+        (GradES(1.0), "gradient_changes"),
+    ],
 )
 def test_policies_that_reach_into_the_optimizers_steps_are_refused(policy, method):
     with pytest.raises(UnsupportedModelError, match=rf"`{method}`, which KerasAdapter does not have"):

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset  # noqa:
 
 from smartfrz.adapters.torch import PrefixCache  # noqa: E402
 from smartfrz.adapters.torch.lightning import SmartFRZCallback  # noqa: E402
+from smartfrz.baselines import GradES  # noqa: E402
 from smartfrz.errors import StateError, UsageError  # noqa: E402
 
 pytestmark = [
@@ -193,6 +194,18 @@ def test_a_killed_run_goes_on_bit_identical(step, whole, killed):
     assert repr(callback.freezer.events) == repr(whole[1].freezer.events)
     assert callback.report().frozen == whole[1].report().frozen
     assert_frozen_means_bit_identical(whole[2].after | probe.after, callback.report())
+
+
+def test_a_baseline_that_keeps_gradients_goes_on_from_a_checkpoint(tmp_path):
+    callback, again = (SmartFRZCallback(GradES(0.15, alpha=0.25), record_every=5) for _ in range(2))
+    first = fit(tmp_path, callback, checkpoints(tmp_path))
+    later = checkpoints(tmp_path)
+    second = fit(tmp_path, again, later, model=Net(seed=1), ckpt_path=str(tmp_path / "step=8.ckpt"))
+    frozen = callback.report().frozen
+    assert again.report().frozen == frozen
+    assert min(frozen.values()) == 10, "after the checkpoint, for what was measured before and after it"
+    assert repr(again.freezer.events) == repr(callback.freezer.events)
+    assert_same_weights(first.model.state_dict(), second.model.state_dict())
 
 
 def test_a_checkpoint_is_plain_data(killed):

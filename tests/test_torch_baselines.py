@@ -15,7 +15,7 @@ from torch_runs import NET, Net, batch, loss_of, mlp, values  # noqa: E402
 
 from smartfrz.adapters.torch import SmartFRZ, TorchAdapter, trace_layers  # noqa: E402
 from smartfrz.adapters.torch.optimizer_steps import OptimizerSteps  # noqa: E402
-from smartfrz.baselines import AutoFreeze, FullTraining, LinearFreezing, WeightChange  # noqa: E402
+from smartfrz.baselines import AutoFreeze, FullTraining, GradES, LinearFreezing, WeightChange  # noqa: E402
 from smartfrz.baselines.similarity_guided import SimilarityGuided  # noqa: E402
 from smartfrz.dataset_builder.cka import centered_gram, cka_of_grams  # noqa: E402
 from smartfrz.dataset_builder.labels import LabelRule  # noqa: E402
@@ -355,6 +355,8 @@ POLICIES = {
     "full": lambda run: FullTraining(),
     "linear": lambda run: LinearFreezing(0.3, scale_lr=True),
     "autofreeze": lambda run: AutoFreeze(epochs=4),
+    "grades": lambda run: GradES(2.0, alpha=0.2),
+    "grades relative": lambda run: GradES(0.7, alpha=0.2, relative=True),
     "weight change": lambda run: WeightChange(limit=0.2, tailored_size=64),
     "oracle": lambda run: oracle(run),
 }
@@ -485,7 +487,7 @@ def test_a_closed_freezer_gives_learning_rates_back():
 
 
 def test_going_back_to_an_earlier_state_sets_learning_rates_and_gradients_back():
-    for make in (POLICIES["linear"], POLICIES["autofreeze"]):
+    for make in (POLICIES["linear"], POLICIES["autofreeze"], POLICIES["grades"]):
         run = Run(make).run(0, 20)
         saved = copy.deepcopy({key: part.state_dict() for key, part in run.parts().items()})
         run.run(20, 100)
@@ -497,7 +499,7 @@ def test_going_back_to_an_earlier_state_sets_learning_rates_and_gradients_back()
 
 
 def test_a_refused_state_changes_neither_rates_nor_gradients():
-    for make in (POLICIES["linear"], POLICIES["autofreeze"]):
+    for make in (POLICIES["linear"], POLICIES["autofreeze"], POLICIES["grades"]):
         alone = Run(make).run(0, STEPS)
         run, other = Run(make).run(0, 47), Run(POLICIES["full"]).run(0, 5)
         with pytest.raises(StateError, match="policy with the same settings"):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy_adapter import NumpyAdapter
 
-from smartfrz.baselines import AutoFreeze, LinearFreezing, WeightChange
+from smartfrz.baselines import AutoFreeze, GradES, LinearFreezing, WeightChange
 from smartfrz.control.controller import FreezeController
 from smartfrz.control.options import FreezeOptions
 from smartfrz.control.policy import Policy
@@ -187,6 +187,7 @@ POLICIES = {
     "linear": lambda: LinearFreezing(t_0=0.2),
     "weight change": lambda: WeightChange(limit=10.0, records=1),
     "autofreeze": lambda: AutoFreeze(epochs=10, intervals_per_epoch=2, percentile=99.0),
+    "grades": lambda: GradES(9.0, alpha=0.2),
 }
 
 

@@ -9,7 +9,8 @@
 from smartfrz.baselines.auto_freeze import AutoFreeze as AutoFreeze
 from smartfrz.baselines.early_stop import EarlyStop as EarlyStop
 from smartfrz.baselines.full_training import FullTraining as FullTraining
+from smartfrz.baselines.grades import GradES as GradES
 from smartfrz.baselines.linear_freezing import LinearFreezing as LinearFreezing
 from smartfrz.baselines.weight_change import WeightChange as WeightChange
 
-__all__ = ["AutoFreeze", "EarlyStop", "FullTraining", "LinearFreezing", "WeightChange"]
+__all__ = ["AutoFreeze", "EarlyStop", "FullTraining", "GradES", "LinearFreezing", "WeightChange"]

@@ -218,7 +218,7 @@ class TorchRun:
         kept += [x for x in tree_leaves(dict(self.optimizer.state)) if isinstance(x, torch.Tensor)]
         size = self._work.activation_bytes
         if self._freezer is not None:
-            kept += gradient_sums(self._freezer)
+            kept += kept_gradients(self._freezer)
             use = self._freezer.report().cache
             size += 0 if use is None else use.memory_bytes
         size += sum(tensor.numel() * tensor.element_size() for tensor in kept)
@@ -272,9 +272,12 @@ class TorchRun:
         return result
 
 
-def gradient_sums(freezer: SmartFRZ) -> list[torch.Tensor]:
-    """Sums of gradients that a freezer keeps for policies such as AutoFreeze."""
-    return [] if freezer.adapter is None else list(freezer.adapter.gradient_state().values())
+def kept_gradients(freezer: SmartFRZ) -> list[torch.Tensor]:
+    """Gradients that a freezer keeps: their sums for AutoFreeze, the latest ones for GradES."""
+    if freezer.adapter is None:
+        return []
+    latest = freezer.adapter.gradient_change_state().get("latest", {})
+    return [*freezer.adapter.gradient_state().values(), *latest.values()]
 
 
 def start_run(task: Task, seed: int) -> Callable[[Method], TorchRun]:

@@ -626,7 +626,11 @@ def _require_layers(layers: list[str]) -> None:
 
 
 def _require_methods(adapter: Adapter, policy: Policy) -> None:
-    needs = {"set_lr_scale": policy.scales_learning_rates, "gradient_norm": policy.reads_gradients}
+    needs = {
+        "set_lr_scale": policy.scales_learning_rates,
+        "gradient_norm": policy.reads_gradients,
+        "gradient_changes": policy.compares_gradients,
+    }
     lacking = [method for method, needed in needs.items() if needed and not hasattr(adapter, method)]
     if lacking:
         raise UnsupportedModelError(

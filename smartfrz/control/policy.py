@@ -31,6 +31,7 @@ class Policy:
         freeze_order: See `Ordering`.
         scales_learning_rates: Whether the policy uses `lr_scales`; the adapter then needs `set_lr_scale`.
         reads_gradients: Whether the adapter needs `gradient_norm`.
+        compares_gradients: Whether the adapter needs `gradient_changes`.
     """
 
     name = "policy"
@@ -41,6 +42,7 @@ class Policy:
     freeze_order: FreezeOrder = "free"
     scales_learning_rates = False
     reads_gradients = False
+    compares_gradients = False
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that distinguish this policy from others of its class: plain data."""

@@ -1,6 +1,6 @@
 """What the controller needs of a framework's adapter and of the processes that train together."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -84,6 +84,14 @@ class OptimizerAdapter(Adapter, Protocol):
 
     def gradient_norm(self, layer: str) -> float:
         """Return the L1 norm of the sum of the layer's gradients over the steps since the last call."""
+        ...
+
+    def gradient_changes(self, layers: Sequence[str]) -> Mapping[str, float]:
+        """Return for each layer the smallest L1 norm, since the last call, of the change of its gradient between two steps.
+
+        Of a layer with several matrices, the one counts whose smallest change is the largest. It is infinite if there was
+        no change to measure.
+        """
         ...
 
 

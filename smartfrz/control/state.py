@@ -126,6 +126,7 @@ def _norm(value: Any, where: str) -> None:
 FLAG = _BOOL
 COUNT_OR_NONE = _or(_integer(0), "None", lambda v: v is None)
 ARRAYS = _by_layer(_a("an array of numbers", lambda v: isinstance(v, np.ndarray) and v.dtype.kind in "biufc"))
+PARTS_OF_ARRAYS = _by_layer(ARRAYS)
 
 _STATE = _record(
     predictor=_TEXT,

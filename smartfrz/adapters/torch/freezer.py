@@ -136,12 +136,13 @@ class SmartFRZ(Freezer[TorchAdapter]):
 
     def _optimizer_steps(self) -> OptimizerSteps | None:
         policy = self._policy
-        if not (policy.scales_learning_rates or policy.reads_gradients):
+        if not (policy.scales_learning_rates or policy.reads_gradients or policy.compares_gradients):
             return None
         return OptimizerSteps(
             self._optimizers,
             before_step=self._before_optimizer_step if policy.scales_learning_rates else None,
             accumulate=policy.reads_gradients,
+            compare=policy.compares_gradients,
         )
 
     def _learn_layers(self) -> None:
@@ -322,7 +323,7 @@ class SmartFRZ(Freezer[TorchAdapter]):
         if state is not None:
             try:
                 adapter.check_norm_state(state["norms"])
-                adapter.check_gradient_state(state["gradients"])
+                adapter.check_gradient_state(state["gradients"], state["gradient_changes"])
                 controller.check_state(state["controller"])
                 check_unchanged(state)
             except StateError:
@@ -428,8 +429,9 @@ class SmartFRZ(Freezer[TorchAdapter]):
         state = self._unsealed_state()
         if self._run is None:
             return state
-        state |= {"gradients": self._run.adapter.gradient_state(), "reentrant": self._reentrant}
-        sealed: dict[str, Any] = to_tensors(seal(state))
+        adapter = self._run.adapter
+        state |= {"gradients": adapter.gradient_state(), "gradient_changes": adapter.gradient_change_state()}
+        sealed: dict[str, Any] = to_tensors(seal(state | {"reentrant": self._reentrant}))
         return sealed
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -449,6 +451,7 @@ class SmartFRZ(Freezer[TorchAdapter]):
         run = self._control(layers, saved["reentrant"], saved)
         run.adapter.load_norm_state(to_tensors(saved["norms"]))
         run.adapter.load_gradient_state(to_tensors(saved["gradients"]))
+        run.adapter.load_gradient_change_state(to_tensors(saved["gradient_changes"]))
         self._clock.resume(saved["seconds"])
 
     def _start_over(self) -> None:

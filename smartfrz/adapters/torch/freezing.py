@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, Self
 
@@ -52,7 +52,8 @@ class TorchAdapter(LayerReader):
             change of what is frozen.
         reentrant: Whether the model uses reentrant gradient checkpointing.
         previous: The adapter that this one replaces. What it froze does not count as frozen by the user.
-        steps: Hooks of the optimizers, for `set_lr_scale` and `gradient_norm`. Made on first use by default.
+        steps: Hooks of the optimizers, for `set_lr_scale`, `gradient_norm` and `gradient_changes`. Made on first use by
+            default.
         guard: Looks at the optimizers' steps. Without it nothing is known of them.
 
     Raises:
@@ -194,6 +195,25 @@ class TorchAdapter(LayerReader):
         """
         return self._steps.take_norm(self._trainable[layer])
 
+    def gradient_changes(self, layers: Sequence[str]) -> dict[str, float]:
+        """Return how little the gradients of each layer changed from one optimizer step to the next, since the last call.
+
+        The change of a matrix at a step is the L1 norm of its gradient less its gradient at the step before. Its smallest
+        change counts, and of a layer with several matrices the largest of these; infinity if one has none that is finite.
+        Matrices are the weights that the layer is judged by. Gradients count as the optimizer sees them. Measuring begins
+        with the first call, unless `steps` already did so.
+        """
+        return self._steps.take_changes({layer: self._tensors[layer] for layer in layers})
+
+    def gradient_change_state(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Return the latest gradients and their smallest changes by the name of the parameter, for a saved state."""
+        return {} if self._given_steps is None else self._given_steps.changes.state(self._parameters)
+
+    def load_gradient_change_state(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Restore what `gradient_change_state` returned."""
+        if state or self._given_steps is not None:
+            self._steps.changes.load(state, self._parameters)
+
     def gradient_state(self) -> dict[str, torch.Tensor]:
         """Return the sums of gradients by the name of the parameter, for a saved state."""
         if self._given_steps is None:
@@ -201,9 +221,15 @@ class TorchAdapter(LayerReader):
         sums = self._given_steps.sums()
         return {name: sums[p] for name, p in self._parameters.items() if p in sums}
 
-    def check_gradient_state(self, state: Mapping[str, Any]) -> None:
-        """Raise `StateError` if `load_gradient_state` could not use this. Nothing is changed."""
-        for name, gradient in state.items():
+    def check_gradient_state(self, sums: Mapping[str, Any], changes: Mapping[str, Mapping[str, Any]]) -> None:
+        """Raise `StateError` if the two methods that load these could not use them. Nothing is changed."""
+        latest = changes.get("latest", {})
+        if stray := [name for name in changes.get("smallest", {}) if name not in latest]:
+            raise StateError(
+                f"The saved state has a change of the gradient of {stray[0]!r}, but no gradient. Resume from another "
+                "checkpoint, or start without a state."
+            )
+        for name, gradient in [*sums.items(), *latest.items()]:
             parameter = self._parameters.get(name)
             if parameter is None or tuple(parameter.shape) != gradient.shape:
                 here = "no such parameter" if parameter is None else f"one of shape {tuple(parameter.shape)}"

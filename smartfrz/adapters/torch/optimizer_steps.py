@@ -1,12 +1,13 @@
-"""Sets the learning rates of single layers, and adds up gradients, inside of an optimizer's step."""
+"""Sets the learning rates of single layers, and reads gradients, inside of an optimizer's step."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from smartfrz.adapters.torch.gradient_changes import GradientChanges
 from smartfrz.adapters.torch.sharding import is_sharded
 from smartfrz.adapters.torch.updates import unwrap
 from smartfrz.errors import UnsupportedModelError, UsageError
@@ -28,6 +29,11 @@ class OptimizerSteps:
         before_step: Called before each step.
         accumulate: Whether to add up gradients from the first step on. This takes memory for a copy of the gradients, in
             float32 at least.
+        compare: Whether to measure, from the first step on, how much gradients change from step to step. This takes
+            memory for a copy of the gradients.
+
+    Attributes:
+        changes: What was measured of the changes of gradients.
     """
 
     def __init__(
@@ -36,9 +42,12 @@ class OptimizerSteps:
         *,
         before_step: Callable[[], None] | None = None,
         accumulate: bool = False,
+        compare: bool = False,
     ):
         self._before_step = before_step
         self._accumulates = accumulate
+        self._compares = compare
+        self.changes = GradientChanges()
         self._scales: dict[nn.Parameter, float] = {}
         self._sums: dict[nn.Parameter, torch.Tensor] = {}
         self._whole: dict[torch.optim.Optimizer, list[dict[str, Any]]] = {}
@@ -53,7 +62,7 @@ class OptimizerSteps:
             ]
 
     def take_seconds(self) -> float:
-        """Return the seconds that accumulating gradients and splitting groups took since the last call."""
+        """Return the seconds that reading gradients and splitting groups took since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
@@ -70,9 +79,12 @@ class OptimizerSteps:
         """Forget all factors and gradients."""
         self._scales = {}
         self._sums = {}
+        self.changes.clear()
 
     def forget(self, parameters: Iterable[nn.Parameter]) -> None:
         """Forget the factors and gradients of these parameters."""
+        parameters = list(parameters)
+        self.changes.forget(parameters)
         for parameter in parameters:
             self._scales.pop(parameter, None)
             self._sums.pop(parameter, None)
@@ -88,6 +100,11 @@ class OptimizerSteps:
         norms = [torch.linalg.vector_norm(gradient, 1, dtype=torch.float64) for gradient in sums]
         return float(sum(norm.item() for norm in norms))
 
+    def take_changes(self, layers: Mapping[str, Iterable[nn.Parameter]]) -> dict[str, float]:
+        """Return the smallest change of each layer's gradients since the last call; see `GradientChanges`."""
+        self._compares = True
+        return self.changes.take(layers)
+
     def sums(self) -> dict[nn.Parameter, torch.Tensor]:
         """Return a copy of the gradients that were added up so far."""
         return {parameter: gradient.clone() for parameter, gradient in self._sums.items()}
@@ -101,14 +118,21 @@ class OptimizerSteps:
             self._before_step()
         start = time.perf_counter()
         self._restore(optimizer)  # after an interrupted step, or in a step of a subclass inside of another step
-        if self._accumulates:
-            self._accumulate(optimizer)
+        if self._accumulates or self._compares:
+            # Before the step: users may clear gradients afterwards.
+            for parameter, gradient, overflowed in self._gradients(optimizer):
+                if self._accumulates:
+                    self._accumulate(parameter, gradient, overflowed)
+                if self._compares:
+                    self.changes.note(parameter, gradient, overflowed)
         if self._scales:
             self._split(optimizer)
         self._seconds += time.perf_counter() - start
 
-    def _accumulate(self, optimizer: torch.optim.Optimizer) -> None:
-        """Add up gradients before the step: users may clear them afterwards."""
+    def _gradients(
+        self, optimizer: torch.optim.Optimizer
+    ) -> Iterator[tuple[nn.Parameter, torch.Tensor, torch.Tensor | None]]:
+        """Yield each parameter that is trained, its gradient, and whether that overflowed, if an optimizer looks itself."""
         # A GradScaler leaves unscaling, and skipping a step whose gradients overflowed, to a fused optimizer.
         scale, overflowed = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         for group in optimizer.param_groups:
@@ -116,20 +140,22 @@ class OptimizerSteps:
                 if parameter.grad is None or not parameter.requires_grad:
                     continue
                 if is_sharded(parameter):
-                    # One process saves the whole state, and does not hold the sums of the others.
+                    # One process saves the whole state, and does not hold the gradients of the others.
+                    what = "AutoFreeze adds up gradients" if self._accumulates else "GradES compares gradients"
                     raise UnsupportedModelError(
-                        "AutoFreeze adds up gradients, and this model is in fully_shard; expected whole parameters. Use "
+                        f"{what}, and this model is in fully_shard; expected whole parameters. Use "
                         "DistributedDataParallel, or another policy."
                     )
                 gradient = parameter.grad.detach()
-                if scale is not None:
-                    gradient = gradient / scale
-                if overflowed is not None:
-                    gradient = torch.where(overflowed > 0, 0.0, gradient)
-                if parameter not in self._sums:
-                    dtype = torch.promote_types(gradient.dtype, torch.float32)
-                    self._sums[parameter] = torch.zeros_like(parameter.detach(), dtype=dtype)
-                self._sums[parameter] += gradient
+                yield parameter, gradient if scale is None else gradient / scale, overflowed
+
+    def _accumulate(self, parameter: nn.Parameter, gradient: torch.Tensor, overflowed: torch.Tensor | None) -> None:
+        if overflowed is not None:
+            gradient = torch.where(overflowed > 0, 0.0, gradient)
+        if parameter not in self._sums:
+            dtype = torch.promote_types(gradient.dtype, torch.float32)
+            self._sums[parameter] = torch.zeros_like(parameter.detach(), dtype=dtype)
+        self._sums[parameter] += gradient
 
     def _split(self, optimizer: torch.optim.Optimizer) -> None:
         if isinstance(optimizer, torch.optim.LBFGS):

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map
 
 from smartfrz.adapters.base import require_state
 from smartfrz.adapters.torch.layers import Layer
-from smartfrz.control.state import ARRAYS, COUNT_OR_NONE, FLAG, sealed
+from smartfrz.control.state import ARRAYS, COUNT_OR_NONE, FLAG, PARTS_OF_ARRAYS, sealed
 
 # What the callbacks add.
 ANNOUNCED = "announced"
@@ -47,7 +47,7 @@ def check_saved(state: Any) -> dict[str, Any]:
         StateError: If `SmartFRZ.state_dict`, or a callback, did not return it, or a value is one that no run has.
     """
     found: Any = to_arrays(state)
-    more = {"gradients": ARRAYS, "reentrant": FLAG}
+    more = {"gradients": ARRAYS, "gradient_changes": PARTS_OF_ARRAYS, "reentrant": FLAG}
     if isinstance(found, Mapping) and "controller" in found:
         found = {"gradients": {}, **found}  # earlier versions saved none
     if isinstance(found, Mapping) and ANNOUNCED in found:
