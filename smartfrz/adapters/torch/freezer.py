@@ -26,7 +26,7 @@ from smartfrz.adapters.torch.layers import Layer, LayerTracer
 from smartfrz.adapters.torch.optimizer_steps import OptimizerSteps
 from smartfrz.adapters.torch.sharding import GradientWatch
 from smartfrz.adapters.torch.updates import Rounds, UpdateWatch, list_optimizers
-from smartfrz.adapters.torch.watching import Samples, owned_by, sample_of_foreign
+from smartfrz.adapters.torch.watching import Samples, StepGuard, owned_by, sample_of_foreign
 from smartfrz.control.controller import FreezeController
 from smartfrz.control.decision import FreezeDecision
 from smartfrz.control.learned import AsksPredictor
@@ -126,6 +126,7 @@ class SmartFRZ(Freezer[TorchAdapter]):
         self._cache = None if cache is None else _cached(cache, model, self._model)
         self._find_entry: Callable[[], nn.Module | None] | None = None
         self._steps = self._optimizer_steps()
+        self._guard = StepGuard(self._model, self._optimizers)  # what the first step updates counts, too
         # After the hooks of `_steps`: layers freeze when the optimizer's own parameter groups are back.
         self._rounds = Rounds(self._optimizers, self._on_round) if auto_step else None
         self._latest: list[FreezeDecision] = []
@@ -339,6 +340,7 @@ class SmartFRZ(Freezer[TorchAdapter]):
             reentrant=reentrant,
             previous=previous,
             steps=self._steps,
+            guard=self._guard,
         )
 
     def _undo(self) -> None:
@@ -376,6 +378,7 @@ class SmartFRZ(Freezer[TorchAdapter]):
             if unfreeze:
                 self._run.adapter.unfreeze(self.frozen_layers)
             self._run.adapter.forget_marks()
+        self._guard.close()
 
     def _stop_watching(self) -> None:
         self._eager.release()

@@ -51,6 +51,7 @@ class TorchAdapter(LayerReader):
         reentrant: Whether the model uses reentrant gradient checkpointing.
         previous: The adapter that this one replaces. What it froze does not count as frozen by the user.
         steps: Hooks of the optimizers, for `set_lr_scale` and `gradient_norm`. Made on first use by default.
+        guard: What has seen the optimizers' steps so far. Made now by default.
 
     Raises:
         UnsupportedModelError: If the model's weights have no data.
@@ -66,6 +67,7 @@ class TorchAdapter(LayerReader):
         reentrant: bool = False,
         previous: Self | None = None,
         steps: OptimizerSteps | None = None,
+        guard: StepGuard | None = None,
     ):
         super().__init__(model, layers)
         if any(tensor.is_meta for tensors in self._tensors.values() for tensor in tensors):
@@ -78,7 +80,7 @@ class TorchAdapter(LayerReader):
         self._parameters = dict(model.named_parameters())
         self._model = model
         self._parameter_ids = {id(p) for p in self._parameters.values()}
-        self._guard = StepGuard(model, self._optimizers)
+        self._guard = guard or StepGuard(model, self._optimizers)
         self._kept, self._kept_buffers, self._unmoved = Samples(), Samples(), Samples(spread=True)
         self._unmoved_since: dict[str, int] = {}
         self._newcomers: list[Layer] = []
@@ -328,13 +330,12 @@ class TorchAdapter(LayerReader):
         found: dict[str, Untrained] = {}
         for layer in layers:
             owned = [rates[id(p)] for p in self._trainable[layer] if id(p) in rates]
-            stands = layer in self._unmoved and self._guard.num_steps > self._unmoved_since[layer]
             if rates.keys() & self._parameter_ids and not owned:
                 found[layer] = "no_optimizer" if layer in self._unmoved else "unknown_optimizer"
             elif owned and not any(owned):
                 found[layer] = "learning_rate_zero"
-            elif stands:
-                found[layer] = "never_moved"
+            elif layer in self._unmoved and (why := self._why_unmoved(layer)) is not None:
+                found[layer] = why
         unknown = [layer for layer, why in found.items() if why == "unknown_optimizer"]
         if unknown and not self._named_optimizers:
             self._named_optimizers = True
@@ -342,6 +343,17 @@ class TorchAdapter(LayerReader):
             if names:
                 logger.warning("%s trains layers of the model, and was not given to SmartFRZ.", " and ".join(names))
         return found
+
+    def _why_unmoved(self, layer: str) -> Untrained | None:
+        """Return why a layer may not have moved since the first step; None if it was updated in that step alone."""
+        guard, since = self._guard, self._unmoved_since[layer]
+        last = max((guard.updated.get(id(p), 0) for p in self._trainable[layer]), default=0)
+        if last > since:
+            return "never_moved"
+        if not last and any(id(p) in guard.rested for p in self._trainable[layer]):
+            return "never_moved"
+        # Such as a generator that is trained at every fifth step, or what LayerDrop left out.
+        return "no_update_yet" if guard.num_steps > since or (guard.num_steps and not last) else None
 
     def find_layers(self) -> list[str]:
         """Return the names of the layers that may be frozen now; see `Adapter`."""
