@@ -336,7 +336,8 @@ def test_layers_that_are_switched_off_when_the_first_step_ends_were_not_frozen_b
             optimizer.step()
         freezer.step()
     report = freezer.report()
-    assert not report.user_frozen and not report.layer_changes
+    assert not report.user_frozen
+    assert not report.layer_changes
     assert report.frozen_spans() == {"0.0": [(4, 6)]}
 
 

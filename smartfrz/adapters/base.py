@@ -121,6 +121,7 @@ class Freezer(ABC, Generic[A]):
         """Forget the run, if there was one."""
         self._run: Run[A] | None = None
         self._clock = Stopwatch()
+        self._said_too_long = False
 
     # What a framework adds.
 
@@ -142,7 +143,8 @@ class Freezer(ABC, Generic[A]):
         """Record, decide, freeze and thaw, after one optimizer step."""
         controller = run.controller
         decisions = controller.step()
-        if controller.num_steps - 1 == controller.total_steps:
+        if controller.total_steps and controller.num_steps > controller.total_steps and not self._said_too_long:
+            self._said_too_long = True
             logger.warning(
                 "SmartFRZ: the run goes on beyond its %d steps, total_steps; records and freezing were planned for so "
                 "many. Pass the optimizer steps of the whole run, len(loader) * epochs, divided by the batches of which "
@@ -253,9 +255,10 @@ def require_state(state: dict[str, Any]) -> None:
     Raises:
         StateError: If it is such a dict.
     """
-    if "started" not in state:
+    if not isinstance(state, dict) or "started" not in state:
+        what = f"a dict with keys {sorted(map(str, state))[:5]}" if isinstance(state, dict) else repr(state)[:100]
         raise StateError(
-            f"SmartFRZ.load_state_dict received a dict with keys {sorted(map(str, state))[:5]}; expected what "
+            f"SmartFRZ.load_state_dict received {what}; expected what "
             "SmartFRZ.state_dict() returned. Save and load that."
         )
     if not state["started"]:
