@@ -278,7 +278,7 @@ def test_a_layer_that_joins_at_a_freezing_stage_is_not_said_to_stand_still(caplo
     model = make_model()
     model.optimizer.build(model.trainable_variables)
     model.get_layer("conv1").trainable = model.get_layer("norm1").trainable = False
-    callback = freezer(record_every=12)
+    callback = freezer(record_every=12, decide_every=2)
     if BACKEND == "jax":
         pytest.skip("Keras itself needs compile() after a change of `trainable` on JAX")
     fit(model, [callback, Sets([2], True)], epochs=4)
