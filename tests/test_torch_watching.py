@@ -341,6 +341,28 @@ def test_layers_that_are_switched_off_when_the_first_step_ends_were_not_frozen_b
     assert report.frozen_spans() == {"0.0": [(4, 6)]}
 
 
+@pytest.mark.parametrize("replaced", [0, 6])
+def test_a_layer_that_is_replaced_by_a_new_one_leaves_and_joins_again(replaced):
+    model = mlp()
+    optimizer = adam(model)
+    freezer = attach(model, optimizer, "0", "2", record_every=2, after=4)
+
+    def replace(step):
+        if step == 9:
+            model[replaced] = nn.Linear(6, model[replaced].out_features)
+            optimizer.add_param_group({"params": list(model[replaced].parameters())})
+
+    train(model, optimizer, freezer, 13, replace)
+    name = str(replaced)
+    assert freezer.report().layer_changes == [(10, "left", name), (12, "joined", name)]
+    assert not freezer.report().user_frozen
+    # The policy is sure about the new layer, too.
+    assert freezer.report().frozen == ({"2": 4, "0": 12} if replaced == 0 else {"0": 4, "2": 4})
+    frozen = values(model[0])
+    train(model, optimizer, freezer, 3)
+    assert same(frozen, values(model[0]))
+
+
 def test_a_layer_that_no_optimizer_trains_does_not_freeze_and_an_optimizer_that_was_not_given_is_named(caplog):
     model = mlp()
     given, other = torch.optim.SGD(model[3:].parameters(), 0.1), torch.optim.RMSprop(model[2].parameters())

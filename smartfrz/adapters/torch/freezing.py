@@ -357,7 +357,8 @@ class TorchAdapter(LayerReader):
 
     def find_layers(self) -> list[str]:
         """Return the names of the layers that may be frozen now; see `Adapter`."""
-        present = {id(p): p for p in self._model.parameters()}
+        named = dict(self._model.named_parameters())
+        present = {id(p): p for p in named.values()}
         known = {id(p) for layer in self._all.values() for p in layer}
         for parameter in self._guard.strangers:
             if parameter.grad is not None:  # an optimizer without hooks
@@ -370,7 +371,21 @@ class TorchAdapter(LayerReader):
             later = group_later(self._model, [p for p in self._guard.arrived if id(p) in present], names)
             self._newcomers = [layer for layer in later if layer.name not in self._layers]
         described = self._with_newcomers([layer.name for layer in self._newcomers])
-        return [name for name in described if name not in self._all or self._may_freeze(name, present)]
+        return [
+            name
+            for name in described
+            if name not in self._all or self._may_freeze(name, present) or self._has_come_back(name, named)
+        ]
+
+    def _has_come_back(self, layer: str, named: Mapping[str, nn.Parameter]) -> bool:
+        """Return whether a layer that the user removed has new parameters now, such as a head for other classes."""
+        if self._trainable[layer]:
+            return False
+        now = [named[name] for name in self._layers[layer].parameters if name in named]
+        old = {id(p) for p in self._all[layer]}
+        return len(now) == len(self._all[layer]) and any(
+            id(p) not in old and p.numel() and self._guard.is_live(p) for p in now if not is_lazy(p)
+        )
 
     def _may_freeze(self, layer: str, present: Mapping[int, nn.Parameter]) -> bool:
         ours = {id(p) for p in self._trainable[layer]} if layer in self._kept else set()
