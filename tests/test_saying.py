@@ -66,14 +66,17 @@ def test_a_run_without_a_stage_and_one_with_a_frozen_layer():
     assert run(*STAGES).report().why_nothing == []
 
 
-def test_one_layer_alone_is_named_as_the_reason():
-    model = torch.nn.Sequential(torch.nn.Linear(3, 3))
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [(torch.nn.Sequential(torch.nn.Linear(3, 3)), "0"), (torch.nn.Linear(3, 3), "the model itself")],
+)
+def test_one_layer_alone_is_named_as_the_reason(model, name):
     freezer = SmartFRZ(model, torch.optim.SGD(model.parameters(), 0.1), record_every=1, total_steps=20)
     for _ in range(8):
         model(torch.ones(2, 3)).sum().backward()
         freezer._optimizers[0].step()
         freezer.step()
-    assert freezer.report().why_nothing == ["0: the only layer that is trained, which is always kept"]
+    assert freezer.report().why_nothing == [f"{name}: the only layer that is trained, which is always kept"]
 
 
 def event(layer, reason, confidence=0.9, step=1):

@@ -78,7 +78,9 @@ def explain_nothing_frozen(
         trained: The layers that may be frozen.
     """
     if not events and len(trained) == 1:
-        return [f"{_shorten(list(trained))}: the only layer that is trained, which is always kept"]
+        return [
+            f"{_shorten(list(trained)) or 'the model itself'}: the only layer that is trained, which is always kept"
+        ]
     if not events:
         return ["there was no freezing stage yet: the run has fewer steps than record_every * decide_every"]
     ranks = {reason: rank for rank, reason in enumerate(_WHY)}
