@@ -274,6 +274,19 @@ def test_a_layer_that_the_training_script_unfreezes_later_joins():
     assert callback.report().user_frozen == set()
 
 
+def test_a_layer_that_joins_at_a_freezing_stage_is_not_said_to_stand_still(caplog):
+    model = make_model()
+    model.optimizer.build(model.trainable_variables)
+    model.get_layer("conv1").trainable = model.get_layer("norm1").trainable = False
+    callback = freezer(record_every=12, decide_every=2)
+    if BACKEND == "jax":
+        pytest.skip("Keras itself needs compile() after a change of `trainable` on JAX")
+    fit(model, [callback, Sets([2], True)], epochs=4)
+    assert callback.report().layer_changes == [(24, "joined", "conv1")]
+    assert {event.layer for event in callback.events if event.reason == "not_trained"} == {"conv1"}
+    assert "have not moved" not in caplog.text
+
+
 def test_what_the_learning_rate_does_not_train_is_never_frozen_as_converged(caplog):
     callback = freezer([dict.fromkeys(LAYERS, 0.9)])
     fit(make_model(keras.optimizers.SGD(0.0)), [callback])

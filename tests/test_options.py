@@ -21,6 +21,12 @@ def test_options_cannot_be_altered():
         ({"threshold": 1.5}, r"`threshold` is 1.5; expected a confidence in \(0, 1\]"),
         ({"freeze_order": "backwards"}, "`freeze_order` is 'backwards'; expected one of free, prefix, cost_aware"),
         ({"norm_batches": -1}, "`norm_batches` is -1; expected 0 or more"),
+        ({"total_steps": True}, "`total_steps` is True; expected an integer of at least 1"),
+        ({"threshold": "0.9"}, r"`threshold` is '0.9'; expected a confidence in \(0, 1\]"),
+        ({"norm_batches": None}, "`norm_batches` is None; expected 0 or more"),
+        ({"norm_batches": 2.5}, "`norm_batches` is 2.5; expected 0 or more"),
+        ({"seed": None}, "`seed` is None; expected an integer of at least 0"),
+        ({"seed": -1}, "`seed` is -1; expected an integer of at least 0"),
     ],
 )
 def test_bad_values_are_refused_before_there_is_a_policy(options, message):

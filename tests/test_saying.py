@@ -8,6 +8,7 @@ from torch_runs import NET, Net, attach, train
 
 torch = pytest.importorskip("torch")
 
+from smartfrz.adapters.torch import SmartFRZ  # noqa: E402
 from smartfrz.control.decision import FreezeDecision  # noqa: E402
 from smartfrz.control.saying import explain_nothing_frozen  # noqa: E402
 
@@ -63,6 +64,19 @@ def test_the_report_says_why_nothing_froze():
 def test_a_run_without_a_stage_and_one_with_a_frozen_layer():
     assert "no freezing stage yet" in str(run(steps=1).report())
     assert run(*STAGES).report().why_nothing == []
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [(torch.nn.Sequential(torch.nn.Linear(3, 3)), "0"), (torch.nn.Linear(3, 3), "the model itself")],
+)
+def test_one_layer_alone_is_named_as_the_reason(model, name):
+    freezer = SmartFRZ(model, torch.optim.SGD(model.parameters(), 0.1), record_every=1, total_steps=20)
+    for _ in range(8):
+        model(torch.ones(2, 3)).sum().backward()
+        freezer._optimizers[0].step()
+        freezer.step()
+    assert freezer.report().why_nothing == [f"{name}: the only layer that is trained, which is always kept"]
 
 
 def event(layer, reason, confidence=0.9, step=1):

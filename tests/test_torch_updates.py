@@ -13,7 +13,7 @@ from torch import nn  # noqa: E402
 from smartfrz.adapters.torch import SmartFRZ  # noqa: E402
 from smartfrz.adapters.torch.updates import WATCHED_CALLS  # noqa: E402
 from smartfrz.baselines import LinearFreezing  # noqa: E402
-from smartfrz.errors import UsageError  # noqa: E402
+from smartfrz.errors import StateError, UsageError  # noqa: E402
 from smartfrz.zoo import embedded_folder  # noqa: E402
 from smartfrz.zoo.urls import registry_url  # noqa: E402
 
@@ -230,6 +230,42 @@ def test_steps_beyond_total_steps_are_said_once(caplog):
     assert not said(caplog, "beyond")
     train(model, optimizer, freezer, 6, 12)
     assert len(said(caplog, "the run goes on beyond its 6 steps")) == 1
+
+
+def test_a_run_that_goes_on_with_fewer_steps_than_it_has_taken_is_said_to_go_beyond_them_once(caplog):
+    model = Net()
+    optimizer = sgd(model)
+    freezer = attach(model, optimizer, NET, total_steps=20)
+    train(model, optimizer, freezer, 0, 8)
+    state = freezer.state_dict()
+    freezer.close()
+    freezer = attach(model, optimizer, NET, total_steps=4)
+    freezer.load_state_dict(state)
+    train(model, optimizer, freezer, 8, 12)
+    assert len(said(caplog, "the run goes on beyond its 4 steps")) == 1
+
+
+# What is no model, and no state
+
+
+@pytest.mark.parametrize("model", [None, Net.forward, [Net()]])
+def test_what_is_no_model_is_named(model):
+    with pytest.raises(TypeError, match=r"`model` is .*; expected the torch.nn.Module that is trained"):
+        SmartFRZ(model, sgd(Net()), total_steps=6)
+
+
+def test_a_cache_and_a_timeout_of_another_type_are_named():
+    model = Net()
+    with pytest.raises(TypeError, match=r"`cache` is True; .* Pass cache=PrefixCache\(\)"):
+        SmartFRZ(model, sgd(model), total_steps=6, cache=True)
+    with pytest.raises(ValueError, match="`rank_timeout` is None"):
+        SmartFRZ(model, sgd(model), total_steps=6, rank_timeout=None)
+
+
+def test_a_state_that_is_none_is_named():
+    model = Net()
+    with pytest.raises(StateError, match=r"received None; expected what SmartFRZ.state_dict\(\) returned"):
+        SmartFRZ(model, sgd(model), total_steps=6).load_state_dict(None)
 
 
 # What is no optimizer

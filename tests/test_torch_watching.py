@@ -294,6 +294,75 @@ def test_a_layer_that_has_never_moved_does_not_freeze(caplog):
     assert "layer '0' as converged, since these weights have not moved since training began" in caplog.text
 
 
+def test_a_layer_whose_learning_rate_was_zero_in_its_only_step_so_far_does_not_freeze(caplog):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 4))
+    optimizer.register_step_post_hook(lambda *args: warm_up.step())  # before freezer.step(), as in transformers
+    freezer = attach(model, optimizer, "0", "2", after=1)
+    train(model, optimizer, freezer, 1)
+    assert freezer.frozen_layers == []
+    train(model, optimizer, freezer, 2)
+    assert freezer.report().frozen == {"0": 2, "2": 2}
+    assert "have not moved" not in caplog.text
+
+
+def test_what_is_updated_now_and_then_only_is_not_said_to_stand_still(caplog):
+    generator, critic = mlp(), nn.Linear(2, 1)
+    model = nn.ModuleList([generator, critic])
+    optimizers = [torch.optim.SGD(part.parameters(), 0.1) for part in model]
+    freezer = attach(model, optimizers, "0.0", "0.2", after=2)
+    for step in range(8):
+        for part, optimizer in zip((critic, generator), reversed(optimizers), strict=True):
+            if part is critic or step % 5 == 0:
+                optimizer.zero_grad()
+                critic(generator(torch.randn(8, 6))).square().mean().backward()
+                optimizer.step()
+        freezer.step()
+    assert freezer.report().frozen == {"0.0": 6, "0.2": 6}  # the generator's second step
+    assert "have not moved" not in caplog.text
+
+
+def test_layers_that_are_switched_off_when_the_first_step_ends_were_not_frozen_by_the_user(caplog):
+    generator, critic = mlp(), nn.Linear(2, 1)
+    model = nn.ModuleList([generator, critic])
+    optimizers = [torch.optim.SGD(part.parameters(), 0.1) for part in model]
+    freezer = attach(model, optimizers, "0.0", after=4)
+    for _ in range(6):
+        for part, optimizer in zip((critic, generator), reversed(optimizers), strict=True):
+            critic.requires_grad_(part is critic)
+            optimizer.zero_grad()
+            critic(generator(torch.randn(8, 6))).square().mean().backward()
+            optimizer.step()
+        freezer.step()
+    report = freezer.report()
+    assert not report.user_frozen
+    assert not report.layer_changes
+    assert report.frozen_spans() == {"0.0": [(4, 6)]}
+
+
+@pytest.mark.parametrize("replaced", [0, 6])
+def test_a_layer_that_is_replaced_by_a_new_one_leaves_and_joins_again(replaced):
+    model = mlp()
+    optimizer = adam(model)
+    freezer = attach(model, optimizer, "0", "2", record_every=2, after=4)
+
+    def replace(step):
+        if step == 9:
+            model[replaced] = nn.Linear(6, model[replaced].out_features)
+            optimizer.add_param_group({"params": list(model[replaced].parameters())})
+
+    train(model, optimizer, freezer, 13, replace)
+    name = str(replaced)
+    assert freezer.report().layer_changes == [(10, "left", name), (12, "joined", name)]
+    assert not freezer.report().user_frozen
+    # The policy is sure about the new layer, too.
+    assert freezer.report().frozen == ({"2": 4, "0": 12} if replaced == 0 else {"0": 4, "2": 4})
+    frozen = values(model[0])
+    train(model, optimizer, freezer, 3)
+    assert same(frozen, values(model[0]))
+
+
 def test_a_layer_that_no_optimizer_trains_does_not_freeze_and_an_optimizer_that_was_not_given_is_named(caplog):
     model = mlp()
     given, other = torch.optim.SGD(model[3:].parameters(), 0.1), torch.optim.RMSprop(model[2].parameters())

@@ -126,6 +126,7 @@ class Freezer(ABC, Generic[A]):
         """Forget the run, if there was one."""
         self._run: Run[A] | None = None
         self._clock = Stopwatch()
+        self._said_too_long = False
 
     # What a framework adds.
 
@@ -147,7 +148,8 @@ class Freezer(ABC, Generic[A]):
         """Record, decide, freeze and thaw, after one optimizer step."""
         controller = run.controller
         decisions = controller.step()
-        if controller.num_steps - 1 == controller.total_steps:
+        if controller.total_steps and controller.num_steps > controller.total_steps and not self._said_too_long:
+            self._said_too_long = True
             logger.warning(
                 "SmartFRZ: the run goes on beyond its %d steps, total_steps; records and freezing were planned for so "
                 "many. Pass the optimizer steps of the whole run, len(loader) * epochs, divided by the batches of which "

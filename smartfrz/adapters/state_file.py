@@ -23,7 +23,7 @@ def write_state(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Write a state of plain data and arrays."""
     arrays: dict[str, Any] = {}
     text = json.dumps(_pack(state, arrays))
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with replacing(os.path.expanduser(path)) as temporary, temporary.open("wb") as file:
         np.savez(file, state=np.array(text), **arrays)
 
 
@@ -34,7 +34,7 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
         StateError: If the file is of another kind, or damaged.
     """
     try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+        with open(os.path.expanduser(path), "rb") as opened, np.load(opened, allow_pickle=False) as file:
             state = _require_dict(_unpack(json.loads(str(file["state"])), file))
     except _BROKEN as error:
         raise StateError(

@@ -366,7 +366,7 @@ class FreezeController:
             new = [x for x, reason in found.items() if reason == why and f"{why}: {x}" not in self._warned]
             self._warned.update(f"{why}: {layer}" for layer in new)
             # Schedules may end with a learning rate of 0.
-            if new and self.num_steps != self.total_steps:
+            if new and why in _WHY_UNTRAINED and self.num_steps != self.total_steps:
                 logger.warning(
                     "SmartFRZ does not freeze %s as converged, since %s (step %d).",
                     _enumerate(new),

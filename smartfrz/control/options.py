@@ -84,12 +84,14 @@ class FreezeOptions:
             _require_order(self.freeze_order)
         for name in ("total_steps", "record_every", "decide_every", "patience"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, (int, np.integer)) or value < 1):
+            if value is not None and (not _is_integer(value) or value < 1):
                 raise ValueError(f"`{name}` is {value!r}; expected an integer of at least 1.")
         if self.threshold is not None:
             _require_confidence(self.threshold)
-        if self.norm_batches < 0:
-            raise ValueError(f"`norm_batches` is {self.norm_batches}; expected 0 or more batches.")
+        if not _is_integer(self.norm_batches) or self.norm_batches < 0:
+            raise ValueError(f"`norm_batches` is {self.norm_batches!r}; expected 0 or more batches.")
+        if not _is_integer(self.seed) or self.seed < 0:
+            raise ValueError(f"`seed` is {self.seed!r}; expected an integer of at least 0.")
 
     def schedule(self, policy: Policy) -> Schedule:
         """Return what the user chose, and else what follows from the policy and the length of the run.
@@ -151,8 +153,12 @@ def _first(given: T | None, otherwise: T) -> T:
     return otherwise if given is None else given
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
 def _require_confidence(threshold: float) -> None:
-    if not 0 < threshold <= 1:
+    if not isinstance(threshold, (int, float, np.number)) or not 0 < threshold <= 1:
         raise ValueError(f"`threshold` is {threshold!r}; expected a confidence in (0, 1].")
 
 

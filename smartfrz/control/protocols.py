@@ -13,6 +13,7 @@ Untrained = Literal[
     "unknown_optimizer",  # no optimizer that is known trains it, but it moves
     "learning_rate_zero",
     "never_moved",  # since training began
+    "no_update_yet",  # it has not been updated since it was first looked at; nothing to worry about
 ]
 
 

@@ -157,7 +157,7 @@ class Report:
             dry_run=controller.dry_run,
             why_nothing=[]
             if any(e.action in ("freeze", "would_freeze") for e in controller.events)
-            else explain_nothing_frozen(controller.events, controller.unpaid_steps),
+            else explain_nothing_frozen(controller.events, controller.unpaid_steps, trained),
             **others,
         )
 

@@ -65,7 +65,9 @@ def _distance(decision: FreezeDecision) -> str:
     return f"{decision.layer} is closest: {decision.confidence:.3f}, {missing:.3f} below its threshold"
 
 
-def explain_nothing_frozen(events: Sequence[FreezeDecision], unpaid_steps: Collection[int] = ()) -> list[str]:
+def explain_nothing_frozen(
+    events: Sequence[FreezeDecision], unpaid_steps: Collection[int] = (), trained: Collection[str] = ()
+) -> list[str]:
     """Return why no layer froze, one line for each reason: how many layers, and which came closest.
 
     A layer counts for the reason at which it was closest to being frozen.
@@ -73,7 +75,12 @@ def explain_nothing_frozen(events: Sequence[FreezeDecision], unpaid_steps: Colle
     Args:
         events: Every decision of the run; none of them freezes anything.
         unpaid_steps: Steps of the stages at which layers were ready, but freezing them did not pay.
+        trained: The layers that may be frozen.
     """
+    if not events and len(trained) == 1:
+        return [
+            f"{_shorten(list(trained)) or 'the model itself'}: the only layer that is trained, which is always kept"
+        ]
     if not events:
         return ["there was no freezing stage yet: the run has fewer steps than record_every * decide_every"]
     ranks = {reason: rank for rank, reason in enumerate(_WHY)}

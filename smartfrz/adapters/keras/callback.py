@@ -91,9 +91,11 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
             thaw_on_restart=thaw_on_restart,
             verbose=verbose,
         )
-        if recompile_steps is not None and not recompile_steps >= 0.0:
+        if recompile_steps is not None and (
+            not isinstance(recompile_steps, (int, float)) or not recompile_steps >= 0.0
+        ):
             raise ValueError(
-                f"`recompile_steps` is {recompile_steps}; expected 0 or more steps, or None to measure it."
+                f"`recompile_steps` is {recompile_steps!r}; expected 0 or more steps, or None to measure it."
             )
         self._begin(predictor, device, options, recompile_steps)
         # Complain now, not when training begins. The length of the run may show only then.

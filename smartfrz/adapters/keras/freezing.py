@@ -73,6 +73,7 @@ class KerasAdapter:
         for name in self._layers:
             self._describe(name)
         self._unmoved = self._gather({name: self._trained_pieces(name) for name in self.layers()})
+        self._joined: set[str] = set()  # layers of which no step was seen since they joined
 
     def _describe(self, name: str) -> None:
         """Note which parts of a layer are trained."""
@@ -261,7 +262,10 @@ class KerasAdapter:
         self.sync()
         if alone and float(keras.ops.convert_to_numpy(optimizer.learning_rate)) == 0.0:
             return dict.fromkeys(layers, "learning_rate_zero")
-        return {layer: "never_moved" for layer in layers if layer in self._unmoved}
+        joined, self._joined = self._joined, set()
+        return {
+            layer: "no_update_yet" if layer in joined else "never_moved" for layer in layers if layer in self._unmoved
+        }
 
     def find_layers(self) -> list[str]:
         """Return the names of the layers that may be frozen now; see `Adapter`."""
@@ -281,6 +285,7 @@ class KerasAdapter:
             self._unmoved.pop(layer, None)
         joined = {layer: self._trained_pieces(layer) for layer in changed if self._trainable[layer]}
         self._unmoved |= self._gather(joined) if joined else {}
+        self._joined.update(joined)
 
     def frozen_layers(self) -> list[str]:
         """Return the names of the layers that `freeze` has frozen."""

@@ -106,8 +106,15 @@ class SmartFRZ(Freezer[TorchAdapter]):
             thaw_on_restart=thaw_on_restart,
             verbose=verbose,
         )
-        if not rank_timeout > 0:
+        if not isinstance(rank_timeout, (int, float)) or not rank_timeout > 0:
             raise ValueError(f"`rank_timeout` is {rank_timeout!r}; expected a positive number of seconds.")
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"`model` is {'None' if model is None else f'of type {type(model).__name__}'}; expected the torch.nn.Module "
+                "that is trained. Pass the model itself: SmartFRZ(model, optimizer, ...)."
+            )
+        if cache is not None and not isinstance(cache, PrefixCache):
+            raise TypeError(f"`cache` is {cache!r}; expected a PrefixCache, or None. Pass cache=PrefixCache().")
         self._optimizers = list_optimizers(optimizer)
         super().__init__(predictor, device, options)
         options.schedule(self._policy)  # complain now, not after the first batch

@@ -398,13 +398,12 @@ class TorchAdapter(LayerReader):
         found: dict[str, Untrained] = {}
         for layer in layers:
             owned = [rates[id(p)] for p in self._trainable[layer] if id(p) in rates]
-            stands = layer in self._unmoved and self._guard.num_steps > self._unmoved_since[layer]
             if rates.keys() & self._parameter_ids and not owned:
                 found[layer] = "no_optimizer" if layer in self._unmoved else "unknown_optimizer"
             elif owned and not any(owned):
                 found[layer] = "learning_rate_zero"
-            elif stands:
-                found[layer] = "never_moved"
+            elif layer in self._unmoved and (why := self._why_unmoved(layer)) is not None:
+                found[layer] = why
         unknown = [layer for layer, why in found.items() if why == "unknown_optimizer"]
         if unknown and not self._named_optimizers:
             self._named_optimizers = True
@@ -413,11 +412,23 @@ class TorchAdapter(LayerReader):
                 logger.warning("%s trains layers of the model, and was not given to SmartFRZ.", " and ".join(names))
         return found
 
+    def _why_unmoved(self, layer: str) -> Untrained | None:
+        """Return why a layer may not have moved since the first step; None if it was updated in that step alone."""
+        guard, since = self._guard, self._unmoved_since[layer]
+        last = max((guard.updated.get(id(p), 0) for p in self._trainable[layer]), default=0)
+        if last > since:
+            return "never_moved"
+        if not last and any(id(p) in guard.rested for p in self._trainable[layer]):
+            return "never_moved"
+        # Such as a generator that is trained at every fifth step, or what LayerDrop left out.
+        return "no_update_yet" if guard.num_steps > since or (guard.num_steps and not last) else None
+
     def find_layers(self) -> list[str]:
         """Return the names of the layers that may be frozen now; see `Adapter`."""
         if self._processes is not None:
             reshard(self._model)  # after an evaluation, some modules show parameters that are not trained
-        present = {id(p): p for p in self._model.parameters()}
+        named = dict(self._model.named_parameters())
+        present = {id(p): p for p in named.values()}
         known = {id(p) for layer in self._all.values() for p in layer}
         for parameter in self._guard.strangers:
             if parameter.grad is not None:  # an optimizer without hooks
@@ -430,7 +441,21 @@ class TorchAdapter(LayerReader):
             later = group_later(self._model, [p for p in self._guard.arrived if id(p) in present], names)
             self._newcomers = [layer for layer in later if layer.name not in self._layers]
         described = self._with_newcomers([layer.name for layer in self._newcomers])
-        return [name for name in described if name not in self._all or self._may_freeze(name, present)]
+        return [
+            name
+            for name in described
+            if name not in self._all or self._may_freeze(name, present) or self._has_come_back(name, named)
+        ]
+
+    def _has_come_back(self, layer: str, named: Mapping[str, nn.Parameter]) -> bool:
+        """Return whether a layer that the user removed has new parameters now, such as a head for other classes."""
+        if self._trainable[layer]:
+            return False
+        now = [named[name] for name in self._layers[layer].parameters if name in named]
+        old = {id(p) for p in self._all[layer]}
+        return len(now) == len(self._all[layer]) and any(
+            id(p) not in old and p.numel() and self._guard.is_live(p) for p in now if not is_lazy(p)
+        )
 
     def _may_freeze(self, layer: str, present: Mapping[int, nn.Parameter]) -> bool:
         ours = {id(p) for p in self._trainable[layer]} if layer in self._kept else set()

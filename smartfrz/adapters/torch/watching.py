@@ -120,7 +120,9 @@ class StepGuard:
         strangers: Parameters that belong to no known layer.
         arrived: Strangers that have had a gradient at a step.
         idle: Ids of parameters that had no gradient at some step of their optimizer, such as those of an expert.
-        num_steps: Steps that were seen.
+        updated: The latest step, as `num_steps` counts, at which each parameter had a gradient and a learning rate.
+        rested: Ids of parameters that had a learning rate, but no gradient, at some step.
+        num_steps: Steps that were seen, of all optimizers.
     """
 
     def __init__(self, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]):
@@ -129,6 +131,8 @@ class StepGuard:
         self.strangers: list[nn.Parameter] = []
         self.arrived: list[nn.Parameter] = []
         self.idle: set[int] = set()
+        self.updated: dict[int, int] = {}
+        self.rested: set[int] = set()
         self.num_steps = 0
         self._model = model
         self._flagged_before: set[str] = set()
@@ -145,11 +149,17 @@ class StepGuard:
         self.set_back()
         live = self._live[id(optimizer)] = set()
         for group in optimizer.param_groups:
+            rate = group.get("lr", 1.0)
+            moves = isinstance(rate, torch.Tensor) or rate != 0  # a tensor is not read: it may be on a device
             for parameter in group["params"]:
                 if parameter.requires_grad:
                     live.add(id(parameter))
                     if parameter.grad is None:
                         self.idle.add(id(parameter))
+                    if moves and parameter.grad is None:
+                        self.rested.add(id(parameter))
+                    elif moves:
+                        self.updated[id(parameter)] = self.num_steps
         if self.strangers:
             self.arrived += [p for p in self.strangers if p.grad is not None]
             self.strangers = [p for p in self.strangers if p.grad is None]
