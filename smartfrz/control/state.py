@@ -230,8 +230,9 @@ def check_contents(state: Mapping[str, Any]) -> None:
 
 
 def _check_digest(state: Mapping[str, Any], where: str) -> None:
-    if state.get(_DIGEST) != _digest(state):
-        raise _wrong(f"{where}[{_DIGEST!r}]", state.get(_DIGEST), "the SHA-256 of the values that were saved")
+    saved = state.get(_DIGEST)
+    if not isinstance(saved, str) or saved != _digest(state):
+        raise _wrong(f"{where}[{_DIGEST!r}]", saved, "the SHA-256 of the values that were saved")
 
 
 def _digest(state: Mapping[str, Any]) -> str:
