@@ -274,6 +274,21 @@ def test_a_layer_that_the_training_script_unfreezes_later_joins():
     assert callback.report().user_frozen == set()
 
 
+def test_flags_that_are_switched_in_every_batch_are_named_where_they_cannot_be_held():
+    class Switches(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            self.model.trainable = False
+            self.model.trainable = True
+
+    if BACKEND == "jax":
+        pytest.skip("Keras itself needs compile() after a change of `trainable` on JAX")
+    callback = freezer(FREEZE_FIRST)
+    with pytest.warns(UserWarning, match="set `trainable` again after the batch had begun"):
+        fit(make_model(), [callback, Switches()], epochs=3)
+    assert callback.frozen_layers == []
+    assert callback.report().moved == ["conv1"]
+
+
 def test_a_layer_that_joins_at_a_freezing_stage_is_not_said_to_stand_still(caplog):
     model = make_model()
     model.optimizer.build(model.trainable_variables)

@@ -274,14 +274,24 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         moved = run.adapter.find_moved()
         if not moved:
             return
+        switched_on = run.adapter.switched_on(moved)
         self._given_up = True
         self._react(run, run.controller.thaw(reason="moved_while_frozen"))
+        names = f"{moved[0]!r}{f' and {len(moved) - 1} more layers' if len(moved) > 1 else ''}"
+        if switched_on:
+            why = (
+                "a callback or train_step set `trainable` again after the batch had begun, when SmartFRZ had looked. "
+                "Everything was thawed, and nothing is frozen any more in this run. Set `trainable` between epochs, and only of layers "
+                "that are not in freezer.frozen_layers."
+            )
+        else:
+            why = (
+                f"train_step of {type(self._model).__name__} or a layer keeps variables of its own instead of "
+                "model.trainable_variables. Everything was thawed, and nothing is frozen any more in this run. In "
+                "train_step compute gradients of self.trainable_variables and apply them with self.optimizer."
+            )
         warnings.warn(
-            f"SmartFRZ froze {moved[0]!r}{f' and {len(moved) - 1} more layers' if len(moved) > 1 else ''}, but the step "
-            f"after that changed it all the same: train_step of {type(self._model).__name__} or a layer keeps variables "
-            "of its own instead of model.trainable_variables. Everything was thawed, and nothing is frozen any more in "
-            "this run. In train_step compute gradients of self.trainable_variables and apply them with "
-            "self.optimizer.",
+            f"SmartFRZ froze {names}, but the step after that changed it all the same: {why}",
             stacklevel=2,
         )
 

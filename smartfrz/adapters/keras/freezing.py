@@ -202,6 +202,10 @@ class KerasAdapter:
         now = self.read_pieces(new)
         return [layer for layer in new if self._kept[layer].tobytes() != now[layer].tobytes()]
 
+    def switched_on(self, layers: Iterable[str]) -> bool:
+        """Return whether somebody has made one of these layers trainable since `hold` was called."""
+        return any(v.trainable for layer in layers for v in self._trainable[layer])
+
     def read_pieces(self, layers: list[str]) -> dict[str, NDArray[np.float32]]:
         """Return some values of all that must not move while these layers are frozen."""
         return self._gather({layer: self._pieces(layer) for layer in layers}) if layers else {}
