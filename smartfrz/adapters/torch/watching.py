@@ -152,14 +152,16 @@ class StepGuard:
             rate = group.get("lr", 1.0)
             moves = isinstance(rate, torch.Tensor) or rate != 0  # a tensor is not read: it may be on a device
             for parameter in group["params"]:
-                if parameter.requires_grad:
-                    live.add(id(parameter))
-                    if parameter.grad is None:
-                        self.idle.add(id(parameter))
-                    if moves and parameter.grad is None:
-                        self.rested.add(id(parameter))
-                    elif moves:
-                        self.updated[id(parameter)] = self.num_steps
+                if not parameter.requires_grad:
+                    continue
+                key = id(parameter)
+                live.add(key)
+                if parameter.grad is None:
+                    self.idle.add(key)
+                    if moves:
+                        self.rested.add(key)
+                elif moves:
+                    self.updated[key] = self.num_steps
         if self.strangers:
             self.arrived += [p for p in self.strangers if p.grad is not None]
             self.strangers = [p for p in self.strangers if p.grad is None]
