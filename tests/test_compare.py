@@ -268,7 +268,7 @@ WRONG_USAGE = {
     "budget": (["x:y", "--budget", "20"], "expected a number and a unit, as in 90s, 20m or 1.5h"),
     "variant": (["x:y", "--variant", "warp=9"], "'warp=9' is no variant; expected 'default', or OPTION=VALUE"),
     "value": (["x:y", "--variant", "patience=many"], "`patience` is 'many'"),
-    "type": (["x:y", "--variant", "threshold=high"], "'threshold=high' has a value"),
+    "type": (["x:y", "--variant", "threshold=high"], "`threshold` is 'high'; expected a confid"),
     "share": (["x:y", "--fewer-steps", "150"], "'150' is no share of the steps"),
     "threshold": (["x:y", "--threshold", "0"], "0.0 is not in the range"),
 }

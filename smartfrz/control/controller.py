@@ -185,6 +185,11 @@ class FreezeController:
         """Count an optimizer step at which nothing is recorded or decided."""
         self.num_steps += 1
 
+    @property
+    def looks_next(self) -> bool:
+        """Whether the next step is one at which layers are looked at and recorded."""
+        return (self.num_steps + 1) % self.record_every == 0
+
     def step(self) -> list[FreezeDecision]:
         """Record, decide and freeze if it is time to. Call it after every optimizer step.
 

@@ -229,6 +229,9 @@ class SmartFRZ(Freezer[TorchAdapter]):
             self._cache.note_step()
             if controller.total_steps:
                 self._cache.note_progress((controller.num_steps + 1) / controller.total_steps)
+        if self._processes is not None and controller.looks_next:
+            # On every process. After an evaluation, some modules show parameters that are not the ones that are trained.
+            reshard(self._model)
         decisions = self._decide(run)
         if len(run.adapter.all_layers()) != len(run.layers):
             self._run = replace(run, layers=run.adapter.descriptions())

@@ -12,7 +12,6 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
-from smartfrz.adapters.torch.distributed import reshard
 from smartfrz.adapters.torch.layers import Layer, LayerReader, Uncopied, group_later
 from smartfrz.adapters.torch.optimizer_steps import OptimizerSteps
 from smartfrz.adapters.torch.updates import unwrap
@@ -425,8 +424,6 @@ class TorchAdapter(LayerReader):
 
     def find_layers(self) -> list[str]:
         """Return the names of the layers that may be frozen now; see `Adapter`."""
-        if self._processes is not None:
-            reshard(self._model)  # after an evaluation, some modules show parameters that are not trained
         named = dict(self._model.named_parameters())
         present = {id(p): p for p in named.values()}
         known = {id(p) for layer in self._all.values() for p in layer}

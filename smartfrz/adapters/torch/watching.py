@@ -138,6 +138,7 @@ class StepGuard:
         self._flagged_before: set[str] = set()
         self._live: dict[int, set[int]] = {}  # by the id of the optimizer
         self._forward_hook: Any = None
+        self._compiled_before = _count_compiled()
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step)
             for optimizer in map(unwrap, optimizers)
@@ -182,8 +183,8 @@ class StepGuard:
 
         Not in a compiled model: a hook would break its graph.
         """
-        dynamo: Any = sys.modules.get("torch._dynamo.utils")
-        if self._forward_hook is None and not (dynamo is not None and dynamo.counters["frames"]):
+        compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in self._model.modules())
+        if self._forward_hook is None and not compiled and _count_compiled() == self._compiled_before:
             self._forward_hook = self._model.register_forward_pre_hook(Uncopied(self._before_forward))
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
@@ -202,6 +203,12 @@ class StepGuard:
         if self._forward_hook is not None:
             self._forward_hook.remove()
             self._forward_hook = None
+
+
+def _count_compiled() -> int:
+    """Return how many functions this process has compiled so far."""
+    dynamo: Any = sys.modules.get("torch._dynamo.utils")
+    return 0 if dynamo is None else int(sum(dynamo.counters["frames"].values()))
 
 
 def mark(parameter: nn.Parameter, frozen: bool) -> None:
