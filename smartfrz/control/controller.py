@@ -210,6 +210,7 @@ class FreezeController:
 
     def _look(self) -> list[FreezeDecision]:
         """Look whether the layers are still the same, and whether what is frozen stands still."""
+        self._ranks.meet(f"step {self.num_steps}", {"active": self.active})
         found = self._ranks.share(self._find)
         self._follow(found["layers"])
         thawed = self._settle(found["disturbed"])
@@ -281,7 +282,6 @@ class FreezeController:
         return {layer: max(self.frozen[layer], self._looked_at) for layer in layers}
 
     def _record(self, active: list[str]) -> list[FreezeDecision]:
-        self._ranks.meet(f"step {self.num_steps}", {"active": active})
         self.num_records += 1
         ask = self.num_records % self.decide_every == 0
         self._policy.record(active, ask=ask)

@@ -25,8 +25,9 @@ def _a(what: str, fine: Callable[[Any], bool]) -> Check:
 
 
 def _wrong(where: str, value: Any, expected: str) -> StateError:
+    shown = " ".join(repr(value).split())  # an array's has line breaks
     return StateError(
-        f"The saved state is damaged: {where} is {value!r:.100}; expected {expected}. Resume from another checkpoint, or "
+        f"The saved state is damaged: {where} is {shown:.100}; expected {expected}. Resume from another checkpoint, or "
         "start without a state."
     )
 

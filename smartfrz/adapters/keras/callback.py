@@ -281,8 +281,8 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         if switched_on:
             why = (
                 "a callback or train_step set `trainable` again after the batch had begun, when SmartFRZ had looked. "
-                "Everything was thawed, and nothing is frozen any more in this run. Set `trainable` between epochs, and "
-                "only of layers that are not in freezer.frozen_layers."
+                "Everything was thawed, and nothing is frozen any more in this run. Set `trainable` between epochs, "
+                "and only of layers that are not in freezer.frozen_layers."
             )
         else:
             why = (
