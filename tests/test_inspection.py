@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from smartfrz.errors import PredictorFileError
 from smartfrz.predictor.contract import seal
 from smartfrz.predictor.inspection import (
+    ATTRIBUTE_NAME,
     EXTERNAL_DATA,
     FORBIDDEN,
     MAX_FILE_SIZE,
@@ -88,11 +89,13 @@ def test_the_field_numbers_are_those_of_onnx():
     assert holders[EXTERNAL_DATA[0], "external_data"] == EXTERNAL_DATA[1]
     assert holders[NODE_DOMAIN[0], "domain"] == NODE_DOMAIN[1]
     assert holders[OPERATOR[0], "op_type"] == OPERATOR[1]
+    assert holders[ATTRIBUTE_NAME[0], "name"] == ATTRIBUTE_NAME[1]
     assert onnx.ModelProto.DESCRIPTOR.fields_by_name["metadata_props"].number == PROPERTY[1]
     assert onnx.StringStringEntryProto.DESCRIPTOR.fields_by_name["key"].number == PROPERTY_KEY[1]
     names = {
         "ModelProto": ("training_info", "functions"),
-        "AttributeProto": ("g", "graphs", "sparse_tensor", "sparse_tensors"),
+        "AttributeProto": ("g", "graphs", "sparse_tensor", "sparse_tensors", "strings"),
+        "TensorProto": ("string_data",),
         "GraphProto": ("sparse_initializer",),
     }
     assert {(message, holders[message, name]) for message in names for name in names[message]} == set(FORBIDDEN)
@@ -139,7 +142,17 @@ def branch(model):
     model.graph.node.append(onnx.helper.make_node("Identity", ["x"], ["y"], body=onnx.GraphProto(name="inner")))
 
 
+def constant_text(model, **attribute):
+    model.graph.node.append(onnx.helper.make_node("Constant", [], ["y"], **attribute))
+
+
 FORBIDDEN_PARTS = {
+    "text in tensors": lambda model: model.graph.initializer.append(
+        onnx.helper.make_tensor("y", onnx.TensorProto.STRING, [1], [b"long"])
+    ),
+    "text in": lambda model: constant_text(model, value_string="long"),
+    "text": lambda model: constant_text(model, value_strings=["long"]),
+    "operators that no predictor needs: Trilu": lambda model: model.graph.node.add(op_type="Trilu"),
     "functions of its own": lambda model: model.functions.add(name="f", domain=""),
     "subgraphs": branch,
     "subgraphs, as": lambda model: model.graph.node[0].attribute.add(name="graphs", type=10).graphs.add(name="inner"),
