@@ -176,3 +176,17 @@ def test_a_missing_value_is_named():
     state = {key: value for key, value in STATE.items() if key != "frozen"}
     with pytest.raises(StateError, match=r"controller is \['costs', .*; expected the key 'frozen' among these"):
         new_controller()[0].load_state_dict(state)
+
+
+@pytest.mark.parametrize("place", [("schedule",), ("events", 0), ()])
+@pytest.mark.parametrize("name", ["colour", "_policy", "check_state"])
+def test_what_a_later_version_adds_is_left_alone(place, name):
+    state = copy.deepcopy(STATE)
+    inner = state
+    for key in place:
+        inner = inner[key]
+    inner[name] = "red"
+    controller, adapter, _ = new_controller()
+    controller.load_state_dict(sealed(state))
+    assert same(controller.state_dict(), STATE)
+    run(controller, adapter, 3)

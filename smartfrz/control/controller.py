@@ -551,7 +551,8 @@ class FreezeController:
         self._restarts.load_state(state["learning_rates"])
         self.costs = {layer: LayerCost(*cost) for layer, cost in state["costs"].items()}
         self.decision_seconds = state["decision_seconds"]
-        self.events = [FreezeDecision(**event) for event in state["events"]]
+        fields = [field.name for field in dataclasses.fields(FreezeDecision)]
+        self.events = [FreezeDecision(**{name: event[name] for name in fields}) for event in state["events"]]
         self.unpaid_steps = set(state["unpaid_steps"])
         if same_pace:
             self._policy.load_state_dict(state["history"])
@@ -570,7 +571,7 @@ class FreezeController:
         )
         same_pace = (total_steps, schedule.record_every) == (state["total_steps"], saved["record_every"])
         return {
-            **saved,
+            **{name: saved[name] for name in _SCHEDULE},
             **schedule._asdict(),
             "total_steps": total_steps,
             "dry_run": self._options.dry_run,
