@@ -2,8 +2,6 @@
 
 import json
 import os
-import zipfile
-import zlib
 from typing import Any
 
 import numpy as np
@@ -12,11 +10,6 @@ from smartfrz.errors import StateError
 from smartfrz.files import replacing
 
 _ARRAY = "__array__"
-# What zipfile, NumPy and json raise where a file was damaged or made by somebody else.
-_BROKEN = (
-    *(zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, AttributeError, TypeError, NotImplementedError),
-    *(RuntimeError, MemoryError, OverflowError, SyntaxError, IndexError),
-)
 
 
 def write_state(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
@@ -33,14 +26,14 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         StateError: If the file is of another kind, or damaged.
     """
-    try:
-        with open(os.path.expanduser(path), "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            state = _require_dict(_unpack(json.loads(str(file["state"])), file))
-    except _BROKEN as error:
-        raise StateError(
-            f"{os.fspath(path)} holds no state of SmartFRZ ({error}); expected a file that SmartFRZ wrote."
-        ) from error
-    return state
+    with open(os.path.expanduser(path), "rb") as opened:
+        try:
+            with np.load(opened, allow_pickle=False) as file:
+                return _require_dict(_unpack(json.loads(str(file["state"])), file))
+        except Exception as error:  # zipfile, each of its decompressors, NumPy and json have errors of their own
+            raise StateError(
+                f"{os.fspath(path)} holds no state of SmartFRZ ({error}); expected a file that SmartFRZ wrote."
+            ) from error
 
 
 def to_json(state: dict[str, Any]) -> str:
@@ -61,7 +54,7 @@ def from_json(text: str) -> dict[str, Any]:
         content = json.loads(text)
         arrays = {name: np.array(v, dtype).reshape(shape) for name, (v, dtype, shape) in content["arrays"].items()}
         return _require_dict(_unpack(content["state"], arrays))
-    except _BROKEN as error:
+    except Exception as error:  # of json and NumPy, for a text that was damaged or made by somebody else
         raise StateError(
             f"The text holds no state of SmartFRZ ({error}); expected one that SmartFRZ wrote. Resume from "
             "another checkpoint."
