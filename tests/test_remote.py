@@ -23,7 +23,7 @@ from smartfrz import zoo
 from smartfrz.control.controller import FreezeController
 from smartfrz.control.options import FreezeOptions
 from smartfrz.errors import DownloadError, ServerError
-from smartfrz.predictor.remote import RemotePredictor
+from smartfrz.predictor.remote import HEADER_LENGTH, RemotePredictor
 from smartfrz.predictor.runtime import Predictor
 
 needs_kserve = pytest.mark.skipif(importlib.util.find_spec("kserve") is None, reason="kserve is not installed")
@@ -150,6 +150,7 @@ ANSWERS = {
     "sizes that cannot be": lambda h, n, w: h.answer(
         200, b'{"outputs": [{"name": "confidence", "shape": [1], "parameters": {"binary_data_size": "x"}}]}'
     ),
+    "a length of many digits": lambda h, n, w: h.answer(200, b"[]", **{HEADER_LENGTH: "9" * 5000}),
     "another predictor": lambda h, n, w: h.tensors(
         confident(n), np.zeros((n, w)), parameters={"smartfrz.sha256": "cd" * 32}
     ),
@@ -174,6 +175,7 @@ FAILURES = {
     "no outputs": r"answers with {}; expected",
     "outputs of another kind": "answers with a tensor that cannot be read",
     "sizes that cannot be": "answers with a tensor that cannot be read",
+    "a length of many digits": "answers with list; expected an object",
     "another predictor": "answers with another predictor than when this run began",
 }
 

@@ -62,6 +62,13 @@ def test_an_answer_that_never_ends_is_given_up(mode, server):
         fetched(f"{server.url}/{mode}/x.onnx", deadline=1, attempts=1)
 
 
+@pytest.mark.parametrize("start", [b"", CONTENT[:1000]])
+def test_a_length_of_many_digits_is_none(start, server):
+    buffer = io.BytesIO(start)
+    transport.download(f"{server.url}/digits/x.onnx", buffer, limit=10**7, attempts=1)
+    assert buffer.getvalue() == CONTENT
+
+
 @pytest.mark.parametrize("mode", ["head", "drip"])
 def test_a_server_below_the_lowest_rate_is_given_up(mode, server, monkeypatch):
     monkeypatch.setattr(transport, "SLOW_FOR", 0.3)

@@ -13,6 +13,7 @@ It prints its port, then a line for each request: method, path and Range header.
     /head/FILE        the headers one byte at a time, with pauses
     /continue/FILE    "100 Continue" for ever
     /endless/FILE     headers for ever
+    /digits/FILE      lengths of 5,000 digits
     /html/FILE        a page, as a captive portal answers
     /wrong-range/FILE a range is answered from another offset
     /bomb/FILE        endless zeros, chunked, without a length
@@ -105,7 +106,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return
         rest = content[start:]
         length = {"short": len(rest) // 2, "long": len(rest) * 2}.get(mode, len(rest))
-        if start and mode == "wrong-range":
+        if mode == "digits":
+            many = "9" * 5000
+            self.answer(206 if start else 200, Content_Length=many, Content_Range=f"bytes {start}-9/{many}")
+        elif start and mode == "wrong-range":
             self.answer(206, Content_Length=str(length), Content_Range=f"bytes 0-{len(content) - 1}/{len(content)}")
         elif start:
             whole = f"bytes {start}-{len(content) - 1}/{len(content)}"

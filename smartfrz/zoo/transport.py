@@ -6,6 +6,7 @@ The standard library does the http: pooch cannot resume a download, and would br
 import contextlib
 import http.client
 import io
+import re
 import socket
 import ssl
 import time
@@ -372,8 +373,7 @@ def _open_http(url: str, offset: int, pace: _Pace) -> Iterator[_Body]:
         if response.status == 206:
             start, total = offset, _total_of_range(url, offset, response.headers.get("Content-Range", ""))
         else:  # a server that ignores the range sends the whole file
-            length = response.headers.get("Content-Length", "")
-            start, total = 0, int(length) if length.isdecimal() else None
+            start, total = 0, _number(response.headers.get("Content-Length", ""))
         yield _Body(start, total, lambda: response.read1(_CHUNK))
 
 
@@ -421,7 +421,12 @@ def _total_of_range(url: str, offset: int, header: str) -> int | None:
         raise DownloadError(
             f"{url} was asked for the bytes from {offset} on and answers {rest!r}. Report it to whoever runs the server."
         )
-    return int(whole) if whole.isdecimal() else None
+    return _number(whole)
+
+
+def _number(text: str) -> int | None:
+    """Return the number in a header; None if there is none, or one of so many digits that Python does not convert it."""
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
 
 
 @contextlib.contextmanager
