@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -432,6 +433,22 @@ def test_a_predictor_that_once_did_not_answer_in_time_is_not_asked_again(content
     with pytest.raises(PredictionError, match="is not asked again"):
         predictor.predict(HISTORY, LENGTHS)
     assert [message for message in caplog.messages if "Training goes on" in message] == [caplog.messages[0]]
+
+
+def test_mock_the_deadline_is_that_of_all_layers(predictor_file, monkeypatch):
+    predictor = Predictor(predictor_file, device="cpu")
+    run = predictor._run
+
+    def take_a_while(*arguments):
+        time.sleep(0.1)
+        return run(*arguments)
+
+    monkeypatch.setattr(predictor, "_run", take_a_while)
+    monkeypatch.setattr(runtime, "DEADLINE", 0.25)
+    monkeypatch.setattr(runtime, "_ROWS_PER_RUN", 1)
+    history = np.repeat(HISTORY[:1], 8, axis=0)
+    with pytest.raises(PredictionError, match=r"gives no answer \(no end after 0\.25 s\)"):
+        predictor.predict(history, np.ones(8, np.int64))
 
 
 def test_a_layer_whose_weights_overflow_has_no_answer_and_the_others_have_theirs(predictor_file, caplog):

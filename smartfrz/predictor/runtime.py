@@ -5,6 +5,7 @@ import importlib.metadata
 import logging
 import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -37,7 +38,7 @@ MAX_MEMORY = (
     256 * 2**20
 )  # bytes of tensors of all predictors on the CPU; a decision of smartfrz-base takes less than 16 MiB
 MAX_GPU_MEMORY = 4 * 2**30  # bytes of tensors of one predictor on the GPU, which judges all layers at once
-DEADLINE = 30.0  # seconds for loading, and for each question to ONNX Runtime; eight layers take a few milliseconds
+DEADLINE = 30.0  # seconds for loading, and for each question about any number of layers; eight take a few milliseconds
 
 
 class Prediction(NamedTuple):
@@ -96,7 +97,7 @@ class Predictor:
         history = np.linspace(-1, 1, 2 * window * size, dtype=np.float32).reshape(2, window, size)
         feed: dict[str, NDArray[Any]] = {HISTORY: history, LENGTHS: np.array([window, self.info.min_records], np.int64)}
         try:
-            invalid = find_invalid(*self._ask(feed))
+            invalid = find_invalid(*self._ask(feed, time.monotonic() + DEADLINE))
         except PredictionError as error:
             raise PredictorFileError(
                 f"{file!r} cannot be used: on made-up weights, {error}. Export it again with smartfrz-build train."
@@ -130,22 +131,21 @@ class Predictor:
         self._check_history(history, lengths)
         if position is not None:
             self._check_position(position, len(history))
+        feed: dict[str, NDArray[Any]] = {HISTORY: history, LENGTHS: lengths}
+        if position is not None:
+            feed[POSITION] = position
         together = max(1, _ROWS_PER_RUN // history.shape[1]) if self.device == "cpu" else len(history)
+        until = time.monotonic() + DEADLINE
         if len(history) <= together:
-            feed: dict[str, NDArray[Any]] = {HISTORY: history, LENGTHS: lengths}
-            if position is not None:
-                feed[POSITION] = position
-            return self._answer(feed)
+            return self._answer(feed, until)
         parts = [slice(start, start + together) for start in range(0, len(history), together)]
-        answers = [
-            self.predict(history[part], lengths[part], None if position is None else position[part]) for part in parts
-        ]
+        answers = [self._answer({name: array[part] for name, array in feed.items()}, until) for part in parts]
         return Prediction(*(np.concatenate(arrays) for arrays in zip(*answers, strict=True)))
 
-    def _answer(self, feed: dict[str, NDArray[Any]]) -> Prediction:
+    def _answer(self, feed: dict[str, NDArray[Any]], until: float) -> Prediction:
         """Ask, and make what is no confidence NaN, which no threshold is below."""
         try:
-            answer = self._ask(feed)
+            answer = self._ask(feed, until)
         except PredictionError as error:
             self._warn(str(error))
             raise
@@ -160,7 +160,7 @@ class Predictor:
             logger.warning("%s: %s. Training goes on; a layer without an answer does not freeze.", self.path, fault)
         self._fault_logged = True
 
-    def _ask(self, feed: dict[str, NDArray[Any]]) -> Prediction:
+    def _ask(self, feed: dict[str, NDArray[Any]], until: float) -> Prediction:
         """Ask ONNX Runtime, and check the answer as that of a server is checked.
 
         Raises:
@@ -171,11 +171,11 @@ class Predictor:
         options = import_onnxruntime().RunOptions()
         options.log_severity_level = 4  # what fails is said here
         try:
-            arrays = call_within(DEADLINE, lambda: self._run([CONFIDENCE, ATTENTION], feed, options))
-        except TimeoutError as error:
+            arrays = call_within(until - time.monotonic(), lambda: self._run([CONFIDENCE, ATTENTION], feed, options))
+        except TimeoutError:
             options.terminate = True  # ends the run after the node that it is at
             self._given_up = True
-            raise PredictionError(f"the predictor gives no answer ({error})") from None
+            raise PredictionError(f"the predictor gives no answer (no end after {DEADLINE:g} s)") from None
         except _runtime_errors() as error:
             raise PredictionError(f"ONNX Runtime cannot run it ({str(error)[:300]})") from error
         if fault := find_fault(dict(zip((CONFIDENCE, ATTENTION), arrays, strict=True)), *feed[HISTORY].shape[:2]):
