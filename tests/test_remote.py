@@ -227,6 +227,18 @@ def test_an_address_with_a_password_is_not_asked():
         zoo.load("http://user:secret@127.0.0.1/x")
 
 
+def test_mock_no_server_elsewhere_is_asked_offline(impostor, monkeypatch):
+    asked = []
+    monkeypatch.setattr("smartfrz.predictor.remote.RemotePredictor", asked.append)
+    monkeypatch.setenv("SMARTFRZ_OFFLINE", "1")
+    with pytest.raises(ServerError, match="SMARTFRZ_OFFLINE is set, so that https://host/x is not asked"):
+        zoo.load("https://host/x")
+    zoo.load(impostor.url)  # on this machine
+    monkeypatch.setenv("SMARTFRZ_OFFLINE", "0")
+    zoo.load("https://host/x")
+    assert asked == [impostor.url, "https://host/x"]
+
+
 @pytest.mark.parametrize(("option", "value"), [("timeout", 0), ("timeout", float("inf")), ("retries", -1)])
 def test_options_out_of_range(option, value):
     with pytest.raises(ValueError, match=f"`{option}` is"):

@@ -9,9 +9,9 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-from smartfrz.errors import ChecksumError, DownloadError
+from smartfrz.errors import ChecksumError, DownloadError, ServerError
 from smartfrz.predictor.runtime import Device, Predictor
-from smartfrz.zoo import fetch, lock, urls
+from smartfrz.zoo import fetch, lock, settings, urls
 from smartfrz.zoo.registry import Entry, entries, find
 from smartfrz.zoo.transport import Progress
 
@@ -35,7 +35,7 @@ def load(predictor: Any = DEFAULT, *, device: Device = "auto", registries: Seque
         The `Predictor` or `RemotePredictor`.
 
     Raises:
-        ServerError: If a server cannot be reached, or has no predictor of that name.
+        ServerError: If a server cannot be reached or may not be asked, or has no predictor of that name.
         UnknownPredictorError: If no registry has that name.
         ChecksumError: If a file differs from its registry, or from what it was when it was first used.
         RegistryError: If a registry breaks its format or goes back to a lower version, or its signature is wrong.
@@ -47,7 +47,12 @@ def load(predictor: Any = DEFAULT, *, device: Device = "auto", registries: Seque
     if isinstance(predictor, str) and urls.is_server(predictor):
         from smartfrz.predictor.remote import RemotePredictor
 
-        return RemotePredictor(urls.check_server(predictor))
+        url = urls.check_server(predictor)
+        if settings.offline() and not urls.is_local(url):
+            raise ServerError(
+                f"SMARTFRZ_OFFLINE is set, so that {url} is not asked. Unset it, or use a predictor on this machine."
+            )
+        return RemotePredictor(url)
     if not _is_named(predictor):
         return Predictor(predictor, device=device)
     with _provide(os.fspath(predictor), registries) as (path, source, entry):
