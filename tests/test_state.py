@@ -160,6 +160,8 @@ MESSAGES = [
     (("frozen",), {"zzz": 1}, r"\['frozen'\] is \['zzz'\]; expected names of its layers"),
     (("learning_rates",), [[0.1]], r"\['learning_rates'\] is \[\[0\.1\]\]; expected a list of 2"),
     (("decision_seconds",), math.inf, r"\['decision_seconds'\] is inf; expected a number"),
+    (("decision_seconds",), 10**400, r"\['decision_seconds'\] is 10+; expected a number"),
+    (("learning_rates",), [[-(10**400)], []], r"\['learning_rates'\]\[0\]\[0\] is -10+; expected a number"),
     (("num_records",), 5, r"\['sha256'\] is '[0-9a-f]{64}'; expected the SHA-256 of the values that were saved"),
     (("sha256",), None, r"\['sha256'\] is None; expected the SHA-256"),
 ]

@@ -33,7 +33,9 @@ def _wrong(where: str, value: Any, expected: str) -> StateError:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        return bool(-(2**63) <= value < 2**63)  # what a float can be made of
+    return isinstance(value, float | np.floating)
 
 
 def _integer(least: int) -> Check:
