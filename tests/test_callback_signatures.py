@@ -91,7 +91,7 @@ def test_lightning_cli_takes_the_options_without_a_line_of_code():
         "--trainer.max_epochs=2",
         *(f"--trainer.{name}=false" for name in QUIET),
     ]
-    cli = LightningCLI(Module, args=arguments)
+    cli = LightningCLI(Module, args=arguments, save_config_callback=None)
     (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, lightning_callback.SmartFRZCallback)]
     assert callback.freezer.schedule[2:] == (0.8, 2, "prefix")
 

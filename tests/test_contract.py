@@ -20,6 +20,7 @@ OUT_OF_RANGE = [
     {"threshold": "1.0"},
     {"threshold": "nan"},
     {"record_fraction": "0.0"},
+    {"record_fraction": "1e-300"},  # records at every step
     {"record_fraction": "1.5"},
     {"min_records": "0"},
     {"min_records": "11"},  # of a window of 10: it would never decide
@@ -50,7 +51,7 @@ infos = st.builds(
     window=st.integers(4, 1000),
     representation=st.sampled_from(REPRESENTATIONS),
     threshold=st.floats(0, 1, exclude_min=True, exclude_max=True),
-    record_fraction=st.floats(0, 1, exclude_min=True),
+    record_fraction=st.floats(1e-4, 1),
     dataset_sha256=st.text("0123456789abcdef", min_size=64, max_size=64),
     license=st.sampled_from(["Apache-2.0", "MIT"]),
     metrics=st.dictionaries(st.text(), st.one_of(st.floats(allow_nan=False), st.text(), st.booleans())),

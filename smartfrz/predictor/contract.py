@@ -36,6 +36,7 @@ REPRESENTATIONS = ("raw", "trajectory")
 POSITIONAL = ("trajectory",)  # representations whose graphs have the input `position`
 UNKNOWN_POSITION = -1.0
 MAX_HISTORY = 2**20  # values in the history of one layer, window * tailored_size; the shipped predictors read 30,720
+MIN_RECORD_FRACTION = 1e-4  # a stage at every few steps of a long run would hold training up
 _MAX_NAME = 200
 _TOLERANCE = 1e-3  # of float32 sums
 _NO_HASH = b"0" * 64
@@ -116,7 +117,7 @@ class PredictorInfo:
             info.tailored_size > 0
             and info.window > 1
             and 0 < info.threshold < 1
-            and 0 < info.record_fraction <= 1
+            and MIN_RECORD_FRACTION <= info.record_fraction <= 1
             and math.isfinite(info.threshold)
             and 1 <= info.min_records <= info.window
             and info.window * info.tailored_size <= MAX_HISTORY

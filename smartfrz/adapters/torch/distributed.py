@@ -389,11 +389,15 @@ def _default_store() -> Any:
         return _own_store()
 
 
+_OWN_STORES: list[Any] = []  # of rank 0, kept until the process ends: other ranks may still read its last word
+
+
 def _own_store() -> Any:
     host = os.environ.get("MASTER_ADDR") or socket.gethostname()
     store = None
     if dist.get_rank() == 0:
         store = _c10d.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        _OWN_STORES.append(store)
     where = [(host, store.port if store else 0)]
     dist.broadcast_object_list(where)
     return store or _c10d.TCPStore(*where[0], is_master=False)
