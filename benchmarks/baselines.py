@@ -48,7 +48,7 @@ class Turn:
         self.model = model
         self.optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9)
         options = {"total_steps": ENDLESS, "record_every": 1, "decide_every": 1} | options
-        self.freezer = SmartFRZ(model, self.optimizer, policy, **options)
+        self.freezer = SmartFRZ(model, self.optimizer, policy, verbose=False, **options)
         self.seconds = {"passes": [], "optimizer": [], "stage": []}
         self.kept = 0
 

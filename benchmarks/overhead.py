@@ -50,7 +50,7 @@ def measure(model, batch, device, steps):
     model = model.to(device).train()
     batch = {key: value.to(device) for key, value in batch.items()}
     optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9)
-    freezer = SmartFRZ(model, optimizer, record_every=1, decide_every=2, threshold=1.0)
+    freezer = SmartFRZ(model, optimizer, record_every=1, decide_every=2, threshold=1.0, verbose=False)
     training, recording, deciding = [], [], []
 
     def clock():
