@@ -1,3 +1,4 @@
+import contextlib
 import importlib.metadata
 import logging
 import os
@@ -320,6 +321,18 @@ def test_a_graph_that_onnxruntime_cannot_load(content, write):
     model.graph.node[0].op_type = "Xor"
     with pytest.raises(PredictorFileError, match=r"ONNX Runtime cannot load .*Xor.*update onnxruntime"):
         Predictor(write(model))
+
+
+def test_a_message_of_onnxruntime_that_is_no_text(content, write):
+    """It quotes names from the file; which one it quotes depends on the version of ONNX Runtime."""
+    names = {
+        name.encode() for node in onnx.load_from_string(content).graph.node for name in (*node.input, *node.output)
+    }
+    for name in sorted(name for name in names if len(name) > 2):
+        start = content.find(name, content.find(name) + 1)
+        damaged = content[: start + len(name) - 1] + b"\xfb" + content[start + len(name) :]
+        with contextlib.suppress(PredictorFileError):
+            Predictor(write(seal(damaged)), device="cpu")
 
 
 def test_another_format_version(content, write):

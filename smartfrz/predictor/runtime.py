@@ -459,6 +459,7 @@ def _runtime_errors() -> tuple[type[Exception], ...]:
         state.NotImplemented,
         state.RuntimeException,
         RuntimeError,
+        UnicodeDecodeError,  # of its message, which has a name from the file
     )
 
 
