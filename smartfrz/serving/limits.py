@@ -181,6 +181,9 @@ class BodyLimits:
             upload.behind_pressed = max(0.0, upload.behind_pressed + waited - slack / PRESSED_RATE)
             if upload.received > upload.largest:
                 raise self._too_large("longer", upload.largest)
+            if message.get("more_body", False) and self._is_late(upload, 0.0, pressed=False):
+                upload.since = clock()
+                raise TimeoutError  # a piece that comes at the very moment of a look does not put the end off
             if piece:
                 await self._take_room(upload, len(piece))
                 body += piece
