@@ -219,12 +219,12 @@ def _fields(view: memoryview, root: str = "ModelProto") -> Iterator[tuple[tuple[
             visited += 1
             if visited > _MAX_FIELDS:
                 raise ValueError(f"more than {_MAX_FIELDS} fields")
-            tag, position = _varint(view, position)
+            tag, position = read_varint(view, position)
             number, kind = tag >> 3, tag & 7
             if tag >= 2**32 or number == 0:
                 raise ValueError(f"field {number}")
             if kind == _BYTES:
-                length, position = _varint(view, position)
+                length, position = read_varint(view, position)
                 start, position = position, position + length
                 if position > end:
                     raise ValueError(f"field {number} of {message} extends beyond its message")
@@ -232,7 +232,7 @@ def _fields(view: memoryview, root: str = "ModelProto") -> Iterator[tuple[tuple[
                 if nested := MESSAGES.get(message, {}).get(number):
                     waiting.append((nested, start, position))
             elif kind == _VARINT:
-                _, position = _varint(view, position)
+                _, position = read_varint(view, position)
             elif kind in (_FIXED64, _FIXED32):
                 position += 8 if kind == _FIXED64 else 4
             else:
@@ -241,7 +241,13 @@ def _fields(view: memoryview, root: str = "ModelProto") -> Iterator[tuple[tuple[
             raise ValueError(f"{message} ends inside a field")
 
 
-def _varint(view: memoryview, position: int) -> tuple[int, int]:
+def read_varint(view: bytes | memoryview, position: int) -> tuple[int, int]:
+    """Return a number of protobuf's variable length, and the position behind it.
+
+    Raises:
+        IndexError: If the bytes end within it.
+        ValueError: If it has more than ten bytes.
+    """
     value = 0
     for shift in range(0, 70, 7):
         byte = view[position]

@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError
 from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
 from kserve.protocol.grpc.servicer import InferenceServicer
 
+from smartfrz.predictor.inspection import read_varint
 from smartfrz.serving import metrics
 from smartfrz.serving.dataplane import DataPlane, explain
 from smartfrz.serving.options import ServeOptions
@@ -173,7 +174,7 @@ class _Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         try:
             _check_plain(message, self._max_plain)
             return deserialize(message)
-        except (DecodeError, IndexError):
+        except (DecodeError, IndexError, ValueError):
             text = "The bytes are not a message of this method."
             raise _Refused(grpc.StatusCode.INVALID_ARGUMENT, "invalid", text) from None
 
@@ -204,19 +205,20 @@ def _check_plain(message: bytes, most: int) -> None:
         _Refused: If it is more than `most` bytes, or too many fields.
         IndexError: If the bytes end within a field.
         DecodeError: If they are no message.
+        ValueError: If a number in them has no end.
     """
     position, plain, fields = 0, 0, 0
     while position < len(message):
         begin = position
-        key, position = _varint(message, position)
+        key, position = read_varint(message, position)
         kind = key & 7
         if kind == 2:
-            size, position = _varint(message, position)
+            size, position = read_varint(message, position)
             is_raw = key >> 3 == _RAW_TENSORS
             plain += 0 if is_raw else size
             position += size
         elif kind == 0:
-            _, position = _varint(message, position)
+            _, position = read_varint(message, position)
         elif kind in (1, 5):
             position += 8 if kind == 1 else 4
         else:
@@ -231,18 +233,6 @@ def _check_plain(message: bytes, most: int) -> None:
                 "Send tensors as raw_input_contents."
             )
             raise _Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "size", text)
-
-
-def _varint(message: bytes, position: int) -> tuple[int, int]:
-    """Return a number and the position behind it."""
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = message[position]
-        position += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, position
-    raise DecodeError
 
 
 class RpcServer:
