@@ -5,13 +5,15 @@ also runs whatever the graph says, loops without an end included. A predictor ne
 onnx package: it walks the protobuf messages that can contain tensors, operators and metadata, and skips everything else.
 
 What the allowed operators can still cost is bounded where they run: see `MAX_MEMORY` and `DEADLINE` in
-`smartfrz.predictor.runtime`.
+`smartfrz.predictor.runtime`. What it costs to load them is bounded by their shapes: see `smartfrz.predictor.shapes`.
 """
 
 from collections import Counter
 from collections.abc import Iterator
 
 from smartfrz.errors import PredictorFileError
+from smartfrz.predictor.protobuf import BYTES, read_fields
+from smartfrz.predictor.shapes import check_shapes
 
 MAX_FILE_SIZE = 256 * 2**20  # bytes; smartfrz-base has 1 MiB
 MAX_NODES = 1000  # smartfrz-base has 208
@@ -133,7 +135,6 @@ FORBIDDEN = {
     ("AttributeProto", 9): "text in tensors",
 }
 _DOMAINS = {"", "ai.onnx"}
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 def check_onnx(content: bytes, file: str) -> None:
@@ -145,8 +146,8 @@ def check_onnx(content: bytes, file: str) -> None:
 
     Raises:
         PredictorFileError: If the file has data in other files, operators that are not in `OPERATORS`, subgraphs,
-            functions, text in tensors, more than `MAX_NODES` nodes, or a metadata property twice or not in UTF-8; or if it
-            is no protobuf message.
+            functions, text in tensors, more than `MAX_NODES` nodes, shapes that `check_shapes` refuses, or a metadata
+            property twice or not in UTF-8; or if it is no protobuf message.
     """
     operators: Counter[str] = Counter()
     domains, forbidden = set(), set()
@@ -173,9 +174,7 @@ def check_onnx(content: bytes, file: str) -> None:
                     words = str(text[where.start : where.stop], "utf-8")
                     properties[words] += part == PROPERTY_KEY
     except (IndexError, ValueError) as error:
-        raise PredictorFileError(
-            f"{file!r} is not an ONNX file, or is damaged ({error}). Copy the file again."
-        ) from error
+        raise _damaged(file, error) from error
     if custom := sorted(domains - _DOMAINS):
         raise PredictorFileError(
             f"{file!r} uses custom operators of {', '.join(map(repr, custom))}; expected operators that every onnxruntime "
@@ -187,6 +186,14 @@ def check_onnx(content: bytes, file: str) -> None:
             f"{file!r} has the metadata property {doubled[0][:80]!r} twice; expected each once. Export it again with "
             "smartfrz-build train."
         )
+    try:
+        check_shapes(view, file)
+    except (IndexError, ValueError) as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: str, error: Exception) -> PredictorFileError:
+    return PredictorFileError(f"{file!r} is not an ONNX file, or is damaged ({error}). Copy the file again.")
 
 
 def _check_cost(operators: Counter[str], forbidden: set[str], file: str) -> None:
@@ -214,45 +221,13 @@ def _fields(view: memoryview, root: str = "ModelProto") -> Iterator[tuple[tuple[
     waiting = [(root, 0, len(view))]
     visited = 0
     while waiting:
-        message, position, end = waiting.pop()
-        while position < end:
+        message, start, end = waiting.pop()
+        for number, kind, first, last in read_fields(view, start, end, message):
             visited += 1
             if visited > _MAX_FIELDS:
                 raise ValueError(f"more than {_MAX_FIELDS} fields")
-            tag, position = read_varint(view, position)
-            number, kind = tag >> 3, tag & 7
-            if tag >= 2**32 or number == 0:
-                raise ValueError(f"field {number}")
-            if kind == _BYTES:
-                length, position = read_varint(view, position)
-                start, position = position, position + length
-                if position > end:
-                    raise ValueError(f"field {number} of {message} extends beyond its message")
-                yield (message, number), range(start, position)
-                if nested := MESSAGES.get(message, {}).get(number):
-                    waiting.append((nested, start, position))
-            elif kind == _VARINT:
-                _, position = read_varint(view, position)
-            elif kind in (_FIXED64, _FIXED32):
-                position += 8 if kind == _FIXED64 else 4
-            else:
-                raise ValueError(f"wire type {kind}")
-        if position != end:
-            raise ValueError(f"{message} ends inside a field")
-
-
-def read_varint(view: bytes | memoryview, position: int) -> tuple[int, int]:
-    """Return a number of protobuf's variable length, and the position behind it.
-
-    Raises:
-        IndexError: If the bytes end within it.
-        ValueError: If it has more than ten bytes.
-    """
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = view[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-    raise ValueError("a number of more than ten bytes")
+            if kind != BYTES:
+                continue
+            yield (message, number), range(first, last)
+            if nested := MESSAGES.get(message, {}).get(number):
+                waiting.append((nested, first, last))

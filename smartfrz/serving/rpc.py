@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
 from kserve.protocol.grpc.servicer import InferenceServicer
 
-from smartfrz.predictor.inspection import read_varint
+from smartfrz.predictor.protobuf import read_varint
 from smartfrz.serving import metrics
 from smartfrz.serving.dataplane import DataPlane, explain
 from smartfrz.serving.options import ServeOptions
