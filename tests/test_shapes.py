@@ -254,7 +254,7 @@ def two_of_a_name(graph):
 
 def an_attribute_twice(graph):
     node(graph, "Shape", ["history"], ["y"], start=0)
-    graph.node[-1].attribute.extend(graph.node[-1].attribute)
+    graph.node[-1].attribute.append(onnx.helper.make_attribute("start", 1))
 
 
 DAMAGED = {
