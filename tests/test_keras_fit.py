@@ -26,7 +26,7 @@ from keras_runs import (
     make_model,
     read,
 )
-from numpy_adapter import ChangePredictor, make_info
+from numpy_adapter import ChangePredictor, SlowPredictor, make_info
 
 from smartfrz.adapters.keras import trace_layers
 from smartfrz.adapters.keras.compiling import CompileClock
@@ -157,6 +157,20 @@ class OneMoreAtEveryStage:
         ready = max(0, self.num_stages - (12 - len(history)))
         freeze = np.repeat(np.array([0.9, 0.1], np.float32), [ready, len(history) - ready])
         return np.stack([1 - freeze, freeze], axis=1), np.zeros(history.shape[:2], np.float32)
+
+
+def test_a_slow_predictor_is_asked_less_often(monkeypatch, caplog):
+    predictor = SlowPredictor(monkeypatch, sure_from=3)
+
+    class Passes(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            predictor.now += 60.0
+
+    callback = freezer(predictor=predictor, record_every=1, decide_every=1)
+    fit(make_model(), [callback, Passes()], epochs=15)
+    assert 4 <= len(predictor.asked_at) <= 20  # of 120 stages
+    assert callback.frozen_layers[:1] == ["conv1"]
+    assert sum("asking the predictor took" in record.getMessage() for record in caplog.records) == 1
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="compiles nothing on PyTorch, if not asked to")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
+from smartfrz.control.budget import AskingBudget
 from smartfrz.control.decision import FreezeDecision, Reason, decide
 from smartfrz.control.learned import AsksPredictor, policy_of
 from smartfrz.control.options import FreezeOptions, Schedule, stages_apart
@@ -110,6 +111,7 @@ class FreezeController:
         self.events: list[FreezeDecision] = []
         self.unpaid_steps: set[int] = set()
         self.decision_seconds = 0.0
+        self._budget = AskingBudget()
         self._streaks: dict[str, int] = {}
         self._warned: set[str] = set()
         self._restarts = RestartWatch()
@@ -321,13 +323,18 @@ class FreezeController:
             )
 
     def _decide(self, active: list[str]) -> dict[str, Any]:
-        """Return decisions and streaks as plain data."""
+        """Return decisions and streaks as plain data: no decisions and the same streaks where asking takes too long."""
         excused = self._excused(active)
         asked = [layer for layer in active if layer not in excused]
+        hold = self.num_records // self.decide_every % self.freeze_every != 0
+        if asked and self._policy.has_budget and not self._budget.allows(freezes=not hold):
+            return {"decisions": [], "streaks": self._streaks}
+        with self._budget:
+            confidence = self._policy.confidence(asked, step=self.num_steps)
         make = partial(
             decide,
             active,
-            self._policy.confidence(asked, step=self.num_steps),
+            confidence,
             excused,
             self._streaks,
             step=self.num_steps,
@@ -337,7 +344,7 @@ class FreezeController:
             dry_run=self.dry_run,
             keep_one_of=self._keep_one_of() if self._keep_one_of else (),
         )
-        decisions, streaks = make(hold=self.num_records // self.decide_every % self.freeze_every != 0)
+        decisions, streaks = make(hold=hold)
         chosen = [decision.layer for decision in decisions if decision.action != "keep"]
         if not self._pays(active, chosen):
             decisions, streaks = make(hold=True)

@@ -90,6 +90,7 @@ class LearnedPolicy(Policy):
 
     decide_every = RECORDS_PER_STAGE
     patience = PATIENCE
+    has_budget = True
 
     def __init__(self, predictor: AsksPredictor):
         self.predictor = predictor

@@ -32,6 +32,7 @@ class Policy:
         scales_learning_rates: Whether the policy uses `lr_scales`; the adapter then needs `set_lr_scale`.
         reads_gradients: Whether the adapter needs `gradient_norm`.
         compares_gradients: Whether the adapter needs `gradient_changes`.
+        has_budget: Whether the policy is asked less often where its answers take too large a part of the run.
     """
 
     name = "policy"
@@ -43,6 +44,7 @@ class Policy:
     scales_learning_rates = False
     reads_gradients = False
     compares_gradients = False
+    has_budget = False
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that distinguish this policy from others of its class: plain data."""
