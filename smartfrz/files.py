@@ -27,9 +27,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             replaced.
 
     Raises:
-        OSError: If the folder cannot be written, the disk is full, or `path` is something else than a file.
+        OSError: If the folder cannot be written, the disk is full, or `path` is something else than a file, or a link
+            that leads to itself. Nothing is changed then.
     """
+    if os.fspath(path).endswith(tuple(filter(None, (os.sep, os.altsep)))):
+        raise OSError(f"{str(path)!r} ends as the path of a folder; expected the path of a file. Add its name.")
     target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise OSError(f"{str(path)!r} is a symbolic link that leads to itself; expected a file. Remove the link.")
     if target.exists() and not target.is_file():
         raise OSError(
             f"{str(path)!r} is no regular file; expected a path at which a file can be written. Choose another."

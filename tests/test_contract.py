@@ -44,9 +44,10 @@ def metadata(**changes):
     return make_info().to_metadata() | {f"smartfrz.{key}": value for key, value in changes.items()}
 
 
+printable = st.characters(exclude_categories=["C", "Z"])  # what a terminal obeys is refused
 infos = st.builds(
     PredictorInfo,
-    name=st.text(max_size=200),
+    name=st.text(printable, max_size=200),
     tailored_size=st.integers(1, 1000),
     window=st.integers(4, 1000),
     representation=st.sampled_from(REPRESENTATIONS),
@@ -54,7 +55,9 @@ infos = st.builds(
     record_fraction=st.floats(1e-4, 1),
     dataset_sha256=st.text("0123456789abcdef", min_size=64, max_size=64),
     license=st.sampled_from(["Apache-2.0", "MIT"]),
-    metrics=st.dictionaries(st.text(), st.one_of(st.floats(allow_nan=False), st.text(), st.booleans())),
+    metrics=st.dictionaries(
+        st.text(printable), st.one_of(st.floats(allow_nan=False), st.text(printable), st.booleans())
+    ),
     min_records=st.integers(1, 4),
 )
 
@@ -148,3 +151,24 @@ def test_the_registry_of_the_repository_holds_the_papers_predictor():
     # answers of the file before its optional inputs were removed
     np.testing.assert_allclose(confidence[:, 1], RAW_ANSWERS, atol=1e-6)
     assert (attention[1, :13] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"license": "MIT\x1b[2J"},
+        {"name": "a\x07b"},
+        {"name": "a\u202eb"},
+        {"name": "a\ud800b"},
+        pytest.param({"dataset_sha256": "a" * 10**7}, id="a long checksum"),
+        {"license": "x" * 201},
+        {"metrics": '{"note": ["\\u001b[31m"]}'},
+        {"metrics": '{"\\ud800": 1}'},
+    ],
+    ids=ascii,
+)
+def test_texts_that_a_terminal_would_obey_or_that_have_no_end(change):
+    with pytest.raises(PredictorFileError, match=r"metadata property '(name|license|dataset_sha256|metrics)'") as error:
+        PredictorInfo.from_metadata(metadata(**change), "x.onnx")
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 400

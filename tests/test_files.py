@@ -165,3 +165,17 @@ def test_no_handle_is_left_open(tmp_path):
     for _ in range(5):
         write(tmp_path / "run.json")
     assert len(os.listdir(folder)) == before
+
+
+def test_a_link_that_leads_to_itself_is_left_as_it_is(tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(OSError, match="a' is a symbolic link that leads to itself; expected a file"):
+        write(tmp_path / "a")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_symlink()) == ["a", "b"]
+
+
+def test_a_path_that_ends_in_a_slash_is_no_file(tmp_path):
+    with pytest.raises(OSError, match="/out/' ends as the path of a folder; expected the path of a file"):
+        write(f"{tmp_path}/out/")
+    assert list(tmp_path.iterdir()) == []

@@ -497,3 +497,17 @@ def test_onnxruntime_does_not_report_to_its_makers_unless_the_user_chose_that(pr
     assert (run.stdout, run.stderr) == (f"{chosen or 1}\n", "")
     if chosen is None:
         assert list(tmp_path.rglob("*")) == []
+
+
+def test_what_onnx_runtime_says_about_a_file_is_not_printed(predictor_file, tmp_path, capfd):
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(predictor_file)
+    zero = onnx.numpy_helper.from_array(np.zeros(1, np.int64), "zero")
+    model.graph.initializer.append(zero)
+    model.graph.node.append(onnx.helper.make_node("Div", ["lengths", "zero"], ["quotient"]))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("quotient", onnx.TensorProto.INT64, [None]))
+    {p.key: p for p in model.metadata_props}["smartfrz.sha256"].value = "0" * 64
+    (tmp_path / "zero.onnx").write_bytes(seal(model.SerializeToString()))
+    with pytest.raises(PredictorFileError, match=r"cannot load|breaks the predictor contract"):
+        Predictor(tmp_path / "zero.onnx", device="cpu")
+    assert capfd.readouterr() == ("", "")

@@ -28,6 +28,7 @@ BROKEN = {
     "control characters": json.dumps(
         {"format_version": 1, "predictors": [{"name": "x", "version": "1", "sha256": "a" * 64, "registry": "\x1b"}]}
     ).encode(),
+    "a key twice": b'{"format_version": 1, "predictors": [{"name": "x"}], "predictors": []}',
     "nested too deep": b"[" * 100_000,
 }
 
@@ -243,3 +244,14 @@ def test_processes_that_lock_at_once_lose_nothing(tmp_path):
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         pool.map(remember_one, [(str(place), number) for number in range(9)])
     assert [name for name, _ in locked(place)] == [f"p{number}@1" for number in range(9)]
+
+
+@pytest.mark.parametrize(
+    "spelling", ["https://Example.ORG/a/registry.json", "https://example.org:443/a/registry.json?token=x"]
+)
+def test_a_registry_is_known_by_any_spelling_of_its_address(spelling):
+    lock.remember(lock.Locked("mine", "1", "a" * 64, "https://example.org/a/registry.json"))
+    with pytest.raises(ChecksumError, match="was another file"):
+        lock.check(lock.Locked("mine", "1", "b" * 64, spelling), chosen=True)
+    for other in ("https://example.org:8443/a/registry.json", "https://example.org/A/registry.json"):
+        lock.check(lock.Locked("mine", "1", "b" * 64, other), chosen=True)

@@ -412,3 +412,14 @@ def test_metrics_of_other_forms_are_left_out():
     assert publish.held_out({}) == {}
     assert publish.held_out({"leave_one_architecture_out": {"cnn": {"predictor": 0.9}}}) == {}
     assert publish.held_out({"leave_one_architecture_out": [0.9]}) == {}
+
+
+@pytest.mark.parametrize("metrics", [{"note": "\x1b[2J"}, {"\ud800": 1}, {"rows": [{"a": "b\x07"}]}], ids=ascii)
+def test_metrics_with_characters_that_a_terminal_obeys_are_refused(metrics):
+    document = json.loads((embedded_folder() / "registry.json").read_bytes())
+    document["predictors"][0]["metrics"] = metrics
+    with pytest.raises(
+        RegistryError, match=r"in entry 1, metrics has the text .*expected no control characters"
+    ) as error:
+        registry.parse(json.dumps(document).encode(), "https://example.org/registry.json")
+    assert str(error.value).isprintable()

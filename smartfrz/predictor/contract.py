@@ -130,6 +130,13 @@ class PredictorInfo:
                 f"min_records={info.min_records}; expected positive numbers, window * tailored_size of at most "
                 f"{MAX_HISTORY}, and a name of at most {_MAX_NAME} characters. Export it again."
             )
+        texts = {key: getattr(info, key) for key in ("name", "dataset_sha256", "license")}
+        for key, text in {**texts, "metrics": find_unprintable(info.metrics) or ""}.items():
+            if len(text) > _MAX_NAME or not text.isprintable():
+                raise PredictorFileError(
+                    f"{file!r} has the metadata property {key!r} with {text[:80]!a}, {len(text)} characters; expected "
+                    f"at most {_MAX_NAME}, without control characters. Export it again."
+                )
         return info
 
 
@@ -138,6 +145,17 @@ def _parse_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"'metrics' is {type(value).__name__}; expected an object")
     return value
+
+
+def find_unprintable(value: Any) -> str | None:
+    """Return the first text with control characters or lone surrogates in a JSON value, keys included, or None.
+
+    A terminal obeys such characters.
+    """
+    if isinstance(value, str):
+        return None if value.isprintable() else value
+    parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    return next((found for part in parts if (found := find_unprintable(part)) is not None), None)
 
 
 def find_fault(arrays: Mapping[str, NDArray[Any]], num_layers: int, num_records: int) -> str | None:

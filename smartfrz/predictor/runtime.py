@@ -389,7 +389,7 @@ def open_session(content: bytes, file: str, device: Device, num_threads: int) ->
     options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails is said here, not with escapes of a terminal on standard error
     options.add_session_config_entry("session.load_model_format", "ONNX")  # the format that was checked
     options.add_session_config_entry("session.use_env_allocators", "1")
     session, reason = None, ""

@@ -11,7 +11,8 @@ import logging
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
+from urllib.parse import urlsplit
 
 from smartfrz.errors import ChecksumError, RegistryError
 from smartfrz.files import replacing
@@ -152,11 +153,30 @@ def _is_locked(entry: Named) -> bool:
 def _about(entry: Named, rows: Iterable[Locked]) -> list[Locked]:
     """Return the rows of a name; in the cache, two registries may use a name for different things."""
     of_all = bool(settings.lock_file())
-    return [row for row in rows if row.name == entry.name and (of_all or row.registry == _plain(entry.registry))]
+    return [
+        row for row in rows if row.name == entry.name and (of_all or _plain(row.registry) == _plain(entry.registry))
+    ]
 
 
 def _plain(registry: str) -> str:
-    return registry.partition("?")[0]
+    """Return an address without its query, in the one form that it has with all its spellings."""
+    parts = urlsplit(registry.partition("?")[0])
+    if parts.scheme not in ("http", "https"):
+        return registry.partition("?")[0]
+    host = (parts.netloc.lower()).removesuffix({"http": ":80", "https": ":443"}[parts.scheme])
+    return parts._replace(netloc=host).geturl()
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of a JSON file.
+
+    Raises:
+        ValueError: If it has a key twice, of which readers take either.
+    """
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"one object has a key twice: {sorted(key for key, _ in pairs)!r:.200}")
+    return found
 
 
 def _read() -> list[Locked]:
@@ -169,7 +189,7 @@ def _read() -> list[Locked]:
             return []  # there is no cache that we could use
         _refuse(f"cannot be read ({error})", "Change its permissions, or name another one with --lock or SMARTFRZ_LOCK")
     try:
-        document = json.loads(content)
+        document = json.loads(content, object_pairs_hook=unique_keys)
         if document["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format_version is {document['format_version']!r:.50}; expected {FORMAT_VERSION}")
         return [_row(value) for value in document["predictors"]]

@@ -13,7 +13,7 @@ from importlib.resources import files
 from typing import Any, NoReturn
 
 from smartfrz.errors import DownloadError, RegistryError, UnknownPredictorError
-from smartfrz.predictor.contract import REPRESENTATIONS
+from smartfrz.predictor.contract import REPRESENTATIONS, find_unprintable
 from smartfrz.predictor.inspection import MAX_FILE_SIZE
 from smartfrz.zoo import fetch, lock, signatures, transport, urls
 from smartfrz.zoo.versions import version_key
@@ -97,7 +97,9 @@ def parse(content: bytes, registry: str, *, exact: bool = False) -> list[Entry]:
     """
     try:
         # Input that is nested a thousand levels deep ends in a RecursionError.
-        document = json.loads(content, object_pairs_hook=_object, parse_constant=_constant, parse_float=_finite)
+        document = json.loads(
+            content, object_pairs_hook=lock.unique_keys, parse_constant=_constant, parse_float=_finite
+        )
     except (ValueError, RecursionError) as error:
         _refuse(registry, f"it is no valid JSON ({error})")
     if not isinstance(document, dict) or "format_version" not in document:
@@ -289,6 +291,8 @@ def _entry(value: Any, registry: str, exact: bool) -> Entry:
         raise ValueError(f"domains is {domains!r:.200}; expected a list of words, as in ['vision']")
     if not isinstance(value["metrics"], dict):
         raise ValueError(f"metrics is {value['metrics']!r:.200}; expected an object")
+    if (text := find_unprintable(value["metrics"])) is not None:
+        raise ValueError(f"metrics has the text {text!a:.200}; expected no control characters")
     if value["url"]:
         _check_url(value["url"], registry)
     return Entry(**{**{key: value[key] for key in wanted}, "domains": tuple(domains)}, registry=registry)
@@ -306,13 +310,6 @@ def _check_url(url: str, registry: str) -> None:
         raise ValueError(f"the url is {url!r}, which a registry at {source}:// may not name; expected https://")
     if urls.is_local(url) and not (source == "file" or urls.is_local(registry)):
         raise ValueError(f"the url is {url!r} on your own machine, which a registry elsewhere may not name")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError(f"one object has a key twice: {sorted(key for key, _ in pairs)!r:.200}")
-    return found
 
 
 def _finite(text: str) -> float:
