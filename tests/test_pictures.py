@@ -103,7 +103,7 @@ def test_hidden_colours_of_transparent_pixels_are_not_seen(folder):
 
 
 def test_a_transparent_colour_of_a_palette_becomes_white(folder):
-    picture = Image.fromarray(np.eye(SIZE, dtype=np.uint8), "P")
+    picture = Image.frombytes("P", (SIZE, SIZE), np.eye(SIZE, dtype=np.uint8).tobytes())
     picture.putpalette([0, 0, 0, 0, 0, 200])
     read = read_one(folder, picture, transparency=0)
     assert (read[:, 0, 1] == 1).all()

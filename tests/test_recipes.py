@@ -63,6 +63,7 @@ MISTAKES = {
 
 # section, entry as TOML, part of the message
 ODD_VALUES = [
+    ("data", 'arguments = { name = "a\\u0007" }', r"data\.arguments\.name is 'a\\x07'; expected one line"),
     ("", 'name = ""', "name is ''; expected a file name without folders"),
     ("", 'name = ".."', r"name is '\.\.'; expected .* that does not begin with a dot"),
     ("", 'name = ".hidden"', r"name is '\.hidden'"),

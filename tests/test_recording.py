@@ -178,6 +178,15 @@ def test_a_loss_that_is_not_finite_is_reported(tmp_path):
 # What is finished is kept
 
 
+def test_weights_that_are_not_finite_after_the_last_step_are_reported(tmp_path):
+    """The loss of one step is from before its update."""
+    path = write_recipe(tmp_path, epochs=1e-9, learning_rate=3e38)
+    path.write_text(path.read_text().replace("[training]", "[training]\nweight_decay = 1e3"))
+    with pytest.raises(RecipeError, match=r"The weights are not finite after step 1\. Lower training\.learning_rate"):
+        record(load_recipe(path), tmp_path)
+    assert not list(tmp_path.glob("*.parquet"))
+
+
 def test_a_gpu_that_is_not_there_is_told_before_anything_is_trained(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     recipe = tiny_recipe(tmp_path)

@@ -127,6 +127,20 @@ def test_a_change_under_a_new_digest_is_refused_or_can_be_trained_on(state):
     controller.state_dict()
 
 
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (("events", 0, "step"), r"\['events'\]\[0\]\['step'\] is 7; expected at most 6"),
+        (("frozen", "a"), r"\['frozen'\]\['a'\] is 7; expected \d, as its events say"),
+    ],
+)
+def test_steps_that_have_not_come_yet_are_refused_under_a_new_digest(place, message):
+    state = sealed(changed(place, lambda container, key: container.__setitem__(key, 7)))
+    with pytest.raises(StateError, match=message):
+        new_controller()[0].load_state_dict(state)
+    assert_refused_without_a_change(state)
+
+
 @pytest.mark.parametrize("bit", [0, 7, 77, 200])
 def test_a_flipped_bit_of_the_history_is_noticed(bit):
     state = copy.deepcopy(STATE)

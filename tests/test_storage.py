@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from smartfrz.errors import DatasetFormatError
 
 ARRAYS = ("step", "progress", "loss", "learning_rate", "cka", "weights")
 # float32 values that a detour over text, float16 or a fixed precision would lose
-AWKWARD = np.array([0.1, 1e-45, -3.4e38, 1.0000001, -0.0, np.pi, 6e-8, np.nan, np.inf], np.float32)
+AWKWARD = np.array([0.1, 1e-45, -3.4e38, 1.0000001, -0.0, np.pi, 6e-8], np.float32)
 
 _LEAVES = st.none() | st.booleans() | st.integers(-3, 2**70) | st.floats() | st.text(max_size=4)
 JSON = st.recursive(
@@ -221,6 +222,12 @@ def test_changed_rows_are_refused(written, case):
         read_run(written)
 
 
+def with_one(value):
+    weights = recorded_run().weights
+    weights[2, 3, 4] = value
+    return weights
+
+
 # what is written, what of the run changes, part of the message
 WRONG_RUNS = {
     "steps that go back": ({"step": np.arange(30)[::-1] + 1}, "steps do not increase"),
@@ -230,6 +237,26 @@ WRONG_RUNS = {
     "loss without a value": ({"loss": np.full(30, np.inf)}, "losses are not finite"),
     "negative learning rates": ({"learning_rate": np.full(30, -0.1)}, "learning rates are not numbers from 0 on"),
     "CKA above 1": ({"cka": np.full((6, 30), 1.5)}, r"CKA is not within \[0, 1\]"),
+    "weights that are no numbers": (
+        {"weights": with_one(np.nan)},
+        r"weights are not finite: weights\[2, 3, 4\] is nan",
+    ),
+    "weights without bounds": ({"weights": with_one(-np.inf)}, r"weights are not finite: weights\[2, 3, 4\] is -inf"),
+    "CKA below 0": ({"cka": np.full((6, 30), -1e-9)}, r"CKA is not within \[0, 1\]: cka\[0, 0\] is -1e-09"),
+    "losses that are no numbers": ({"loss": np.full(30, np.nan)}, "differ in loss|losses are not finite"),
+    "learning rates without bounds": ({"learning_rate": np.full(30, np.inf)}, r"learning_rate\[0\] is inf"),
+    "steps beyond any run": (
+        {"step": 2**62 + np.arange(30)},
+        r"progress does not fit its steps: it ends with 1\.0 at step 4611686018427387933",
+    ),
+    "steps that wrap around": ({"step": np.array([1, *range(-(2**63), -(2**63) + 29)])}, "steps do not increase"),
+    "steps that are not even": (
+        {"step": np.array([5, *range(20, 310, 10)]), "progress": np.array([5, *range(20, 310, 10)]) / 300},
+        "30 timestamps from step 5 to 300 of 300; expected 30, one each 10 steps, as its recipe asks for 30 records",
+    ),
+    "fractions of other steps": ({"progress": np.linspace(0.5, 1, 30)}, "progress does not fit its steps"),
+    "hardly any progress": ({"progress": np.arange(1, 31) * 5e-324}, "progress does not fit its steps"),
+    "a part of a run": ({"progress": np.arange(1, 31) / 40}, "30 timestamps from step 10 to 300 of 400; expected 30, "),
     "two layers of one name": ({"layers": ["a"] * 6}, "two of its layers have the same name"),
 }
 
@@ -253,6 +280,29 @@ WRONG_FACTS = {
     ),
     "no records": ({"recipe": {"recording": {"records": 0}, "data": {}}}, r"recipe\.recording\.records is 0"),
     "data of another kind": ({"recipe": {"recording": {"records": 9}, "data": []}}, r"recipe\.data is \[\]"),
+    "a path for a name": (
+        {"name": "../../x"},
+        r"its name is '\.\./\.\./x'; expected text that a file can be called by",
+    ),
+    "a name with a control character": ({"name": "a\x1b[2J"}, r"its name is 'a\\x1b\[2J'; expected text"),
+    "a name that is half a character": ({"name": "a\ud800"}, r"its name is 'a\\ud800'; expected text"),
+    "an architecture of two lines": ({"architecture": "a\nb"}, r"its architecture is 'a\\nb'; expected text, one line"),
+    "a data set with a control character": (
+        {"recipe": {"recording": {"records": 30}, "data": {"source": "a:b\x07"}}},
+        r"recipe\.data names 'a:b\\x07'; expected one line",
+    ),
+    "a table with a control character": (
+        {"recipe": {"recording": {"records": 30}, "data": {"arguments": {"name": "b\x07"}}}},
+        r"recipe\.data names 'b\\x07'; expected one line",
+    ),
+    "more records than a float holds": (
+        {"recipe": {"recording": {"records": 10**400}, "data": {}}},
+        r"recipe\.recording\.records is 10{99}; expected a positive integer up to 10000000",
+    ),
+    "other records than the run has": (
+        {"recipe": {"recording": {"records": 100}, "data": {}}},
+        "it has 30 timestamps from step 10 to 300 of 300; expected 100, one each 3 steps, as its recipe asks for",
+    ),
     "no accuracies": ({"accuracies": {}}, r"accuracies\.reference is None; expected a number in \[0, 1\]"),
     "an accuracy that is no number": (
         {"accuracies": {"reference": 0.5, "recorded": float("nan")}},
@@ -275,6 +325,13 @@ def test_layers_that_are_no_list_of_names_are_refused(written, layers):
     rewrite(written, with_facts(layers=layers))
     with pytest.raises(DatasetFormatError, match=r"its layers are .*; expected a list of names"):
         read_run(written)
+
+
+@pytest.mark.parametrize("layer", ["", "a\nb", "\x1b]0;x", " a"])
+def test_a_layer_with_what_nobody_sees_in_its_name_is_refused(tmp_path, layer):
+    write_run(tmp_path / "run.parquet", dataclasses.replace(recorded_run(), layers=[layer, *"abcde"]))
+    with pytest.raises(DatasetFormatError, match=r"one of its layers is .*; expected one line of visible characters"):
+        read_run(tmp_path / "run.parquet")
 
 
 @pytest.mark.parametrize("text", [b"", b"[1]", b"{", b"\xff", b"[" * 100_000])
@@ -301,6 +358,55 @@ def test_changed_facts_are_noticed(written):
 def test_a_recording_without_a_checksum_is_refused(written):
     rewrite(written, with_facts())
     with pytest.raises(DatasetFormatError, match=r"has no checksum: .*Record the run again"):
+        read_run(written)
+
+
+def write_repeated(path, groups, pool, layer="layer0", **options):
+    """Write a file whose row groups of one row each hold the same values again and again, which takes a few bytes."""
+    rows = [pa.array([layer])]
+    rows += [pa.array([1], pa.int64())] * 2 + [pa.array([1.0])] * 4
+    rows += [pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(pool, np.float32)), pool)]
+    names = ["layer", "timestamp", "step", "progress", "loss", "learning_rate", "cka", "weights"]
+    facts = recorded_run().facts | {"format_version": 1, "layers": [layer]}
+    table = pa.table(rows, names, metadata={b"smartfrz.run": json.dumps(facts).encode()})
+    with pq.ParquetWriter(path, table.schema, compression="zstd", **options) as file:
+        for _ in range(groups):
+            file.write_table(table)
+
+
+def test_a_small_file_of_many_values_is_refused_before_they_are_read(tmp_path, monkeypatch):
+    path = tmp_path / "small.parquet"
+    write_repeated(path, groups=24, pool=3_000_000)
+    assert path.stat().st_size < 60_000
+    monkeypatch.setattr(pq.ParquetFile, "read", lambda *_: pytest.fail("the values were read"))
+    with pytest.raises(
+        DatasetFormatError,
+        match=r"24 rows of 3000000 weights, which would take 288001536 bytes, and the file has \d+; expected at most 26\d+ ",
+    ):
+        read_run(path)
+
+
+def test_texts_that_are_stored_as_differences_are_refused_before_they_are_read(tmp_path):
+    path = tmp_path / "small.parquet"
+    write_repeated(path, 2, 4, use_dictionary=False, column_encoding={"layer": "DELTA_BYTE_ARRAY"})
+    with pytest.raises(DatasetFormatError, match=r"layer is stored as \(.*DELTA_BYTE_ARRAY.*; expected \['PLAIN', "):
+        read_run(path)
+
+
+def test_a_name_that_is_repeated_without_end_is_one_text_in_memory(tmp_path):
+    path = tmp_path / "small.parquet"
+    write_repeated(path, 200, 4, "x" * 100_000)
+    tracemalloc.start()
+    with pytest.raises(DatasetFormatError, match=r"rows of layer 'x{99} are not one for each"):
+        read_run(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+
+
+def test_a_list_that_is_missing_is_noticed_by_the_number_of_values(written):
+    weights = pq.read_table(written)["weights"].to_pylist()
+    rewrite(written, lambda table: with_column(table, "weights", [None, *weights[1:]]))
+    with pytest.raises(DatasetFormatError, match="weights has 8593 values in 180 rows; expected 8640"):
         read_run(written)
 
 

@@ -30,7 +30,7 @@ _READY = (
 )
 
 
-class Duration(click.ParamType[float]):
+class Duration(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
     """A time such as `90s`, `20m` or `1.5h`, in seconds."""
 
     name = "duration"

@@ -229,6 +229,13 @@ def check_contents(state: Mapping[str, Any]) -> None:
         unknown = [layer for layer in state[name] if layer not in state["layers"]]
         if unknown:
             raise _wrong(f"controller[{name!r}]", unknown, "names of its layers")
+    for index, event in enumerate(state["events"]):
+        if event["step"] > state["num_steps"]:
+            raise _wrong(f"controller['events'][{index}]['step']", event["step"], f"at most {state['num_steps']}")
+    froze = {event["layer"]: event["step"] for event in state["events"] if event["action"] != "keep"}
+    for layer, step in state["frozen"].items():
+        if froze.get(layer) != step:
+            raise _wrong(f"controller['frozen'][{layer!r}]", step, f"{froze.get(layer)}, as its events say")
     _check_digest(state, "controller")
 
 

@@ -15,7 +15,7 @@ from smartfrz.errors import RecipeError
 from smartfrz.hyperparameters import OPTIMIZERS, SCHEDULES, TrainingSpec
 
 _KINDS: dict[Any, Any] = {str: str, int: int, float: (int, float), bool: bool, dict[str, Any]: dict}
-_MANY = 10_000_000
+MANY = 10_000_000
 _JSON = "text, numbers, true and false, and lists and tables of them; write dates as text"
 
 
@@ -174,6 +174,12 @@ def _check(path: Path, recipe: Recipe) -> None:
         (_is_init(model.init), "model.init", model.init, f"a path that ends in .safetensors, or {name}"),
         (bool(data.source) != bool(data.folder), "data", data, "either `source` or `folder`"),
         (is_plain(data.source or data.folder), "data", data, f"{one_line} as `source` or `folder`"),
+        (
+            is_plain(str(data.arguments.get("name", "none"))),
+            "data.arguments.name",
+            data.arguments.get("name"),
+            one_line,
+        ),
         (1 <= data.image_size <= 4096, "data.image_size", data.image_size, "an integer from 1 to 4096"),
         (training.optimizer in OPTIMIZERS, "training.optimizer", training.optimizer, f"one of {OPTIMIZERS}"),
         (training.schedule in SCHEDULES, "training.schedule", training.schedule, f"one of {SCHEDULES}"),
@@ -181,8 +187,8 @@ def _check(path: Path, recipe: Recipe) -> None:
         *(
             (fine, f"training.{entry}", getattr(training, entry), expected)
             for fine, entry, expected in (
-                (0 < training.epochs <= _MANY, "epochs", f"a positive number up to {_MANY}"),
-                (0 < training.batch_size <= _MANY, "batch_size", f"a positive integer up to {_MANY}"),
+                (0 < training.epochs <= MANY, "epochs", f"a positive number up to {MANY}"),
+                (0 < training.batch_size <= MANY, "batch_size", f"a positive integer up to {MANY}"),
                 (0 < training.learning_rate < math.inf, "learning_rate", "a positive number"),
                 (0 <= training.momentum < 1, "momentum", "a number in [0, 1)"),
                 (0 <= training.weight_decay < math.inf, "weight_decay", "a finite number from 0"),
@@ -193,9 +199,9 @@ def _check(path: Path, recipe: Recipe) -> None:
         *(
             (fine, f"recording.{entry}", getattr(recording, entry), expected)
             for fine, entry, expected in (
-                (4 <= recording.records <= _MANY, "records", f"at least 4, and at most {_MANY}"),
-                (0 < recording.pool_size <= _MANY, "pool_size", f"a positive integer up to {_MANY}"),
-                (4 <= recording.probe_size <= _MANY, "probe_size", f"at least 4, and at most {_MANY}"),
+                (4 <= recording.records <= MANY, "records", f"at least 4, and at most {MANY}"),
+                (0 < recording.pool_size <= MANY, "pool_size", f"a positive integer up to {MANY}"),
+                (4 <= recording.probe_size <= MANY, "probe_size", f"at least 4, and at most {MANY}"),
                 (0 <= recording.seed <= most_seed, "seed", f"an integer from 0 to {most_seed}"),
             )
         ),

@@ -18,7 +18,7 @@ from smartfrz.dataset_builder.models import Network, TracedLayer, Workbench
 from smartfrz.dataset_builder.recipes import Recipe
 from smartfrz.dataset_builder.similarity import Grams
 from smartfrz.dataset_builder.storage import RecordedRun, read_run, reference_file, run_file, write_run
-from smartfrz.errors import DatasetFormatError
+from smartfrz.errors import DatasetFormatError, RecipeError
 from smartfrz.files import replacing
 from smartfrz.predictor.runtime import Device
 
@@ -150,6 +150,8 @@ class Recorder:
         grams = self._network.grams()
         self._cka.append([cka_of_grams(self._reference[name], grams[name]) for name in self._positions])
         self._weights.append(self._network.weights(self._positions))
+        if not np.isfinite(self._weights[-1]).all():  # the loss, which the last update is not in, may still be finite
+            raise RecipeError(f"The weights are not finite after step {step}. Lower training.learning_rate.")
         self._rows.append((step, step / total, float(np.mean(self._losses)), learning_rate))
         self._losses = []
 

@@ -4,6 +4,7 @@ Windows and labels are not stored. They are derived at load, so that one recordi
 window size and every label rule.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from smartfrz.dataset_builder.recipes import MANY, is_name, is_plain
 from smartfrz.errors import DatasetFormatError
 from smartfrz.files import replacing
 
@@ -32,6 +34,12 @@ _TYPES = {
     "cka": pa.float64(),
 }
 _COLUMNS = ("layer", *_TYPES, "weights")
+# A dictionary or a run length lets a few bytes stand for any number of values. So much memory is granted to every file,
+# and so many times its own size besides; what we wrote takes less than twice its size, unless layers stand still.
+_ROOM = 2**28
+_TIMES = 32
+# Others, such as DELTA_BYTE_ARRAY, repeat long texts in a few bytes.
+_TEXT_ENCODINGS = {"PLAIN", "RLE", "PLAIN_DICTIONARY", "RLE_DICTIONARY"}
 
 
 @dataclass(frozen=True)
@@ -135,21 +143,26 @@ def read_run(path: str | os.PathLike[str]) -> RecordedRun:
     """
     path = Path(path)
     again = f"Record the run again with: smartfrz-build record RECIPE (after deleting {path.name})."
-    table = _read_table(path, again)
-    metadata = table.schema.metadata or {}
-    missing = [column for column in _COLUMNS if column not in table.column_names]
-    if _FACTS not in metadata or missing:
-        raise DatasetFormatError(
-            f"{str(path)!r} is a Parquet file, but no recorded run: it lacks {missing or 'the run facts'}. "
-            "Pass files that smartfrz-build record wrote."
-        )
-    facts = _read_facts(metadata[_FACTS])
-    version = facts.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise DatasetFormatError(
-            f"{str(path)!r} has format_version {version!r}; this version reads {FORMAT_VERSION}. {again}"
-        )
-    _refuse(path, (*_problems_of_facts(facts), *_problems_of_types(table)), again)
+    with _open(path, again) as file:
+        schema = file.schema_arrow
+        metadata = schema.metadata or {}
+        missing = [column for column in _COLUMNS if column not in schema.names]
+        if _FACTS not in metadata or missing:
+            raise DatasetFormatError(
+                f"{str(path)!r} is a Parquet file, but no recorded run: it lacks {missing or 'the run facts'}. "
+                "Pass files that smartfrz-build record wrote."
+            )
+        facts = _read_facts(metadata[_FACTS])
+        version = facts.get("format_version")
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise DatasetFormatError(
+                f"{str(path)!r} has format_version {version!r:.100}; this version reads {FORMAT_VERSION}. {again}"
+            )
+        _refuse(path, (*_problems_of_facts(facts), *_problems_of_types(schema)), again)
+        _refuse(path, _problems_of_size(file.metadata, schema, path.stat().st_size), again)
+    with _open(path, again, read_dictionary=["layer"]) as file:  # a name stays one text, however often it is repeated
+        table = file.read(list(_COLUMNS))
+    _refuse(path, _missing_values(table), again)
     num_layers = len(facts["layers"])
     if table.num_rows % num_layers or not table.num_rows:
         raise DatasetFormatError(f"{str(path)!r} has {table.num_rows} rows for {num_layers} layers. {again}")
@@ -171,10 +184,11 @@ def _refuse(path: Path, problems: Iterable[str], again: str) -> None:
         raise DatasetFormatError(f"{str(path)!r} is no recorded run: {problem}. {again}")
 
 
-def _read_table(path: Path, again: str) -> pa.Table:
+@contextlib.contextmanager
+def _open(path: Path, again: str, **options: Any) -> Iterator[pq.ParquetFile]:
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            return file.read()
+        with pq.ParquetFile(path, page_checksum_verification=True, **options) as file:
+            yield file
     except FileNotFoundError as error:
         raise DatasetFormatError(f"No recorded run at {str(path)!r}. Make one with: smartfrz-build record.") from error
     # pyarrow raises ValueError for names that are not UTF-8, and OverflowError or MemoryError for impossible sizes.
@@ -192,34 +206,44 @@ def _read_facts(text: bytes) -> dict[str, Any]:
 
 
 def _problems_of_facts(facts: dict[str, Any]) -> Iterator[str]:
-    for key in ("name", "architecture"):
-        if not isinstance(facts.get(key), str) or not facts[key]:
-            yield f"its {key} is {facts.get(key)!r}; expected text"
+    for key, fine, expected in (
+        ("name", is_name, "text that a file can be called by: no folders, no dot in front, nothing invisible"),
+        ("architecture", is_plain, "text, one line of visible characters"),
+    ):
+        if not isinstance(facts.get(key), str) or not fine(facts[key]):
+            yield f"its {key} is {facts.get(key)!r:.100}; expected {expected}"
     layers = facts.get("layers")
     if not isinstance(layers, list) or not layers or not all(isinstance(layer, str) for layer in layers):
-        yield f"its layers are {layers!r}; expected a list of names"
+        yield f"its layers are {layers!r:.100}; expected a list of names"
+    elif not all(map(is_plain, layers)):
+        wrong = next(layer for layer in layers if not is_plain(layer))
+        yield f"one of its layers is {wrong!r:.100}; expected one line of visible characters"
     elif len(set(layers)) < len(layers):
         yield "two of its layers have the same name"
     recipe = facts.get("recipe")
     recording, data = (recipe.get(key) if isinstance(recipe, dict) else None for key in ("recording", "data"))
     records = recording.get("records") if isinstance(recording, dict) else None
-    if type(records) is not int or records < 1:
-        yield f"recipe.recording.records is {records!r}; expected a positive integer"
+    if type(records) is not int or not 1 <= records <= MANY:
+        yield f"recipe.recording.records is {records!r:.100}; expected a positive integer up to {MANY}"
     if not isinstance(data, dict) or not isinstance(data.get("arguments", {}), dict):
-        yield f"recipe.data is {data!r}; expected a table"
+        yield f"recipe.data is {data!r:.100}; expected a table"
+    else:
+        for text in (data.get("source"), data.get("folder"), data.get("arguments", {}).get("name")):
+            if isinstance(text, str) and text and not is_plain(text):
+                yield f"recipe.data names {text!r:.100}; expected one line of visible characters"
     accuracies = facts.get("accuracies")
     for key in ("reference", "recorded"):
         accuracy = accuracies.get(key) if isinstance(accuracies, dict) else None
         if isinstance(accuracy, bool) or not isinstance(accuracy, int | float) or not 0 <= accuracy <= 1:
-            yield f"accuracies.{key} is {accuracy!r}; expected a number in [0, 1]"
+            yield f"accuracies.{key} is {accuracy!r:.100}; expected a number in [0, 1]"
 
 
-def _problems_of_types(table: pa.Table) -> Iterator[str]:
+def _problems_of_types(schema: pa.Schema) -> Iterator[str]:
     for name in _COLUMNS:
-        if table.column_names.count(name) > 1:
+        if schema.names.count(name) > 1:
             yield f"several columns are named {name}"
             return
-        kind, expected = table.schema.field(name).type, str(_TYPES.get(name, "text"))
+        kind, expected = schema.field(name).type, str(_TYPES.get(name, "text"))
         if name == "layer":
             kind = kind.value_type if pa.types.is_dictionary(kind) else kind
             fine = pa.types.is_string(kind) or pa.types.is_large_string(kind)
@@ -230,12 +254,41 @@ def _problems_of_types(table: pa.Table) -> Iterator[str]:
             fine = kind == _TYPES[name]
         if not fine:
             yield f"its column {name} is {kind}; expected {expected}"
-        elif table[name].null_count or (name == "weights" and table[name].combine_chunks().flatten().null_count):
+
+
+def _problems_of_size(metadata: pq.FileMetaData, schema: pa.Schema, size: int) -> Iterator[str]:
+    """Yield why the columns would take more memory than a file of this size, in bytes, may; nothing of them is read."""
+    pool = schema.field("weights").type.list_size
+    stored = 0
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            name = column.path_in_schema.partition(".")[0]
+            if name not in _COLUMNS:
+                continue
+            expected = group.num_rows * (pool if name == "weights" else 1)
+            if column.num_values != expected:
+                yield f"its column {name} has {column.num_values} values in {group.num_rows} rows; expected {expected}"
+            if name == "layer" and not _TEXT_ENCODINGS.issuperset(column.encodings):
+                yield f"its column layer is stored as {column.encodings}; expected {sorted(_TEXT_ENCODINGS)}"
+            stored += abs(column.total_uncompressed_size)
+    needed = max(stored, metadata.num_rows * (4 * pool + 8 * len(_COLUMNS)))
+    if needed > _ROOM + _TIMES * size:
+        yield (
+            f"it has {metadata.num_rows} rows of {pool} weights, which would take {needed} bytes, and the file has {size}; "
+            f"expected at most {_ROOM + _TIMES * size} of such a file"
+        )
+
+
+def _missing_values(table: pa.Table) -> Iterator[str]:
+    for name in _COLUMNS:
+        if table[name].null_count or (name == "weights" and table[name].combine_chunks().flatten().null_count):
             yield f"its column {name} has missing values"
 
 
 def _values(table: pa.Table, name: str) -> NDArray[Any]:
     column = table[name].combine_chunks()
+    if name == "layer":  # each row refers to the one text of its layer
+        return np.array(column.dictionary.to_pylist(), object)[column.indices.to_numpy()]
     if name == "weights":
         size = column.type.list_size
         values: NDArray[Any] = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, size)
@@ -250,7 +303,7 @@ def _sort_rows(columns: dict[str, NDArray[Any]], layers: list[str]) -> Iterator[
     place = {layer: index for index, layer in enumerate(layers)}
     unknown = sorted(set(columns["layer"]) - set(layers))
     if unknown:
-        yield f"it has rows of layer {unknown[0]!r}, which is none of its layers"
+        yield f"it has rows of layer {unknown[0]!r:.100}, which is none of its layers"
         return
     keys = np.array([place[layer] for layer in columns["layer"]]), columns["timestamp"]
     order = np.lexsort(keys[::-1])
@@ -260,7 +313,7 @@ def _sort_rows(columns: dict[str, NDArray[Any]], layers: list[str]) -> Iterator[
         if len(wrong):
             row = order[wrong[0]]
             yield (
-                f"its rows of layer {columns['layer'][row]!r} are not one for each timestamp from 0 to {timestamps - 1}"
+                f"its rows of layer {columns['layer'][row]!r:.100} are not one for each timestamp from 0 to {timestamps - 1}"
             )
             return
     if (np.diff(order) != 1).any():
@@ -287,16 +340,49 @@ def _assemble(facts: dict[str, Any], columns: dict[str, NDArray[Any]]) -> Record
 
 
 def _problems_of_values(run: RecordedRun) -> Iterator[str]:
-    if run.step[0] < 1 or (np.diff(run.step) <= 0).any():
-        yield "its steps do not increase from 1 or more"
-    if not (run.progress > 0).all() or not (run.progress <= 1).all() or (np.diff(run.progress) <= 0).any():
-        yield "its progress does not increase within (0, 1]"
-    if not np.isfinite(run.loss).all():
-        yield "its losses are not finite"
-    if not (np.isfinite(run.learning_rate) & (run.learning_rate >= 0)).all():
-        yield "its learning rates are not numbers from 0 on"
-    if not (np.isnan(run.cka) | ((run.cka >= 0) & (run.cka <= 1))).all():
-        yield "its CKA is not within [0, 1]"
+    step, progress = run.step, run.progress
+    if step[0] < 1 or (step[1:] <= step[:-1]).any():
+        yield f"its steps do not increase from 1 or more: they are {_some(step)}"
+    elif not (progress > 0).all() or not (progress <= 1).all() or (np.diff(progress) <= 0).any():
+        yield f"its progress does not increase within (0, 1]: it is {_some(progress)}"
+    else:
+        yield from _problems_of_schedule(run)
+    for name, values, fine, problem in (
+        ("loss", run.loss, np.isfinite(run.loss), "its losses are not finite"),
+        (
+            "learning_rate",
+            run.learning_rate,
+            np.isfinite(run.learning_rate) & (run.learning_rate >= 0),
+            "its learning rates are not numbers from 0 on",
+        ),
+        ("cka", run.cka, np.isnan(run.cka) | ((run.cka >= 0) & (run.cka <= 1)), "its CKA is not within [0, 1]"),
+        ("weights", run.weights, np.isfinite(run.weights), "its weights are not finite"),
+    ):
+        if not fine.all():
+            where = tuple(np.argwhere(~fine)[0])
+            yield f"{problem}: {name}{[int(i) for i in where]} is {values[where]}"
+
+
+def _some(values: NDArray[Any]) -> str:
+    return " ".join(np.array2string(values, threshold=6, edgeitems=3).split())
+
+
+def _problems_of_schedule(run: RecordedRun) -> Iterator[str]:
+    """Yield why the steps are not those at which so many records of such a run are taken; see `Recorder.after_step`."""
+    timestamps, last, records = len(run.step), int(run.step[-1]), run.facts["recipe"]["recording"]["records"]
+    # The last record is taken less than one distance before the end, so in the second half.
+    total = round(last / max(run.progress[-1], 0.5))
+    if not np.allclose(run.progress, run.step / total, rtol=1e-9, atol=0):
+        yield (
+            f"its progress does not fit its steps: it ends with {run.progress[-1]} at step {last}; expected each step "
+            "divided by the number of all steps"
+        )
+    every = max(1, round(total / records))
+    if (np.diff(run.step, prepend=0) != every).any() or timestamps != total // every:
+        yield (
+            f"it has {timestamps} timestamps from step {run.step[0]} to {last} of {total}; expected {total // every}, one "
+            f"each {every} steps, as its recipe asks for {records} records"
+        )
 
 
 def run_file(folder: Path, name: str) -> Path:
