@@ -64,6 +64,7 @@ def record(
     target = run_file(output, recipe.name)
     if is_recorded(recipe, output, costs=costs):
         return target
+    before = read_run(target) if costs and is_recorded(recipe, output) else None
     bench = Workbench.open(recipe, output, device)
     first = bench.build(recipe.seed)
     if costs and not first.can_branch:
@@ -99,7 +100,14 @@ def record(
         "layer_facts": [layer.to_dict() for layer in reference.layers],
         "versions": {"smartfrz": __version__, **network.versions, "python": platform.python_version()},
     }
-    write_run(target, recorder.run(facts, branching.costs() if branching else None))
+    run = recorder.run(facts, branching.costs() if branching else None)
+    if before is not None and not before.has_same_values(run):
+        logger.warning(
+            "The recording %s came out otherwise than before, as it does on another machine or with other --threads. It "
+            "is replaced by the one whose costs were measured.",
+            recipe.name,
+        )
+    write_run(target, run)
     branches.unlink(missing_ok=True)
     return target
 
