@@ -237,7 +237,8 @@ def _registries(problem: Problem) -> dict[str, str]:
                 found[name] = f"{len(registry.entries_of(location))} predictors"
         except Exception as error:
             found[name] = "cannot be read"
-            problem(error, "Correct SMARTFRZ_ZOO, or the registry")
+            key = location.partition("#minisign=")[2]
+            problem(str(error).replace(key, "...") if key else error, "Correct SMARTFRZ_ZOO, or the registry")
     return found
 
 
