@@ -16,7 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -25,6 +25,17 @@ from smartfrz.errors import SmartFRZError
 _QUIET, _VERBOSE, _JSON, _STREAM = (f"{__name__}.{name}" for name in ("quiet", "verbose", "json", "stream"))
 _COMMON = ("as_json", "quiet", "verbose", "version")
 INTERRUPTED, BROKEN_PIPE = 130, 141
+
+if TYPE_CHECKING:
+    from click import ParamType as ParamType
+else:
+
+    class ParamType(click.ParamType):
+        """A type of an argument, `ParamType[str]`: in click 8.2 it takes no type of its own."""
+
+        def __class_getitem__(cls, _: type) -> type:
+            """Return the class itself."""
+            return cls
 
 
 def quiet() -> bool:

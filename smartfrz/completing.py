@@ -7,8 +7,10 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from smartfrz.commands import ParamType
 
-class PredictorName(click.ParamType[str]):
+
+class PredictorName(ParamType[str]):
     """A name in the zoo, the path of a file, or an address.
 
     The shell completes names of registries that are on this machine: the one in this package, local ones, and copies of

@@ -57,7 +57,7 @@ def call(command, *arguments, **options):
 
 @pytest.mark.parametrize("path", COMMANDS)
 def test_help_is_whole(path):
-    command, context = COMMANDS[path]
+    command, _ = COMMANDS[path]
     for word in ("-h", "--help"):
         result = invoke(PROGRAMS[path.split()[0]], *path.split()[1:], word)
         assert (result.exit_code, result.stdout.startswith("Usage: ")) == (0, True)

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from smartfrz import commands
-from smartfrz.commands import Command
+from smartfrz.commands import Command, ParamType
 from smartfrz.completing import PREDICTOR
 from smartfrz.errors import MissingDependencyError
 from smartfrz.progress import progress
@@ -24,7 +24,7 @@ _READY = (
 )
 
 
-class Duration(click.ParamType[float]):
+class Duration(ParamType[float]):
     """A time such as `90s`, `20m` or `1.5h`, in seconds."""
 
     name = "duration"
