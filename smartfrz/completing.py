@@ -2,12 +2,14 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from click.shell_completion import CompletionItem
 
 from smartfrz.commands import ParamType
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 
 class PredictorName(ParamType[str]):
@@ -23,8 +25,10 @@ class PredictorName(ParamType[str]):
         """Take the text as it is."""
         return str(value)
 
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
         """Return names that begin with a text, or have the shell complete a path."""
+        from click.shell_completion import CompletionItem
+
         more = ctx.params.get("registries") or ()
         names = [name for name in dict.fromkeys(_names(more)) if name.startswith(incomplete)]
         if "@" not in incomplete:

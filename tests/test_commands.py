@@ -242,18 +242,18 @@ def test_another_broken_pipe_is_an_error():
 
 
 def test_ctrl_c_ends_a_recording_and_its_workers_without_a_traceback(tmp_path):
-    recipe = write_recipe(tmp_path)
-    recipe.write_text(re.sub(r"(?m)^epochs = .*", "epochs = 100000", recipe.read_text()))
+    # One worker has finished and waits, the other one is training.
+    recipes = [write_recipe(tmp_path, "short", epochs=1), write_recipe(tmp_path, "long", epochs=100_000)]
     code = "import smartfrz.progress as p; p.MINUTE = 0.0; " + BUILD[2]
-    log = tmp_path / "log"
+    given = ["record", *map(str, recipes), "-o", str(tmp_path / "runs"), "--threads", "1", "--workers", "2"]
+    log, finished = tmp_path / "log", tmp_path / "runs" / "short.parquet"
     with log.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, "-c", code, "record", str(recipe), "-o", str(tmp_path / "runs"), "--threads", "1"],
-            stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            [sys.executable, "-c", code, *given], stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
         until = time.monotonic() + 120
-        while "tiny: " not in log.read_text() and time.monotonic() < until:
+        while not (str(finished) in log.read_text() and "long: " in log.read_text()) and time.monotonic() < until:
             assert process.poll() is None, log.read_text()
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
@@ -273,7 +273,7 @@ def test_ctrl_c_ends_a_recording_and_its_workers_without_a_traceback(tmp_path):
     text = log.read_text()
     assert "Traceback" not in text
     assert text.endswith("Stopped. Finished recordings are kept; the same command goes on from there.\n")
-    assert list((tmp_path / "runs").glob("*")) == []
+    assert [path for path in (tmp_path / "runs").iterdir() if path.suffix == ".parquet"] == [finished]
 
 
 # Completion
@@ -282,7 +282,6 @@ def test_ctrl_c_ends_a_recording_and_its_workers_without_a_traceback(tmp_path):
 def complete(shell, words, **environment):
     """What the shell is told, for words of which the last one is to be completed."""
     program = words[0]
-    command = SMARTFRZ if program == "smartfrz" else BUILD
     # The program takes its name from how it was started, as from an installed script.
     code = "from smartfrz.cli import main; main(prog_name='smartfrz')" if program == "smartfrz" else BUILD[2]
     command = [sys.executable, "-c", code]

@@ -1,6 +1,5 @@
 """The command `smartfrz serve`."""
 
-import asyncio
 import contextlib
 import importlib.util
 import os
@@ -125,6 +124,8 @@ def serve(names: tuple[str, ...], **options: Any) -> None:
     """
     if importlib.util.find_spec("kserve") is None:
         raise click.ClickException('Serving needs kserve. Type: pip install "smartfrz[serve,cpu]"')
+    import asyncio  # --help does without it
+
     chosen = ServeOptions(**options)
     with progress("starting") as tell:
         predictors = _load_predictors(names, chosen, tell)
