@@ -124,7 +124,7 @@ async def load(port, pid, requests, expected, arguments):
 def start(arguments):
     """The server's process and port."""
     code = "from smartfrz.cli import main; main()"
-    options = ["--port", "0", "--grpc-port", "0", "--provider", "cpu", "--threads", str(arguments.threads)]
+    options = ["--port", "0", "--grpc-port", "0", "--device", "cpu", "--threads", str(arguments.threads)]
     command = [sys.executable, "-c", code, "serve", arguments.predictor, *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:

@@ -39,7 +39,7 @@ POST = "POST /v2/models/{} HTTP/1.1\r\nHost: localhost\r\n"
 def start(predictor):
     """The server's process, and the ports of REST and gRPC."""
     code = "from smartfrz.cli import main; main()"
-    command = [sys.executable, "-c", code, "serve", predictor, "--port", "0", "--grpc-port", "0", "--provider", "cpu"]
+    command = [sys.executable, "-c", code, "serve", predictor, "--port", "0", "--grpc-port", "0", "--device", "cpu"]
 
     def few_files():
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))

@@ -1,21 +1,32 @@
 """`smartfrz`: the demo, a comparison on your own task, an estimate of what freezing would save, the zoo, and serving."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
+from smartfrz import commands
 from smartfrz.commands import Group
 from smartfrz.comparing.cli import compare
+from smartfrz.completing import PREDICTOR
+from smartfrz.progress import progress
 from smartfrz.serving.cli import serve
 from smartfrz.zoo.cli import zoo
 
+_SECTIONS = {
+    "Does it help?": ("demo", "estimate", "compare"),
+    "Predictors": ("zoo", "serve"),
+    "When something is wrong": ("doctor",),
+}
 
-@click.group(cls=Group)
+
+@click.group(cls=Group, sections=_SECTIONS)
 @click.version_option(package_name="smartfrz")
 def main() -> None:
-    """Train to the same accuracy in less time: freeze layers when they have converged."""
+    """Train to the same accuracy in less time: freeze layers when they have converged.
+
+    'smartfrz-build' makes predictors of your own.
+    """
 
 
 main.add_command(compare)
@@ -23,7 +34,28 @@ main.add_command(zoo)
 main.add_command(serve)
 
 
-@main.command()
+@main.command(short_help="Check this installation.", example="smartfrz doctor")
+@click.pass_context
+def doctor(context: click.Context) -> None:
+    """Check this installation, and say how to repair what is wrong.
+
+    Shows versions, what ONNX Runtime and PyTorch can use, cache, registries and settings, and tries out the predictors of
+    this package. No network is used, and no password is shown: paste all of it into a bug report. Exits with 1 if there is
+    a problem.
+    """
+    from smartfrz import doctor as examining
+
+    with progress("looking") as tell:
+        findings = examining.examine(tell)
+    commands.answer(findings, examining.text(findings))
+    if findings["problems"]:
+        context.exit(1)
+
+
+@main.command(
+    short_help="Train a small network with and without freezing: about five minutes.",
+    example="smartfrz demo --data digits --epochs 2",
+)
 @click.option(
     "--framework",
     type=click.Choice(["torch", "keras"]),
@@ -32,22 +64,35 @@ main.add_command(serve)
     help="Keras runs on the backend that KERAS_BACKEND names.",
 )
 @click.option("--data", default="mnist", show_default=True, help="mnist, digits, fashion-mnist, or a folder of images.")
-@click.option("--output", "-o", default="demo-output", show_default=True, type=click.Path(path_type=Path))
-@click.option("--epochs", default=4, show_default=True, type=click.IntRange(min=1))
-@click.option("--num-train", default=4000, show_default=True, type=click.IntRange(min=64))
-@click.option("--num-test", default=1000, show_default=True, type=click.IntRange(min=10))
-@click.option("--seed", default=0, show_default=True)
-@click.option("--predictor", default="smartfrz-base", show_default=True, help="A zoo name, file or address.")
-@click.option("--threshold", type=click.FloatRange(0, 1, min_open=True), help="Default: the predictor's own.")
+@click.option(
+    "--output",
+    "-o",
+    default="demo-output",
+    show_default=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for the figures (demo.json) and a picture (demo.png).",
+)
+@click.option("--epochs", default=4, show_default=True, type=click.IntRange(min=1), help="Length of each training.")
+@click.option(
+    "--num-train", default=4000, show_default=True, type=click.IntRange(min=64), help="Pictures to train on, at most."
+)
+@click.option(
+    "--num-test", default=1000, show_default=True, type=click.IntRange(min=10), help="Pictures to test on, at most."
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of both trainings.")
+@click.option(
+    "--predictor", type=PREDICTOR, default="smartfrz-base", show_default=True, help="A zoo name, file or address."
+)
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Confidence from which a layer is frozen. Default: the predictor's own.",
+)
 def demo(framework: str, output: Path, **options: Any) -> None:
-    """Fine-tune an ImageNet network fully and with SmartFRZ, and compare.
-
-    OUTPUT gets the figures (demo.json) and a picture (demo.png).
-    """
+    """Fine-tune an ImageNet network fully and with SmartFRZ, and compare accuracy and time."""
     try:
         import torch  # noqa: F401
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
         from rich.table import Table
     except ImportError as error:
         raise click.ClickException(
@@ -61,28 +106,27 @@ def demo(framework: str, output: Path, **options: Any) -> None:
         from smartfrz import demo_keras
 
         demo_of = demo_keras
-    columns = (
-        TextColumn("training both runs"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[what]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
-        task = bars.add_task("", total=1.0, what="")
-        chosen = DemoOptions(**options)
-        results = demo_of.run_demo(chosen, lambda done, what: bars.update(task, completed=done, what=what))
+    chosen = DemoOptions(**options)
+    with progress("training both runs") as tell:
+        results = demo_of.run_demo(chosen, tell)
     header, *rows = table(results)
     shown = Table(*header)
     for row in rows:
         shown.add_row(*row)
-    Console(width=120).print(shown)
-    if framework == "keras":
-        click.echo(demo_of.notes(results))
-    for path in save(results, chosen, output):
-        click.echo(f"wrote {path}")
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(shown)
+    text = captured.get().rstrip("\n")
+    remarks = demo_of.notes(results) if framework == "keras" else ""
+    written = save(results, chosen, output)
+    document = {"runs": [result.to_dict() for result in results], "notes": remarks, "files": written}
+    commands.answer(document, "\n".join([text, *filter(None, [remarks]), *(f"wrote {path}" for path in written)]))
 
 
-@main.command()
+@main.command(
+    short_help="Measure what freezing the first layers of your model would save.",
+    example="smartfrz estimate torchvision.models:resnet50 --input 32,3,224,224",
+)
 @click.argument("source", metavar="MODULE:CALLABLE")
 @click.option(
     "--input",
@@ -94,10 +138,14 @@ def demo(framework: str, output: Path, **options: Any) -> None:
 )
 @click.option("--prefix", default="", metavar="K1,K2,..", help="Numbers of layers to freeze. Default: up to 12 values.")
 @click.option("--layers", is_flag=True, help="Also print what each layer costs in a step.")
-@click.option("--device", default="", help="cpu, cuda, cuda:1. Default: CUDA where there is one.")
+@click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1. auto: CUDA where there is one."
+)
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(min=1), help="Turns of each number.")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--json", "output", type=click.Path(path_type=Path, dir_okay=False), help="Write all figures to a file.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the model, its inputs and dropout.")
+@click.option(
+    "--output", "-o", type=click.Path(path_type=Path, dir_okay=False), help="Also write all figures to this JSON file."
+)
 def estimate(
     source: str, inputs: tuple[str, ...], prefix: str, layers: bool, output: Path | None, **others: Any
 ) -> None:
@@ -123,20 +171,21 @@ def estimate(
     except ValueError as error:
         raise click.BadParameter(f"{prefix!r}; expected numbers, as in 4,8,12.", param_hint="--prefix") from error
     options = estimating.EstimateOptions(source, specs, prefixes, profile=layers, **others)
-    with click.progressbar(length=1000, label="measuring", file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
-        result = estimating.estimate(options, lambda done: bar.update(round(1000 * done) - bar.pos))
+    with progress("measuring") as tell:
+        result = estimating.estimate(options, lambda done: tell(done, ""))
     threads = f", {result.threads} threads" if result.device == "cpu" else ""
-    click.echo(f"{source} on {result.device}{threads}; inputs {' '.join(inputs)}\n")
-    click.echo(estimating.text(estimating.table(result)))
+    parts = [f"{source} on {result.device}{threads}; inputs {' '.join(inputs)}"]
+    parts.append(estimating.text(estimating.table(result)))
     if warning := estimating.busy(result):
-        click.echo(f"\n{warning}")
+        parts.append(warning)
     if result.already_frozen:
-        click.echo(
-            f"\nThe model came with {len(result.already_frozen)} layers frozen; they stay so and are not counted."
+        parts.append(
+            f"The model came with {len(result.already_frozen)} layers frozen; they stay so and are not counted."
         )
-    click.echo(f"\n{estimating.NOTE}")
+    parts.append(estimating.NOTE)
     if layers:
-        click.echo(f"\n{estimating.text(estimating.layer_table(result))}")
+        parts.append(estimating.text(estimating.layer_table(result)))
     if output is not None:
         estimating.save(result, options, output)
-        click.echo(f"\nwrote {output}")
+        parts.append(f"wrote {output}")
+    commands.answer(estimating.to_dict(result, options), "\n\n".join(parts))

@@ -95,7 +95,7 @@ class EstimateOptions:
         source: `module:callable`; called without arguments it returns the model.
         inputs: Of the model's forward pass.
         prefixes: Numbers of layers to freeze; empty for a grid. 0 is always measured.
-        device: `cpu`, `cuda`, `cuda:1`; empty for CUDA where there is one.
+        device: `cpu`, `cuda`, `cuda:1`; `auto` for CUDA where there is one.
         rounds: How many turns each number of layers gets.
         seed: Of the model, the inputs and dropout.
         profile: Measure each layer too.
@@ -104,7 +104,7 @@ class EstimateOptions:
     source: str
     inputs: tuple[InputSpec, ...]
     prefixes: tuple[int, ...] = ()
-    device: str = ""
+    device: str = "auto"
     rounds: int = 5
     seed: int = 0
     profile: bool = False
@@ -304,7 +304,7 @@ def _explained(what: str, hint: str) -> Iterator[None]:
 
 
 def _device(name: str) -> torch.device:
-    if not name:
+    if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with _explained(f"--device is {name!r}, which PyTorch does not know", "Use cpu, cuda, or cuda:1."):
         return torch.device(name)
@@ -434,8 +434,12 @@ def text(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+def to_dict(result: Estimate, options: EstimateOptions) -> dict[str, Any]:
+    """Return the figures, and what was asked for, ready for JSON."""
+    return {"options": asdict(options), "torch": torch.__version__, **asdict(result)}
+
+
 def save(result: Estimate, options: EstimateOptions, path: Path) -> None:
     """Write the figures as JSON."""
-    figures = {"options": asdict(options), "torch": torch.__version__, **asdict(result)}
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(figures, indent=1))
+        temporary.write_text(json.dumps(to_dict(result, options), indent=1))

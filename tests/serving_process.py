@@ -31,7 +31,7 @@ class ServingProcess:
         self.log = log
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                command("--port", port, "--grpc-port", 0, "--provider", "cpu", *arguments),
+                command("--port", port, "--grpc-port", 0, "--device", "cpu", *arguments),
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )

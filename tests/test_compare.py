@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from builder_fixtures import invoke
 
+from smartfrz import progress
 from smartfrz.cli import main
-from smartfrz.comparing import cli, study
+from smartfrz.comparing import study
 from smartfrz.comparing.engine import FULL, Result
 from smartfrz.comparing.lines import read_lines
 from smartfrz.comparing.own_task import FEWEST_STEPS, Part, build_task, find_task, fit_budget
@@ -157,7 +158,7 @@ def test_a_killed_comparison_goes_on(tmp_path, eager_predictor):
 def test_without_a_terminal_there_is_a_line_a_minute(done, eager_predictor, monkeypatch):
     folder, task, _ = done
     given = (folder / "out", eager_predictor, "--fewer-steps", "40")
-    monkeypatch.setattr(cli, "MINUTE", 0.0)
+    monkeypatch.setattr(progress, "MINUTE", 0.0)
     result = call(task, *given)
     assert re.search(r"\d+% done, about \d+ min left   seed 0 \(1 of 1\)   40 % of the steps [\d.]+", result.stderr)
 

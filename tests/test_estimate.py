@@ -261,7 +261,7 @@ def test_a_model_is_found_in_the_current_directory(here):
 
 
 def test_the_table(here):
-    result = invoke(*CNN, "--layers", "--json", here / "out" / "figures.json", "--device", "cpu")
+    result = invoke(*CNN, "--layers", "-o", here / "out" / "figures.json", "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert "estimated_models:Cnn on cpu" in result.stdout
     assert re.search(
@@ -306,7 +306,7 @@ def test_wrong_usage(case):
 def test_failures(case, here):
     arguments, message = FAILURES[case]
     before = sorted(here.iterdir())
-    result = invoke(*arguments, "--json", "figures.json")
+    result = invoke(*arguments, "-o", "figures.json")
     assert message in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr
     assert result.exit_code == 1

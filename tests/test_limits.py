@@ -29,7 +29,7 @@ def options(**changes):
         "stall_seconds": 60,
         "min_rate": 1,
         "body_seconds": 60,
-        "provider": "cpu",
+        "device": "cpu",
         "threads": 1,
         "grace_seconds": 1,
     }

@@ -1,4 +1,4 @@
-"""`smartfrz zoo export --triton`: what Triton's own protobuf parser reads, and what ONNX Runtime answers to it."""
+"""`smartfrz zoo export -o`: what Triton's own protobuf parser reads, and what ONNX Runtime answers to it."""
 
 import importlib.util
 import shutil
@@ -40,7 +40,7 @@ def dtype_name(tensor):
 
 
 def test_the_default_predictor_as_a_model_repository(tmp_path):
-    result = invoke(main, "zoo", "export", "smartfrz-base", "--triton", tmp_path / "models")
+    result = invoke(main, "zoo", "export", "smartfrz-base", "-o", tmp_path / "models")
     assert result.exit_code == 0, result.output
     place = tmp_path / "models" / "smartfrz-base"
     assert result.stdout == f"wrote {place}: tritonserver --model-repository={tmp_path / 'models'}\n"
@@ -98,7 +98,7 @@ def test_a_file_by_path_with_another_name_beside_other_models(tmp_path, predicto
     (tmp_path / "models" / "other").mkdir(parents=True)
     for arguments in ((), ("--max-layers", "8")):  # the second time over what is there
         result = invoke(
-            main, "zoo", "export", tmp_path / "mine.onnx", "--triton", tmp_path / "models", "--name", "mine", *arguments
+            main, "zoo", "export", tmp_path / "mine.onnx", "-o", tmp_path / "models", "--name", "mine", *arguments
         )
         assert result.exit_code == 0, result.output
     assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["mine", "other"]
@@ -113,4 +113,4 @@ def test_what_is_no_name_or_no_predictor_is_refused(tmp_path, predictor_file):
         triton.export(tmp_path / "text.onnx", tmp_path / "models")
     assert not (tmp_path / "models").exists()
     result = invoke(main, "zoo", "export", "smartfrz-base")
-    assert (result.exit_code, "Missing option '--triton'" in result.stderr) == (2, True)
+    assert (result.exit_code, "Missing option '--output'" in result.stderr) == (2, True)

@@ -1,22 +1,16 @@
 """`smartfrz compare`: whether it helps on a task of your own."""
 
-import json
 import re
-import shutil
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
+from smartfrz import commands
+from smartfrz.commands import Command, ParamType
+from smartfrz.completing import PREDICTOR
 from smartfrz.errors import MissingDependencyError
-
-_BAR = 68  # columns of a progress bar; a line that is longer than the terminal would not be overwritten
-MINUTE = 60.0  # between two lines of progress where there is no terminal
-
+from smartfrz.progress import progress
 
 _READY = (
     "pictures",
@@ -30,7 +24,7 @@ _READY = (
 )
 
 
-class Duration(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
+class Duration(ParamType[float]):
     """A time such as `90s`, `20m` or `1.5h`, in seconds."""
 
     name = "duration"
@@ -43,7 +37,13 @@ class Duration(click.ParamType):  # type: ignore[type-arg]  # generic in newer v
         return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Train your own task with and without freezing, and judge.",
+    example="smartfrz compare mytask.py:build --seeds 3\n"
+    "smartfrz compare --pictures photos --network resnet18 --budget 20m",
+    if_stopped="Finished runs are kept; the same command goes on from there.",
+)
 @click.argument("task", metavar="[MODULE:CALLABLE | FILE.py:CALLABLE]", required=False)
 @click.option(
     "--pictures",
@@ -109,14 +109,18 @@ class Duration(click.ParamType):  # type: ignore[type-arg]  # generic in newer v
     metavar="TIME",
     help="Take a part of the data and of the steps, so that all runs together take about so long: 90s, 20m, 1.5h.",
 )
-@click.option("--predictor", default="smartfrz-base", show_default=True, help="A zoo name, file or address.")
 @click.option(
-    "--output", "-o", default="compare-output", show_default=True, type=click.Path(path_type=Path, file_okay=False)
+    "--predictor", type=PREDICTOR, default="smartfrz-base", show_default=True, help="A zoo name, file or address."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print all figures as JSON, in the place of the table.")
-def compare(
-    task: str | None, variants: tuple[str, ...], thresholds: tuple[float, ...], as_json: bool, **options: Any
-) -> None:
+@click.option(
+    "--output",
+    "-o",
+    default="compare-output",
+    show_default=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of the results.",
+)
+def compare(task: str | None, variants: tuple[str, ...], thresholds: tuple[float, ...], **options: Any) -> None:
     """Will it help? Train your own task fully, with SmartFRZ, and in fewer steps.
 
     The function that MODULE:CALLABLE names is called without arguments and returns a smartfrz.comparing.pytorch.Task: model,
@@ -143,30 +147,24 @@ def compare(
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     source = _source(task, {name: value for name, value in ready.items() if value is not None})
-    try:
-        with _told() as progress:
-            outcome = command.run_compare(source, chosen, progress)
-    except KeyboardInterrupt:
-        click.echo("\nStopped. Finished runs are kept; the same command goes on from there.", err=True)
-        raise SystemExit(130) from None
+    with progress("training") as tell:
+        outcome = command.run_compare(source, chosen, tell)
     written = [chosen.output / name for name in (command.LINES, command.FIGURES)]
     try:
         written.append(command.draw(outcome, source.name, chosen.output))
     except MissingDependencyError as error:
-        click.echo(str(error), err=True)
-    if as_json:
-        click.echo(json.dumps(command.to_dict(outcome)))
-    else:
-        click.echo(f"{outcome.verdict.sentence}\n\n{text_table(outcome.verdict.table())}\n")
-        for note in outcome.verdict.notes:
-            click.echo(f"- {note}")
+        commands.note(str(error))
+    remarks = "".join(f"\n- {remark}" for remark in outcome.verdict.notes)
+    commands.answer(
+        command.to_dict(outcome),
+        f"{outcome.verdict.sentence}\n\n{text_table(outcome.verdict.table())}\n{remarks}",
+    )
     if outcome.foreign:
-        click.echo(
+        commands.note(
             f"{outcome.foreign} runs in {chosen.output / command.LINES} are of another task, version of it, or budget, "
-            "and are left out.",
-            err=True,
+            "and are left out."
         )
-    click.echo(f"wrote {', '.join(map(str, written))}", err=True)
+    commands.note(f"wrote {', '.join(map(str, written))}")
 
 
 def _source(task: str | None, ready: dict[str, Any]) -> Any:
@@ -189,24 +187,3 @@ def _source(task: str | None, ready: dict[str, Any]) -> Any:
 
     options = ReadyOptions(**ready)
     return picture_source(data["pictures"], options) if "pictures" in data else text_source(data["texts"], options)
-
-
-@contextmanager
-def _told() -> Iterator[Callable[[float, str], None]]:
-    """Show progress on standard error: a bar on a terminal, else a line a minute."""
-    if sys.stderr.isatty():
-        with click.progressbar(length=1000, label="training", file=sys.stderr, item_show_func=lambda item: item) as bar:
-            width = max(0, shutil.get_terminal_size().columns - _BAR)
-            yield lambda fraction, text: bar.update(round(1000 * fraction) - bar.pos, text[:width])
-        return
-    start = last = time.monotonic()
-
-    def tell(fraction: float, text: str) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= MINUTE:
-            left = (now - start) * (1 - fraction) / max(fraction, 1e-9)
-            click.echo(f"{fraction:.0%} done, about {left / 60:.0f} min left   {text}", err=True)
-            last = now
-
-    yield tell

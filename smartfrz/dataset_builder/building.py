@@ -1,6 +1,6 @@
 """From labelled runs to a predictor file with its card."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -292,25 +292,42 @@ def evaluate_predictor(predictor: Predictor, runs: Sequence[LabelledRun]) -> str
     Returns:
         A Markdown table; runs that the predictor was trained on are marked.
     """
+    return evaluation_text(predictor.info, judge_predictor(predictor, runs))
+
+
+def judge_predictor(predictor: Predictor, runs: Sequence[LabelledRun]) -> dict[str, dict[str, Judged]]:
+    """Judge a predictor file and the baselines run by run.
+
+    Returns:
+        Names of runs, and in each the methods: `predictor` and the baselines.
+    """
     info = predictor.info
     options = TrainingOptions(window=info.window, tailored_size=info.tailored_size, min_records=info.min_records)
-    seen = _seen(info)
-    results: dict[str, dict[str, Quality]] = {}
-    known: dict[str, list[Reliability]] = {}
-    for run in runs:
-        judged = {
+    return {
+        run.name: {
             method: Judged(
                 measure_quality(scores, [run], threshold, options), Reliability.of(confidence, [run], options)
             )
             for method, (scores, confidence, threshold) in _answers(predictor, [run], options).items()
         }
-        results[run.name + seen.get(run.name, " (held out)")] = {m: one.quality for m, one in judged.items()}
-        if run.name not in seen:
-            for method, one in judged.items():
-                known.setdefault(method, []).append(one.reliability)
+        for run in runs
+    }
+
+
+def evaluation_text(info: PredictorInfo, judged: Mapping[str, Mapping[str, Judged]]) -> str:
+    """Return what `judge_predictor` found as Markdown tables; runs that the predictor was trained on are marked."""
+    seen = _seen(info)
+    results = {
+        name + seen.get(name, " (held out)"): {method: one.quality for method, one in methods.items()}
+        for name, methods in judged.items()
+    }
     lines = quality_table(results, "run")
-    if known:
-        unseen = [run for run in runs if run.name not in seen]
+    unseen = [methods for name, methods in judged.items() if name not in seen]
+    if unseen:
+        known: dict[str, list[Reliability]] = {}
+        for methods in unseen:
+            for method, one in methods.items():
+                known.setdefault(method, []).append(one.reliability)
         lines += ["", f"Confidence, and share that was ready, of the {len(unseen)} runs that are held out:", ""]
         lines += reliability_table(known)
     return "\n".join(lines)

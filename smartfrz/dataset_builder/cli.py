@@ -2,20 +2,21 @@
 
 import contextlib
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from smartfrz.commands import Group
+from smartfrz import commands
+from smartfrz.commands import Group, device_option
 from smartfrz.dataset_builder.options import (
     FILE,
     FOLDER,
     RecordingOptions,
     RuleOptions,
     TrainingArguments,
-    device_option,
     given,
     recording_options,
     rule_options,
@@ -23,21 +24,33 @@ from smartfrz.dataset_builder.options import (
 )
 from smartfrz.errors import RecipeError
 from smartfrz.files import replacing
+from smartfrz.progress import Tell, lines
 
 # Imports that take time, or that need the extra, are made by the commands: `--help` does without them.
 _PACKAGES = ("torch", "onnx", "onnxscript", "pyarrow", "safetensors", "sklearn", "PIL", "matplotlib", "rich")
 PATH = click.Path(path_type=Path)
 
 
-@click.group(cls=Group, extra="smartfrz[build,cpu]", packages=_PACKAGES)
+_SECTIONS = {
+    "From nothing to a predictor": ("new", "check", "run"),
+    "Step by step": ("record", "label", "train", "evaluate"),
+    "Afterwards": ("compact",),
+}
+_KEPT = "Finished recordings are kept; the same command goes on from there."
+
+
+@click.group(cls=Group, sections=_SECTIONS, extra="smartfrz[build,cpu]", packages=_PACKAGES)
 @click.version_option(package_name="smartfrz")
 def main() -> None:
     """Build a freeze predictor from recorded training runs."""
 
 
-@main.command()
+@main.command(
+    short_help="Write a recipe: what to train and record.",
+    example="smartfrz-build new torchvision:resnet18 --data photos -o mine.toml",
+)
 @click.argument("model")
-@click.option("--output", "-o", type=FILE, help="Default: the model's name, with .toml.")
+@click.option("--output", "-o", type=FILE, help="The recipe. Default: the model's name, with .toml.")
 @click.option("--data", default="", help="A folder with train/<class>/ and test/<class>/, or module:callable.")
 @click.option("--num-classes", default=0, type=click.IntRange(0), help="Default: as in the folder, else 10.")
 @click.option("--name", default="", help="Default: the output file's name.")
@@ -63,12 +76,12 @@ def new(model: str, output: Path | None, **others: Any) -> None:
     parse_recipe(text, path)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    click.echo(f"Wrote {path}. Fill in [data], then: smartfrz-build check {path}")
+    commands.answer({"recipe": path, "text": text}, f"Wrote {path}. Fill in [data], then: smartfrz-build check {path}")
 
 
-@main.command()
+@main.command(short_help="Try a recipe, and say how long it will take.", example="smartfrz-build check mine.toml")
 @click.argument("recipe", type=PATH)
-@click.option("--runs", default="runs", show_default=True, type=FOLDER)
+@click.option("--runs", default="runs", show_default=True, type=FOLDER, help="Folder of recordings.")
 @device_option("Where PyTorch trains.")
 def check(recipe: Path, runs: Path, device: Any) -> None:
     """Take two training steps; print layers, memory, and how long a recording will take."""
@@ -76,44 +89,65 @@ def check(recipe: Path, runs: Path, device: Any) -> None:
     from smartfrz.dataset_builder.recipes import load_recipe
 
     loaded = load_recipe(recipe)
-    click.echo(describe(loaded, check_recipe(loaded, runs, device)))
+    checked = check_recipe(loaded, runs, device)
+    commands.answer({"recipe": loaded.name, **vars(checked)}, describe(loaded, checked))
 
 
-@main.command()
+@main.command(
+    short_help="Train recipes, and record how their layers converge.",
+    example="smartfrz-build record a.toml b.toml --workers 2",
+    if_stopped=_KEPT,
+)
 @click.argument("recipes", nargs=-1, required=True, type=PATH)
-@click.option("--output", "-o", default="runs", show_default=True, help="Folder; with --engine ray also an address.")
+@click.option(
+    "--output",
+    "-o",
+    default="runs",
+    show_default=True,
+    help="Folder of recordings; with --engine ray also an address.",
+)
 @recording_options
 def record(recipes: tuple[Path, ...], output: str, recording: RecordingOptions) -> None:
     """Train a reference model, train again, and record weights and CKA.
 
     Finished recordings are kept: after an interruption, run the same command again.
     """
-    _record_all(_load_recipes(recipes), output, recording)
+    loaded = _load_recipes(recipes)
+    places = _record_all(loaded, output, recording)
+    commands.answer({"recordings": dict(zip((recipe.name for recipe in loaded), places, strict=True)), "failed": []})
 
 
-@main.command()
+@main.command(
+    short_help="Show which layers count as ready to freeze.", example="smartfrz-build label runs --tolerance 0.03"
+)
 @click.argument("runs", type=FOLDER)
 @rule_options
-@click.option("--plots", type=FOLDER, help="Folder for one picture per run.")
+@click.option("--plots", type=FOLDER, help="Also draw one picture per run into this folder.")
 def label(runs: Path, rule: RuleOptions, plots: Path | None) -> None:
     """Show the labels that a rule gives: share ready to freeze, by run and by layer."""
     from smartfrz.dataset_builder.storage import read_run, run_files
 
-    chosen = rule.make()
+    chosen, shares = rule.make(), {}
     for path in run_files(runs):
         run = read_run(path)
         labels = _show_labels(run, chosen)
-        for layer, row in zip(run.layers, labels, strict=True):
-            click.echo(f"  {layer:40s} {(row == 1).sum() / max(1, (row >= 0).sum()):5.0%}")
+        ready = ((row == 1).sum() / max(1, (row >= 0).sum()) for row in labels)
+        shares[run.name] = dict(zip(run.layers, ready, strict=True))
+        for layer, share in shares[run.name].items():
+            commands.show(f"  {layer:40s} {share:5.0%}")
         if plots is not None:
             from smartfrz.plots import plot_labels
 
             with replacing(plots / f"{run.name}.png") as temporary:
                 plot_labels(run.name, run.layers, run.cka, labels, temporary)
-            click.echo(f"  picture: {plots / run.name}.png")
+            commands.show(f"  picture: {plots / run.name}.png")
+    commands.answer({"ready": shares})
 
 
-@main.command()
+@main.command(
+    short_help="Train a predictor on recordings.",
+    example="smartfrz-build train runs -o mine.onnx",
+)
 @click.argument("runs", type=FOLDER)
 @rule_options
 @training_options
@@ -123,12 +157,18 @@ def train(runs: Path, rule: RuleOptions, training: TrainingArguments) -> None:
     from smartfrz.dataset_builder.storage import run_files
 
     files = run_files(runs)
-    _train(make_job(training, rule, [path.stem for path in files]), files)
+    commands.answer(_train(make_job(training, rule, [path.stem for path in files]), files))
 
 
-@main.command()
+@main.command(
+    short_help="Do all of it: record, label, train and evaluate.",
+    example="smartfrz-build run a.toml b.toml -o mine.onnx",
+    if_stopped=_KEPT,
+)
 @click.argument("recipes", nargs=-1, required=True, type=PATH)
-@click.option("--runs", default="runs", show_default=True, help="Folder; with --engine ray also an address.")
+@click.option(
+    "--runs", default="runs", show_default=True, help="Folder of recordings; with --engine ray also an address."
+)
 @recording_options
 @rule_options
 @training_options
@@ -150,32 +190,34 @@ def run(
     with on_this_machine(_record_all(loaded, runs, recording)) as files:
         for path in files:
             _show_labels(read_run(path), job.plan.rule)
-        _train(job, files)
-        _evaluate(job.output, files)
+        document = _train(job, files)
+        document["evaluation"] = _evaluate(job.output, files)
+        commands.answer({"recordings": [str(path) for path in files], **document})
 
 
-@main.command()
+@main.command(short_help="Judge a predictor on recordings.", example="smartfrz-build evaluate mine.onnx runs")
 @click.argument("predictor", type=FILE)
 @click.argument("runs", type=FOLDER)
 def evaluate(predictor: Path, runs: Path) -> None:
     """Judge a predictor on recorded runs, next to the weight-change baseline."""
     from smartfrz.dataset_builder.storage import run_files
 
-    _evaluate(predictor, run_files(runs))
+    commands.answer(_evaluate(predictor, run_files(runs)))
 
 
-@main.command()
+@main.command(short_help="Make a predictor smaller.", example="smartfrz-build compact mine.onnx -o small.onnx")
 @click.argument("predictor", type=FILE)
-@click.option("--output", "-o", required=True, type=FILE)
-@click.option("--name", default=None, help="Default: the output file's name.")
+@click.option("--output", "-o", required=True, type=FILE, help="The smaller predictor.")
+@click.option("--name", default=None, help="Name in the file. Default: the output file's name.")
 def compact(predictor: Path, output: Path, name: str | None) -> None:
     """Write a predictor again with weights of 8 bits, a quarter of the size."""
     from smartfrz.predictor.training.export import compact as write_compact
 
     difference = write_compact(predictor, output, name or output.stem)
-    click.echo(
+    commands.answer(
+        {"predictor": output, "bytes": output.stat().st_size, "difference": difference},
         f"Wrote {output}: {output.stat().st_size / 1000:,.0f} kB instead of {predictor.stat().st_size / 1000:,.0f}, "
-        f"confidences differ by at most {difference:.2g} on random histories."
+        f"confidences differ by at most {difference:.2g} on random histories.",
     )
 
 
@@ -192,11 +234,14 @@ def _record_all(recipes: Sequence[Any], output: str, options: RecordingOptions) 
     from smartfrz.dataset_builder.engines import Message, record_all
 
     failures, places, missing = [], {}, None
-    with _engine(output, options) as engine, _progress_bars() as bars:
+    done: dict[str, float] = dict.fromkeys((recipe.name for recipe in recipes), 0.0)
+    with _engine(output, options) as engine, _progress_bars() as bars, _lines("recording") as tell:
         tasks = {recipe.name: bars.add_task(recipe.name, total=1.0, what="waiting") for recipe in recipes}
         for news in record_all(engine, recipes):
+            done[news.name] = news.fraction if isinstance(news, Message) else 1.0
             if isinstance(news, Message):
                 bars.update(tasks[news.name], completed=news.fraction, what=news.text)
+                tell(sum(done.values()) / len(done), f"{news.name}: {news.text}")
             elif news.error:
                 bars.update(tasks[news.name], completed=0, what="failed")
                 failures.append(f"{news.name}: {news.error}")
@@ -205,12 +250,13 @@ def _record_all(recipes: Sequence[Any], output: str, options: RecordingOptions) 
             else:
                 bars.update(tasks[news.name], completed=1.0, what="done")
                 places[news.name] = news.place
-                click.echo(news.place)
+                commands.show(news.place)
     if missing and options.engine == "ray":
         failures.append('Type on each machine of the cluster: pip install "smartfrz[build,ray,cpu]"')
     elif missing and not places:
         raise missing  # the group says what to install
     if failures:
+        commands.answer({"recordings": places, "failed": failures})
         raise click.ClickException("Not recorded:\n" + "\n".join(failures))
     return [places[recipe.name] for recipe in recipes]
 
@@ -269,30 +315,35 @@ def _show_labels(run: Any, rule: Any) -> Any:
 
     labels = label_layers(run.cka, rule)
     known = labels >= 0
-    click.echo(f"{run.name}: {(labels == 1).sum() / max(1, known.sum()):.0%} ready, {known.mean():.0%} known")
+    commands.show(f"{run.name}: {(labels == 1).sum() / max(1, known.sum()):.0%} ready, {known.mean():.0%} known")
     return labels
 
 
-def _train(job: Any, files: Sequence[Path]) -> None:
+def _train(job: Any, files: Sequence[Path]) -> dict[str, Any]:
     """Train, export, write the card and print it."""
     # The exporter warns of torchvision operators, which no predictor has.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     bars = _progress_bars()
     task = bars.add_task("training", total=1.0, what="")
     with contextlib.ExitStack() as stack:
+        tell = stack.enter_context(_lines("training"))
 
         def progress(fraction: float, what: str) -> None:
             if not bars.live.is_started:  # nothing is drawn above an error of what is read first
                 stack.enter_context(bars)
             bars.update(task, completed=fraction, what=what)
+            tell(fraction, what)
 
         card = job.run(files, progress)
-    click.echo(card)
-    click.echo(f"Wrote {job.output} and {job.output.with_suffix('.md')}.")
+    commands.show(card)
+    place = job.output.with_suffix(".md")
+    commands.show(f"Wrote {job.output} and {place}.")
+    return {"predictor": job.output, "card": place}
 
 
-def _evaluate(predictor: Path, files: Sequence[Path]) -> None:
-    from smartfrz.dataset_builder.building import evaluate_predictor, labelled_runs, records_of
+def _evaluate(predictor: Path, files: Sequence[Path]) -> dict[str, Any]:
+    """Judge, and print the tables."""
+    from smartfrz.dataset_builder.building import evaluation_text, judge_predictor, labelled_runs, records_of
     from smartfrz.dataset_builder.labels import LabelRule
     from smartfrz.dataset_builder.storage import read_run
     from smartfrz.predictor.runtime import Predictor
@@ -300,7 +351,20 @@ def _evaluate(predictor: Path, files: Sequence[Path]) -> None:
     loaded = Predictor(predictor, device="cpu")
     recorded = [read_run(path) for path in files]
     rule = LabelRule(**loaded.info.metrics.get("label_rule", {}))
-    click.echo(evaluate_predictor(loaded, labelled_runs(recorded, rule, records_of(loaded.info))))
+    judged = judge_predictor(loaded, labelled_runs(recorded, rule, records_of(loaded.info)))
+    commands.show(evaluation_text(loaded.info, judged))
+    qualities = {run: {method: one.quality for method, one in methods.items()} for run, methods in judged.items()}
+    return {"predictor": predictor, "quality": qualities}
+
+
+@contextlib.contextmanager
+def _lines(label: str) -> Iterator[Tell]:
+    """Yield what writes a line a minute where no bars can be drawn."""
+    if sys.stderr.isatty():
+        yield lambda fraction, text: None
+    else:
+        with lines(label) as tell:
+            yield tell
 
 
 def _progress_bars() -> Any:
@@ -308,4 +372,5 @@ def _progress_bars() -> Any:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[what]}"))
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
+    hidden = commands.quiet() or not sys.stderr.isatty()
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), disable=hidden)

@@ -6,6 +6,7 @@ This module is the first that a worker process imports, so it imports nothing he
 import contextlib
 import os
 import queue
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -83,20 +84,25 @@ class LocalEngine:
         self._manager = SyncManager(ctx=context)
         self._manager.start(end_with_parent)
         self._messages = self._manager.Queue()
-        self._pool = ProcessPoolExecutor(workers, context, end_with_parent)
+        stop, self._stop = context.Pipe(duplex=False)
+        self._pool = ProcessPoolExecutor(workers, context, end_with_parent, (stop,))
         self._running: dict[Future[Path], str] = {}
 
     def __enter__(self) -> "LocalEngine":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and not issubclass(kind, Exception):  # Ctrl-C: nobody waits for what is being recorded
+            self._stop.send(None)
+        self._pool.shutdown(cancel_futures=True)
         self._manager.shutdown()
+        self._stop.close()
 
     def start(self, recipe: Recipe) -> None:
         """Submit the recipe to the pool of processes."""
         arguments = recipe, self._output, self._threads, self._device, self._costs, self._messages
-        self._running[self._pool.submit(_record, *arguments)] = recipe.name
+        with _interrupts_ignored():
+            self._running[self._pool.submit(_record, *arguments)] = recipe.name
 
     def finished(self, timeout: float) -> list[Result]:
         """Return recordings whose processes have finished."""
@@ -127,13 +133,30 @@ def _record(recipe: Recipe, output: Path, threads: int | None, device: Any, cost
     return record(recipe, output, progress, device, costs=costs)
 
 
-def end_with_parent() -> None:
-    """End this process when its parent is killed; else it would go on next to the workers of the next call."""
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Start processes that ignore Ctrl-C, which a terminal sends to all of them: this one ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def end_with_parent(stop: Any = None) -> None:
+    """End this process when its parent is killed; else it would go on next to the workers of the next call.
+
+    Args:
+        stop: A pipe; what can be read from it ends the process as well. It is never read, so that it ends all of them.
+    """
     parent = parent_process()
 
     def watch() -> None:
         if parent is not None:
-            connection.wait([parent.sentinel])
+            connection.wait([parent.sentinel, *([stop] if stop is not None else [])])
             os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 from click.core import ParameterSource
 
+from smartfrz.commands import device_option
+from smartfrz.completing import PREDICTOR
+
 if TYPE_CHECKING:
     from smartfrz.dataset_builder.labels import LabelRule
 
@@ -86,13 +89,6 @@ def given(parameter: str) -> bool:
     return click.get_current_context().get_parameter_source(parameter) is not ParameterSource.DEFAULT
 
 
-def device_option(text: str) -> Decorator:
-    """Return the option `--device`."""
-    return click.option(
-        "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help=text
-    )
-
-
 def _together(parameter: str, into: Any, options: Sequence[Decorator]) -> Decorator:
     """Return a decorator that adds options to a command, which receives them as one dataclass object."""
 
@@ -157,7 +153,13 @@ rule_options = _together(
     "rule",
     RuleOptions,
     [
-        click.option("--rule", type=click.Choice(["forward", "backward"]), default="forward", show_default=True),
+        click.option(
+            "--rule",
+            type=click.Choice(["forward", "backward"]),
+            default="forward",
+            show_default=True,
+            help="A layer is ready if its CKA stays: until the end (forward), or if it did lately (backward).",
+        ),
         click.option("--tolerance", default=0.02, show_default=True, help="Largest change of CKA, absolute."),
         click.option("--rule-records", default=10, show_default=True, help="Records for --rule backward."),
     ],
@@ -167,13 +169,14 @@ training_options = _together(
     "training",
     TrainingArguments,
     [
-        click.option("--output", "-o", required=True, type=FILE),
-        click.option("--name", default=None, help="Default: the output file's name."),
+        click.option("--output", "-o", required=True, type=FILE, help="The predictor; its card is written beside it."),
+        click.option("--name", default=None, help="Name in the file. Default: the output file's name."),
         click.option(
             "--representation",
             type=click.Choice(["raw", "trajectory"]),
             default="trajectory",
             show_default=True,
+            help="What the network sees: weights, or how they move.",
         ),
         click.option(
             "--records",
@@ -182,17 +185,37 @@ training_options = _together(
             show_default=True,
             help="Records per run, to which recordings are thinned.",
         ),
-        click.option("--window", default=30, type=click.IntRange(2, 4096), show_default=True),
-        click.option("--tailored-size", default=1024, type=click.IntRange(16), show_default=True),
-        click.option("--optimizer", type=click.Choice(["adamw", "sgd"]), default="adamw", show_default=True),
+        click.option(
+            "--window",
+            default=30,
+            type=click.IntRange(2, 4096),
+            show_default=True,
+            help="Records that it looks back on.",
+        ),
+        click.option(
+            "--tailored-size", default=1024, type=click.IntRange(16), show_default=True, help="Weights in a record."
+        ),
+        click.option(
+            "--optimizer",
+            type=click.Choice(["adamw", "sgd"]),
+            default="adamw",
+            show_default=True,
+            help="Optimizer of the predictor's training.",
+        ),
         click.option(
             "--learning-rate",
             default=5e-4,
             type=click.FloatRange(0, min_open=True),
             show_default=True,
-            help=f"With --base: {FURTHER_LEARNING_RATE:g}.",
+            help=f"Peak learning rate. Default with --base: {FURTHER_LEARNING_RATE:g}.",
         ),
-        click.option("--epochs", default=10, type=click.IntRange(1), show_default=True),
+        click.option(
+            "--epochs",
+            default=10,
+            type=click.IntRange(1),
+            show_default=True,
+            help="Length of the predictor's training.",
+        ),
         click.option(
             "--precision",
             default=0.9,
@@ -200,14 +223,14 @@ training_options = _together(
             show_default=True,
             help="Share of right freezes for which the threshold is calibrated.",
         ),
-        click.option("--seed", default=0, show_default=True),
+        click.option("--seed", default=0, show_default=True, help="Seed of the predictor's training."),
         click.option(
             "--cross-validate/--no-cross-validate",
             default=None,
             help="Also hold out each architecture in turn. Default: if there are enough runs, and no --base.",
         ),
         click.option(
-            "--base", default=None, metavar="PREDICTOR", help="Continue from this one: a zoo name, file, or address."
+            "--base", type=PREDICTOR, default=None, help="Continue from this one: a zoo name, file, or address."
         ),
         click.option("--base-runs", type=FOLDER, help="Recordings that the base was made from, to be mixed in."),
         click.option(

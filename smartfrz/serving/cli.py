@@ -1,6 +1,5 @@
 """The command `smartfrz serve`."""
 
-import asyncio
 import contextlib
 import importlib.util
 import os
@@ -11,13 +10,20 @@ from typing import Any
 
 import click
 
-from smartfrz import zoo
+from smartfrz import commands, zoo
+from smartfrz.commands import Command, device_option
+from smartfrz.completing import PREDICTOR
 from smartfrz.predictor.runtime import Predictor
+from smartfrz.progress import Tell, progress
 from smartfrz.serving.options import ServeOptions
 
 
-@click.command()
-@click.argument("names", nargs=-1, required=True, metavar="[AS=]NAME...")
+@click.command(
+    cls=Command,
+    short_help="Serve decisions over HTTP and gRPC.",
+    example="smartfrz serve smartfrz-base --port 9000",
+)
+@click.argument("names", nargs=-1, required=True, metavar="[AS=]NAME...", type=PREDICTOR)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="Port of REST; 0 for any.")
 @click.option(
@@ -93,13 +99,7 @@ from smartfrz.serving.options import ServeOptions
     type=click.FloatRange(0.1, 3600),
     help="How long a body may take in all.",
 )
-@click.option(
-    "--provider",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    help="Where ONNX Runtime runs.",
-)
+@device_option("Where ONNX Runtime runs.")
 @click.option(
     "--threads",
     default=os.cpu_count() or 1,
@@ -115,23 +115,33 @@ from smartfrz.serving.options import ServeOptions
     help="How long requests in flight may take after SIGTERM.",
 )
 def serve(names: tuple[str, ...], **options: Any) -> None:
-    """Serve decisions over the Open Inference Protocol, REST and gRPC.
+    """Serve decisions over the Open Inference Protocol, REST and gRPC, until Ctrl-C or SIGTERM.
 
     NAME is a name in the zoo, the path of a file, or an address; the predictor is served under the name in its file, or
     as AS. There is no encryption and no authentication: use a proxy where others can reach the server.
+
+    With --json, one document with the addresses is printed when the server is ready.
     """
     if importlib.util.find_spec("kserve") is None:
         raise click.ClickException('Serving needs kserve. Type: pip install "smartfrz[serve,cpu]"')
+    import asyncio  # --help does without it
+
     chosen = ServeOptions(**options)
-    predictors = _load_predictors(names, chosen)
-    with _hide_arguments():
-        from smartfrz.serving.server import serve as run
+    with progress("starting") as tell:
+        predictors = _load_predictors(names, chosen, tell)
+        tell(0.9, "the server")
+        with _hide_arguments():
+            from smartfrz.serving.server import serve as run
 
     def announce(port: int, grpc_port: int) -> None:
-        for name, predictor in predictors.items():
-            click.echo(f'{predictor}: predictor="http://{_in_url(chosen.host)}:{port}/{name}"')
-        click.echo(f"REST and /metrics: http://{_in_url(chosen.host)}:{port}")
-        click.echo(f"gRPC: {_in_url(chosen.host)}:{grpc_port}")
+        host = _in_url(chosen.host)
+        rest, grpc = f"http://{host}:{port}", f"{host}:{grpc_port}"
+        addresses = {name: f"{rest}/{name}" for name in predictors}
+        lines = [f'{predictor}: predictor="{addresses[name]}"' for name, predictor in predictors.items()]
+        commands.answer(
+            {"predictors": addresses, "rest": rest, "metrics": f"{rest}/metrics", "grpc": grpc},
+            "\n".join([*lines, f"REST and /metrics: {rest}", f"gRPC: {grpc}"]),
+        )
 
     try:
         asyncio.run(run(predictors, chosen, announce))
@@ -149,11 +159,12 @@ def _hide_arguments() -> Iterator[None]:
         sys.argv = given
 
 
-def _load_predictors(names: tuple[str, ...], options: ServeOptions) -> dict[str, Predictor]:
+def _load_predictors(names: tuple[str, ...], options: ServeOptions, tell: Tell) -> dict[str, Predictor]:
     predictors: dict[str, Predictor] = {}
-    for text in names:
+    for number, text in enumerate(names):
+        tell(0.9 * number / len(names), text)
         alias, _, name = text.partition("=") if re.match(r"[\w.-]+=", text) else ("", "", text)
-        predictor = zoo.load(name, device=options.provider)
+        predictor = zoo.load(name, device=options.device)
         if not isinstance(predictor, Predictor):
             raise click.BadParameter(f"{name!r} is a server; expected a predictor. Pass its file.", param_hint="NAME")
         served = alias or predictor.info.name

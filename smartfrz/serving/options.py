@@ -23,7 +23,7 @@ class ServeOptions:
         stall_seconds: How long a body may stop.
         min_rate: Bytes a second at which a body has to arrive on average, after `stall_seconds`.
         body_seconds: How long a body may take, or a gRPC message.
-        provider: Where ONNX Runtime runs.
+        device: Where ONNX Runtime runs.
         threads: Number of batches that run at the same time, each on one thread.
         grace_seconds: How long requests in flight may take after SIGTERM.
     """
@@ -41,6 +41,6 @@ class ServeOptions:
     stall_seconds: float
     min_rate: int
     body_seconds: float
-    provider: Device
+    device: Device
     threads: int
     grace_seconds: int

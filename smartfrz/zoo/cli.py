@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -13,9 +12,13 @@ from typing import Any
 
 import click
 
+from smartfrz import commands
+from smartfrz.commands import Group
+from smartfrz.completing import PREDICTOR
 from smartfrz.errors import DownloadError, PredictorFileError, SmartFRZError
 from smartfrz.files import replacing
 from smartfrz.predictor.runtime import Predictor
+from smartfrz.progress import progress
 from smartfrz.serving import triton
 from smartfrz.zoo import embedded_folder, fetch, file_of, locate, lock, publish, registry, settings, transport, urls
 from smartfrz.zoo.registry import Entry
@@ -83,24 +86,26 @@ def _facts(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+_name = click.argument("name", type=PREDICTOR)
 _file = click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 
 
-@click.group()
+_SECTIONS = {
+    "Use": ("list", "show", "download", "path", "verify", "unlock"),
+    "Share": ("add", "publish", "export"),
+}
+
+
+@click.group(cls=Group, sections=_SECTIONS, short_help="Find, fetch, check and publish predictors.")
 def zoo() -> None:
     """Find, fetch, check and publish predictors."""
 
 
-@zoo.command("list")
+@zoo.command("list", short_help="List predictors.", example="smartfrz zoo list --registry https://example.org/zoo")
 @_registries
-@click.option("--json", "as_json", is_flag=True, help="Print all fields as JSON.")
-def list_(registries: tuple[str, ...], as_json: bool) -> None:
+def list_(registries: tuple[str, ...]) -> None:
     """List the predictors of all registries."""
     known = registry.entries(registries)
-    if as_json:
-        rows = [{**asdict(entry), "address": entry.address} for entry in known]
-        click.echo(json.dumps(rows, indent=1))
-        return
     header = ("predictor", "window", "size", "representation", "domains", "AUC", "MB", "where")
     table = [header] + [
         (
@@ -116,28 +121,36 @@ def list_(registries: tuple[str, ...], as_json: bool) -> None:
         for entry in known
     ]
     widths = [max(len(row[column]) for row in table) for column in range(len(header))]
-    for row in table:
-        click.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    lines = ("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in table)
+    commands.answer([_facts_of(entry) for entry in known], "\n".join(lines))
 
 
-@zoo.command()
-@click.argument("name")
+@zoo.command(short_help="Show the facts about a predictor.", example="smartfrz zoo show smartfrz-base")
+@_name
 @_registries
 def show(name: str, registries: tuple[str, ...]) -> None:
     """Show the facts about a predictor, and its card."""
     entry = registry.find(name, registries)
-    for key, value in asdict(entry).items():
-        if value:
-            click.echo(f"{key:14} {value if isinstance(value, (str, int)) else json.dumps(value)}")
-    click.echo(f"{'where':14} {_where(entry)}\n")
+    lines = [
+        f"{key:14} {value if isinstance(value, (str, int)) else json.dumps(value)}"
+        for key, value in asdict(entry).items()
+        if value
+    ]
     try:
-        click.echo(_card(entry))
+        card = _card(entry)
     except DownloadError as error:
-        click.echo(f"Its card cannot be shown: {error}", err=True)
+        card = ""
+        commands.note(f"Its card cannot be shown: {error}")
+    lines += [f"{'where':14} {_where(entry)}", "", card]
+    commands.answer({**_facts_of(entry), "where": _where(entry), "card": card}, "\n".join(lines))
 
 
-@zoo.command("download")
-@click.argument("name")
+@zoo.command(
+    "download",
+    short_help="Fetch a predictor, and print its path.",
+    example="smartfrz zoo download smartfrz-base -o base.onnx",
+)
+@_name
 @_registries
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Also copy it to this file or folder.")
 def download_(name: str, registries: tuple[str, ...], output: Path | None) -> None:
@@ -147,7 +160,7 @@ def download_(name: str, registries: tuple[str, ...], output: Path | None) -> No
     """
     if output is None and urls.is_url(name) and "#" not in name:
         raise click.UsageError("An address without #sha256= is not kept in the cache. Add it, or pass --output.")
-    with _plain_warnings(), _bar(name) as progress, locate(name, registries, progress) as path:
+    with _plain_warnings(), _received(name) as tell, locate(name, registries, tell) as path:
         if output is not None:
             target = output / _file_name(name, registries) if output.is_dir() else output
             with replacing(target) as temporary:
@@ -157,11 +170,11 @@ def download_(name: str, registries: tuple[str, ...], output: Path | None) -> No
         raise DownloadError(
             f"{name} cannot be kept in the cache {fetch.folder()}. Pass --output, or set SMARTFRZ_CACHE."
         )
-    click.echo(place)
+    commands.answer({"predictor": name, "path": place}, str(place))
 
 
-@zoo.command()
-@click.argument("path", required=False)
+@zoo.command(short_help="Check files and signatures.", example="smartfrz zoo verify my.onnx")
+@click.argument("path", required=False, type=click.Path())
 @click.option("--signatures", "signed", is_flag=True, help="Check the signatures of registries instead.")
 @_private
 def verify(path: str | None, signed: bool) -> None:
@@ -171,23 +184,23 @@ def verify(path: str | None, signed: bool) -> None:
     check the registries that SMARTFRZ_ZOO names.
     """
     checks = _signatures(path) if signed else _files(None if path is None else Path(path))
-    faults = 0
+    results = []
     for label, check in checks:
         try:
-            found = check()
+            results.append({"what": label, "good": True, "found": check()})
         except SmartFRZError as error:
-            faults += 1
-            click.echo(f"bad  {label}  {error}")
-        else:
-            click.echo(f"ok   {label}  {found}")
+            results.append({"what": label, "good": False, "found": str(error)})
+        commands.show(f"{'ok ' if results[-1]['good'] else 'bad'}  {label}  {results[-1]['found']}")
+    commands.answer(results)
+    faults = sum(not result["good"] for result in results)
     if faults and signed:
         raise click.ClickException(f"{faults} without a good signature.")
     if faults:
         raise click.ClickException(f"{faults} damaged. A file in the cache is fetched again when it is next used.")
 
 
-@zoo.command()
-@click.argument("name")
+@zoo.command(short_help="Let a name stand for another file.", example="smartfrz zoo unlock my-net")
+@_name
 @_lock
 def unlock(name: str) -> None:
     """Take a predictor out of the lock file: what NAME, or NAME@VERSION, stands for next is locked anew."""
@@ -195,10 +208,13 @@ def unlock(name: str) -> None:
     gone = lock.forget(wanted, registry.check_version(name, version))
     if not gone:
         raise click.ClickException(f"{name} is not in {lock.place()}.")
-    click.echo(f"{', '.join(gone)} may stand for another file now, from its next use on ({lock.place()})")
+    commands.answer(
+        {"unlocked": gone, "lock": str(lock.place())},
+        f"{', '.join(gone)} may stand for another file now, from its next use on ({lock.place()})",
+    )
 
 
-@zoo.command()
+@zoo.command(short_help="List a file in a local registry.", example="smartfrz zoo add my.onnx zoo --domain vision")
 @_file
 @click.argument("registry_path", metavar="REGISTRY", type=click.Path(path_type=Path))
 @_facts
@@ -212,10 +228,14 @@ def add(file: Path, registry_path: Path, card: Path | None, **facts: Any) -> Non
     stays = file.name if file.resolve().parent == folder.resolve() else ""
     entry = publish.describe(file, **facts, file=stays)
     place = publish.add(file, registry_path, entry, publish.card_of(card or file))
-    click.echo(f"added {entry} to {place}")
+    commands.answer({**_facts_of(entry), "registry": str(place)}, f"added {entry} to {place}")
 
 
-@zoo.command("publish")
+@zoo.command(
+    "publish",
+    short_help="Write a file to where others can fetch it.",
+    example="smartfrz zoo publish my.onnx hf://organisation/repository --name my-net",
+)
 @_file
 @click.argument("target")
 @_facts
@@ -227,18 +247,25 @@ def publish_(file: Path, target: str, card: Path | None, private: bool, **facts:
     """
     entry = publish.describe(file, **facts)
     address = publish.publish(file, target, entry, publish.card_of(card or file), private=private)
-    click.echo(f"published {entry}: smartfrz zoo download {entry} --registry {address}")
+    commands.answer(
+        {**_facts_of(entry), "registry": address},
+        f"published {entry}: smartfrz zoo download {entry} --registry {address}",
+    )
 
 
-@zoo.command()
-@click.argument("name")
+@zoo.command(
+    short_help="Write a model repository for Triton Inference Server.",
+    example="smartfrz zoo export smartfrz-base -o models",
+)
+@_name
 @_registries
 @click.option(
-    "--triton",
+    "--output",
+    "-o",
     "folder",
     required=True,
     type=click.Path(file_okay=False, path_type=Path),
-    help="A model repository of Triton Inference Server, which is created if it does not exist.",
+    help="The model repository, a folder that is created if it does not exist.",
 )
 @click.option("--name", "model", default="", help="Name of the model there. Default: the name in the file.")
 @click.option(
@@ -249,25 +276,29 @@ def publish_(file: Path, target: str, card: Path | None, private: bool, **facts:
     help="Maximum number of layers in a batch. 0: no batching, tensors as in the file.",
 )
 def export(name: str, registries: tuple[str, ...], folder: Path, model: str, max_layers: int) -> None:
-    """Write a predictor in the form that another server reads.
+    """Write a predictor into a model repository of Triton Inference Server.
 
     NAME is a name, name@version, path or address.
     """
     with _plain_warnings(), file_of(name, registries) as path:
         place = triton.export(path, folder, name=model, max_layers=max_layers)
-    click.echo(f"wrote {place}: tritonserver --model-repository={folder.absolute()}")
+    commands.answer(
+        {"path": place, "repository": folder.absolute()},
+        f"wrote {place}: tritonserver --model-repository={folder.absolute()}",
+    )
 
 
-@zoo.command("path")
-@click.argument("name", required=False)
+@zoo.command("path", short_help="Print where a predictor is, or the cache.", example="smartfrz zoo path smartfrz-base")
+@click.argument("name", required=False, type=PREDICTOR)
 @_registries
 def path_(name: str | None, registries: tuple[str, ...]) -> None:
     """Print where the file of a predictor is, or would be. Without NAME: print the cache folder."""
-    if name is None:
-        click.echo(fetch.folder())
-        return
-    entry = registry.find(name, registries)
-    click.echo(_path(entry))
+    place = fetch.folder() if name is None else _path(registry.find(name, registries))
+    commands.answer({"path": place}, str(place))
+
+
+def _facts_of(entry: Entry) -> dict[str, Any]:
+    return {**asdict(entry), "address": entry.address}
 
 
 def _number(value: object) -> str:
@@ -350,7 +381,7 @@ def _to_verify(path: Path | None) -> Iterator[tuple[str, Path, str | None]]:
             if local := urls.local_path(entry.address):
                 yield str(entry), local, entry.sha256
             else:
-                click.echo(f"-    {entry}  is at {entry.address}; it is checked when it is fetched")
+                commands.show(f"-    {entry}  is at {entry.address}; it is checked when it is fetched")
     else:
         yield str(path), path, None
 
@@ -359,23 +390,19 @@ def _to_verify(path: Path | None) -> Iterator[tuple[str, Path, str | None]]:
 def _plain_warnings() -> Iterator[None]:
     """Print warnings as one line, without the line of our code that issues them."""
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: click.echo(f"Warning: {message}", err=True)
+        warnings.showwarning = lambda message, *_: commands.note(f"Warning: {message}")
         yield
 
 
 @contextlib.contextmanager
-def _bar(label: str) -> Iterator[transport.Progress | None]:
-    """Show a progress bar on a terminal; yield None elsewhere, or without rich."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-    except ImportError:
-        yield None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task(label, total=None, visible=False)
-        yield lambda done, total: bars.update(task, completed=done, total=total, visible=True)
+def _received(label: str) -> Iterator[transport.Progress]:
+    """Yield a function that shows how much of a file has been received."""
+    with progress(label) as tell:
+
+        def received(done: int, total: int | None) -> None:
+            if total:
+                tell(min(1.0, done / total), f"{done / 1e6:.1f}/{total / 1e6:.1f} MB")
+            else:
+                tell(0.0, f"{done / 1e6:.1f} MB")
+
+        yield received

@@ -156,9 +156,14 @@ def registries(more: Sequence[str] = ()) -> Iterator[list[Entry]]:
     """
     yield embedded()
     for location in locations(more):
-        place, key = signatures.split(location)
-        url = urls.registry_url(place)
-        yield fetch.read_registry(url, MAX_SIZE, functools.partial(_parse_answer, url, key), signed=key is not None)
+        yield entries_of(location)
+
+
+def entries_of(location: str) -> list[Entry]:
+    """Return the entries of one registry, at its address or path. Errors are those of `registries`."""
+    place, key = signatures.split(location)
+    url = urls.registry_url(place)
+    return fetch.read_registry(url, MAX_SIZE, functools.partial(_parse_answer, url, key), signed=key is not None)
 
 
 def locations(more: Sequence[str] = ()) -> list[str]:
