@@ -11,7 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from smartfrz import zoo
 from smartfrz.control.controller import FreezeController, require_version
-from smartfrz.control.curves import Curves
+from smartfrz.control.curves import Curves, chosen_from
 from smartfrz.control.decision import FreezeDecision
 from smartfrz.control.learned import AsksPredictor, policy_of
 from smartfrz.control.options import FreezeOptions, Schedule
@@ -272,7 +272,27 @@ class Freezer(ABC, Generic[A]):
         Raises:
             TypeError: If a value is no number.
         """
-        self._curves.note(self._run.controller.num_steps if self._run else 0, values)
+        self._curves.note(self.num_steps, values)
+
+    def note_logs(self, logs: Mapping[str, Any], *, only_new: bool = False) -> None:
+        """Note the losses and metrics among the logs of a training framework; see `note`.
+
+        Args:
+            logs: What the framework logs. Texts, times, learning rates and the like are left out.
+            only_new: Leave out what has not changed since it was noted.
+        """
+        self._curves.note(self.num_steps, chosen_from(logs), only_new=only_new)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps so far."""
+        return self._run.controller.num_steps if self._run else 0
+
+    @property
+    def just_recorded(self) -> bool:
+        """Whether the latest step was one at which layers were recorded."""
+        controller = self._run.controller if self._run else None
+        return controller is not None and controller.num_steps % controller.record_every == 0
 
     def scalars(self) -> dict[str, float]:
         """Return how many layers are frozen, the share of backward saved, and the pace, for the logs of a framework."""
@@ -285,7 +305,7 @@ class Freezer(ABC, Generic[A]):
         """Return each layer's confidence at the latest record, if it was a freezing stage, for the logs of a framework."""
         return {
             f"smartfrz/confidence/{decision.layer}": decision.confidence
-            for decision in self._latest_stage
+            for decision in (self._latest_stage if self.just_recorded else ())
             if not math.isnan(decision.confidence)
         }
 

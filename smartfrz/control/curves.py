@@ -57,5 +57,11 @@ def chosen_from(logs: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in logs.items()
-        if not any(word in name for word in boring) and name != "step" and not isinstance(value, (str, bool))
+        if not any(word in name for word in boring) and name != "step" and _is_number(value)
     }
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, (int, float)):
+        return not isinstance(value, bool)
+    return getattr(value, "shape", None) == ()  # an array or a tensor

@@ -20,7 +20,6 @@ from smartfrz.adapters.keras.neighbours import Board, Saving, come_first
 from smartfrz.adapters.keras.parts import group_parts, list_own_optimizers
 from smartfrz.adapters.state_file import read_state, write_state
 from smartfrz.control.controller import FreezeController
-from smartfrz.control.curves import chosen_from
 from smartfrz.control.decision import FreezeDecision
 from smartfrz.control.learned import AsksPredictor
 from smartfrz.control.options import FreezeOptions
@@ -305,7 +304,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Add the scalars to the logs of the epoch, which every callback and the history see."""
         if self._training and logs is not None:
-            self.note(**chosen_from(logs))
+            self.note_logs(logs)
             logs.update(self.scalars())
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
