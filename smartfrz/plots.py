@@ -8,16 +8,23 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from smartfrz.comparing.engine import Result
 from smartfrz.control.report import Report
+from smartfrz.errors import MissingDependencyError
 from smartfrz.report_page import shorten
+
+try:
+    import matplotlib
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+except ImportError as error:
+    raise MissingDependencyError(
+        'smartfrz.plots needs matplotlib, which is not installed. Type: pip install "smartfrz[plots]"'
+    ) from error
 
 ACTIVE, FROZEN, FULL = "#f2b134", "#2f6690", "#7d8597"
 _MOST_NAMES, _NAME_LENGTH = 60, 32

@@ -13,6 +13,7 @@ _WIDE, _NARROW = 30, 17  # characters of a layer's name that fit beside its bar
 _SPARKS = 150  # points of the line of confidences in a bar
 _ROWS = 60
 _MARKS = 60
+_PACE = "seconds per step"
 _NOTHING = "Nothing was frozen."
 _SPLIT = re.compile(r"^(?:train|training|val|valid|validation|eval|test)[_/](?=.)")
 _REASONS = {
@@ -59,32 +60,31 @@ def fragment(report: Mapping[str, Any]) -> str:
 def shorten(name: str, most: int) -> str:
     """Return a layer's name in at most so many characters, at least 3.
 
-    What tells layers apart stays as long as it can: the last part of the name, and parts with a number.
+    Words from the left become initials, as far as need be; then the left is cut off. What tells layers apart stays: the
+    last part, and parts with a number.
 
     Example:
-        >>> shorten("vit.encoder.layer.10.attention.attention.query", 20)
-        'vit.….10.….query'
-        >>> shorten("conv1", 20)
-        'conv1'
+        >>> shorten("vit.encoder.layer.10.attention.attention.query", 30)
+        'v.e.l.10.a.attention.query'
+        >>> shorten("vit.encoder.layer.10.attention.attention.query", 15)
+        '…10.a.a.query'
     """
-    if len(name) <= most:
-        return name
     separator = "/" if "/" in name else "."
     parts = name.split(separator)
     words = [i for i, part in enumerate(parts[:-1]) if not re.search(r"\d", part)]
-    for index in sorted(words, key=lambda i: -len(parts[i])):
-        parts[index] = "…"
-        short = separator.join(part for i, part in enumerate(parts) if part != "…" or parts[i - 1 : i] != ["…"])
+    short = name
+    for index in words:
         if len(short) <= most:
             return short
-    kept = [part for i, part in enumerate(parts) if part != "…" or parts[i - 1 : i] != ["…"]]
-    longest = max(range(len(kept)), key=lambda i: len(kept[i]))
-    room = most - len(separator.join(kept)) + len(kept[longest])
-    if room >= 6:
-        kept[longest] = kept[longest][: room - 4] + "…" + kept[longest][-3:]
-        return separator.join(kept)
+        parts[index] = parts[index][:1]
+        short = separator.join(parts)
+    while len(parts) > 2 and len(short) > most and not re.search(r"\d", parts[0]):
+        parts = parts[1:]
+        short = "…" + separator.join(parts)
+    if len(short) <= most:
+        return short
     end = (most - 1) // 2
-    return name[: most - 1 - end] + "…" + name[len(name) - end :]
+    return short[: most - 1 - end] + "…" + short[len(short) - end :]
 
 
 def _render(report: Mapping[str, Any], *, whole: bool) -> str:
@@ -203,8 +203,8 @@ def _panels(report: Mapping[str, Any]) -> list[dict[str, Any]]:
             groups.setdefault(_SPLIT.sub("", name), {})[name] = points
     order = sorted(groups, key=lambda name: ("loss" not in name.lower(), "acc" not in name.lower(), name))
     if report["seconds_per_step"]:
-        groups["seconds per step"] = {"seconds per step": report["seconds_per_step"]}
-        order = [*order, "seconds per step"]
+        groups[_PACE] = {_PACE: report["seconds_per_step"]}
+        order = [*order, _PACE]
     return [_panel(name, groups[name], report["num_steps"]) for name in order]
 
 
@@ -213,6 +213,8 @@ def _panel(title: str, curves: Mapping[str, Sequence[Any]], steps: int) -> dict[
     # A loss of the first steps, or a step that held an evaluation, would flatten all the rest.
     usual = sorted(values)[int(0.95 * (len(values) - 1))]
     ticks = _ticks(min(values), usual + min(max(values) - usual, 0.5 * abs(usual)))
+    if title == _PACE:
+        ticks = _ticks(0.0, ticks[-1])
     low, high = ticks[0], ticks[-1]
     cut = max(values) > high
     lines = []
@@ -296,7 +298,7 @@ def _for_script(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _curve_groups(report: Mapping[str, Any]) -> list[list[tuple[str, Sequence[Any]]]]:
-    known = {**report["curves"], "seconds per step": report["seconds_per_step"]}
+    known = {**report["curves"], _PACE: report["seconds_per_step"]}
     return [[(line["name"], known[line["name"]]) for line in panel["lines"]] for panel in _panels(report)]
 
 
