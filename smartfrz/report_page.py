@@ -152,7 +152,7 @@ def _tiles(report: Mapping[str, Any]) -> list[dict[str, str]]:
     own = len(stopped - users)
     saved = report["seconds_saved"]
     if saved is not None:
-        whole = seconds + saved
+        whole = seconds + max(saved, 0.0)  # without freezing, or as it was
         time = {
             "head": "Time saved, measured" if saved >= 0 else "Time lost, measured",
             "value": f"about {_seconds(abs(saved))} ({abs(saved) / whole:.0%})" if whole > 0 else _seconds(abs(saved)),

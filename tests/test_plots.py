@@ -1,3 +1,6 @@
+import itertools
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -49,9 +52,6 @@ def test_a_run_without_a_step_has_no_picture():
 
 
 def test_long_names_fit_the_legend_covers_nothing_and_the_backend_stays():
-    import subprocess
-    import sys
-
     names = [f"vit.encoder.layer.{i}.attention.attention.query.with.a.long.name" for i in range(74)]
     layers = [SimpleNamespace(name=name, forward_flops=100) for name in names]
     figure = plot_report(Report(layers, {names[0]: 10}, set(), [(10, "freeze", names[0])], num_steps=40))
@@ -62,7 +62,7 @@ def test_long_names_fit_the_legend_covers_nothing_and_the_backend_stays():
     labels = axes.get_yticklabels()
     assert max(len(label.get_text()) for label in labels) <= 32
     boxes = [label.get_window_extent() for label in labels]
-    assert all(not one.overlaps(other) for one, other in zip(boxes, boxes[1:], strict=False))
+    assert all(not one.overlaps(other) for one, other in itertools.pairwise(boxes))
     code = "import matplotlib; matplotlib.use('svg'); import smartfrz.plots; print(matplotlib.get_backend())"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert told.lower() == "svg\n"

@@ -2,6 +2,8 @@
 
 import csv
 import math
+import sys
+import types
 
 import pytest
 from numpy_adapter import ChangePredictor, ScriptedPredictor
@@ -55,6 +57,13 @@ def test_what_a_plain_loop_notes_is_in_the_report():
     freezer.close()
 
 
+@pytest.fixture
+def light_tensorboard(monkeypatch):
+    """TensorBoard without TensorFlow, which takes ten seconds to load: with this name in place it uses its own files."""
+    pytest.importorskip("tensorboard")
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
+
+
 def scalars_of(folder):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     board = accumulator.EventAccumulator(str(folder))
@@ -63,10 +72,11 @@ def scalars_of(folder):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_trainer_of_transformers_sends_confidences_and_the_picture_to_tensorboard_only(tmp_path, monkeypatch):
+def test_the_trainer_of_transformers_sends_confidences_and_the_picture_to_tensorboard_only(
+    tmp_path, monkeypatch, light_tensorboard
+):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    pytest.importorskip("tensorboard")
     pytest.importorskip("matplotlib")
     from smartfrz.adapters.torch.hf import SmartFRZCallback
 
@@ -96,9 +106,8 @@ def test_the_trainer_of_transformers_sends_confidences_and_the_picture_to_tensor
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_lightnings_loggers_get_confidences_in_the_row_of_the_step_and_the_picture(tmp_path):
+def test_lightnings_loggers_get_confidences_in_the_row_of_the_step_and_the_picture(tmp_path, light_tensorboard):
     lightning = pytest.importorskip("lightning.pytorch")
-    pytest.importorskip("tensorboard")
     pytest.importorskip("matplotlib")
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 

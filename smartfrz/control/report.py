@@ -469,7 +469,8 @@ class Report:
         return "\n".join(lines)
 
     def _describe(self, saving: Saving) -> str:
-        share = abs(saving.seconds) / (self.seconds + saving.seconds) if self.seconds + saving.seconds > 0 else 0.0
+        whole = self.seconds + max(saving.seconds, 0.0)  # without freezing, or as it was
+        share = abs(saving.seconds) / whole if whole else 0.0
         return (
             f"Time {'saved' if saving.seconds >= 0 else 'lost'}: about {abs(saving.seconds):.1f} s ({share:.0%}), as a step "
             f"took {1e3 * saving.before:.3g} ms before layers froze and {1e3 * saving.after:.3g} ms at the end; what "
