@@ -150,14 +150,14 @@ def _tiles(report: Mapping[str, Any]) -> list[dict[str, str]]:
     stopped = {layer for layer, spans in report["spans"].items() if spans and spans[-1][1] >= steps}
     users = {layer for layer in stopped if report["spans"][layer][-1][2] == "user"}
     own = len(stopped - users)
-    saved = report["seconds_saved"]
+    saved = report["measured_seconds"]["saved"]
     if saved is not None:
         whole = seconds + max(saved, 0.0)  # without freezing, or as it was
         time = {
             "head": "Time saved, measured" if saved >= 0 else "Time lost, measured",
             "value": f"about {_seconds(abs(saved))} ({abs(saved) / whole:.0%})" if whole > 0 else _seconds(abs(saved)),
-            "says": f"A step took {_seconds(report['seconds_per_step_before'])} before layers froze and "
-            f"{_seconds(report['seconds_per_step_after'])} at the end. What SmartFRZ itself took is deducted.",
+            "says": f"A step took {_seconds(report['measured_seconds']['step_before'])} before layers froze and "
+            f"{_seconds(report['measured_seconds']['step_after'])} at the end. What SmartFRZ itself took is deducted.",
         }
     else:
         why = (
@@ -202,8 +202,8 @@ def _panels(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         if any(value is not None for _, value in points):
             groups.setdefault(_SPLIT.sub("", name), {})[name] = points
     order = sorted(groups, key=lambda name: ("loss" not in name.lower(), "acc" not in name.lower(), name))
-    if report["seconds_per_step"]:
-        groups[_PACE] = {_PACE: report["seconds_per_step"]}
+    if report["measured_seconds"]["steps"]:
+        groups[_PACE] = {_PACE: report["measured_seconds"]["steps"]}
         order = [*order, _PACE]
     return [_panel(name, groups[name], report["num_steps"]) for name in order]
 
@@ -298,7 +298,7 @@ def _for_script(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _curve_groups(report: Mapping[str, Any]) -> list[list[tuple[str, Sequence[Any]]]]:
-    known = {**report["curves"], _PACE: report["seconds_per_step"]}
+    known = {**report["curves"], _PACE: report["measured_seconds"]["steps"]}
     return [[(line["name"], known[line["name"]]) for line in panel["lines"]] for panel in _panels(report)]
 
 

@@ -323,10 +323,12 @@ class Report:
             "stages": self._stages(),
             "num_steps": self.num_steps,
             "seconds": self.seconds,
-            "seconds_saved": None if saving is None else saving.seconds,
-            "seconds_per_step_before": None if saving is None else saving.before,
-            "seconds_per_step_after": None if saving is None else saving.after,
-            "seconds_per_step": [list(point) for point in _thin(_paces(self.intervals), _MAX_POINTS)],
+            "measured_seconds": {
+                "saved": None if saving is None else saving.seconds,
+                "step_before": None if saving is None else saving.before,
+                "step_after": None if saving is None else saving.after,
+                "steps": [list(point) for point in _thin(_paces(self.intervals), _MAX_POINTS)],
+            },
             "curves": {
                 name: [[step, _finite(value)] for step, value in _thin(points, _MAX_POINTS)]
                 for name, points in self.curves.items()
