@@ -16,7 +16,7 @@ SBOM_EXTRAS ?= cpu,zoo
 TRITON ?= tritonclient[grpc]
 # The tests run Keras on each of its backends.
 KERAS ?= keras==3.15.1 tensorflow-cpu==2.21.0 jax==0.10.2 tensorboard
-EXTRAS := build demo hf lightning hub signatures ray serve cpu
+EXTRAS := build demo plots hf lightning hub signatures ray serve cpu
 comma := ,
 space := $(subst ,, )
 RUN := $(VENV)/bin/python -m

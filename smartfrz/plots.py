@@ -1,20 +1,33 @@
-"""Pictures of reports, comparisons and labels. Needs matplotlib, which the extras `demo` and `build` bring."""
+"""Pictures of reports, comparisons and labels. Needs matplotlib, which the extra `plots` brings.
+
+Nothing here touches pyplot or the backend that the user chose.
+"""
 
 from collections.abc import Mapping, Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from smartfrz.comparing.engine import Result
 from smartfrz.control.report import Report
+from smartfrz.errors import MissingDependencyError
+from smartfrz.report_page import shorten
 
-matplotlib.use("Agg")
+try:
+    import matplotlib
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+except ImportError as error:
+    raise MissingDependencyError(
+        'smartfrz.plots needs matplotlib, which is not installed. Type: pip install "smartfrz[plots]"'
+    ) from error
+
 ACTIVE, FROZEN, FULL = "#f2b134", "#2f6690", "#7d8597"
+_MOST_NAMES, _NAME_LENGTH = 60, 32
 
 
 def plot_report(report: Report) -> Figure:
@@ -31,9 +44,10 @@ def plot_report(report: Report) -> Figure:
     """
     if not report.num_steps or not report.layers:
         raise ValueError("The report is of a run without a step; expected one with at least one. Train first.")
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    height = max(3.0, 1.4 + 0.16 * min(len(report.layers), _MOST_NAMES))
+    figure = Figure(figsize=(9, height), layout="constrained")
     axes = figure.subplots()
-    _draw_layers(axes, [layer.name for layer in report.layers], report.frozen_spans(), report.num_steps)
+    _draw_layers(axes, [layer.name for layer in report.layers], report.frozen_spans(), report.num_steps, _MOST_NAMES)
     what = "would have frozen" if report.dry_run else "froze"
     ever = {layer for _, action, layer in report.changes if action != "thaw"}
     axes.set_title(
@@ -46,20 +60,24 @@ def plot_report(report: Report) -> Figure:
     return figure
 
 
-def _draw_layers(axes: Any, layers: Sequence[str], spans: Mapping[str, Sequence[tuple[int, int]]], steps: int) -> None:
+def _draw_layers(
+    axes: Any, layers: Sequence[str], spans: Mapping[str, Sequence[tuple[int, int]]], steps: int, names: int
+) -> None:
     """Draw one bar for each layer, input at the top, with the spans in which it was frozen."""
     for row, layer in enumerate(layers):
         axes.broken_barh([(0, steps)], (row, 0.9), facecolor=ACTIVE)
         axes.broken_barh([(start, end - start) for start, end in spans.get(layer, ())], (row, 0.9), facecolor=FROZEN)
-    every = max(1, len(layers) // 12)
-    axes.set_yticks([row + 0.45 for row in range(0, len(layers), every)], layers[::every], fontsize=7)
+    every = ceil(len(layers) / names)
+    shown = [shorten(layer, _NAME_LENGTH) for layer in layers[::every]]
+    axes.set_yticks([row + 0.45 for row in range(0, len(layers), every)], shown, fontsize=7)
     axes.set_ylim(len(layers), 0)
     axes.set_xlim(0, steps)
     axes.set_ylabel("layers, input at the top")
-    axes.legend(
+    axes.figure.legend(
         handles=[Patch(color=ACTIVE, label="trained"), Patch(color=FROZEN, label="frozen")],
-        loc="upper right",
-        framealpha=1.0,
+        loc="outside lower center",  # where it covers nothing
+        ncols=2,
+        frameon=False,
     )
 
 
@@ -74,7 +92,7 @@ def plot_results(results: Sequence[Result], path: Path) -> None:
     figure = Figure(figsize=(9, 7.5), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     spans = {layer: [(at, freezing.steps)] for layer, at in freezing.frozen.items()}
-    _draw_layers(top, freezing.layers, spans, freezing.steps)
+    _draw_layers(top, freezing.layers, spans, freezing.steps, names=20)
     saved = 1 - freezing.train_seconds / full.train_seconds
     top.set_title(
         f"SmartFRZ froze {len(freezing.frozen)} of {len(freezing.layers)} layers: {abs(saved):.0%} "
@@ -115,17 +133,19 @@ def plot_labels(
     top.set_ylim(None, 1.01)
     top.set_title(f"{name}: dark curves are layers near the input", loc="left", fontsize=11)
     top.grid(alpha=0.3)
-    palette = matplotlib.colors.ListedColormap(["#d0d0d0", ACTIVE, FROZEN])
+    palette = ListedColormap(["#d0d0d0", ACTIVE, FROZEN])
     bottom.imshow(labels, aspect="auto", interpolation="nearest", cmap=palette, vmin=-1, vmax=1)
     every = max(1, len(layers) // 20)
-    bottom.set_yticks(range(0, len(layers), every), layers[::every], fontsize=7)
+    shown = [shorten(layer, _NAME_LENGTH) for layer in layers[::every]]
+    bottom.set_yticks(range(0, len(layers), every), shown, fontsize=7)
     bottom.set_xlabel("timestamps (records)")
     bottom.set_ylabel("layers, input at the top")
     share = (labels == 1).sum() / max(1, (labels >= 0).sum())
     bottom.set_title(f"labels: {share:.0%} ready to freeze", loc="left", fontsize=11)
-    bottom.legend(
+    figure.legend(
         handles=[Patch(color=ACTIVE, label="keep training"), Patch(color=FROZEN, label="freeze")],
-        loc="lower left",
-        framealpha=1.0,
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
     )
     figure.savefig(path, dpi=130, format="png")

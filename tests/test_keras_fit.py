@@ -357,3 +357,14 @@ def test_a_second_branch_behind_a_norm_that_comes_first_loses_nothing():
     assert sorted(name for layer in layers for name in layer.parameters) == sorted(
         f"{name}:{i}" for name in ("first", "dense", "beside", "head") for i in (0, 1)
     )
+
+
+def test_log_is_called_at_each_record_and_the_report_has_the_logs_of_epochs():
+    seen = []
+    callback = freezer([()], log=lambda values, step: seen.append((step, values)))
+    fit(make_model(), [callback])
+    every = callback.schedule.record_every
+    assert [step for step, _ in seen] == list(range(every, callback.num_steps + 1, every))
+    assert any(key.startswith("smartfrz/confidence/") for _, values in seen for key in values)
+    assert all(type(value) is float for _, values in seen for value in values.values())
+    assert [step for step, _ in callback.report().curves["loss"]] == [callback.num_steps // 2, callback.num_steps]

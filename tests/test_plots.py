@@ -1,3 +1,6 @@
+import itertools
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -46,3 +49,20 @@ def test_of_a_dry_run_it_says_so():
 def test_a_run_without_a_step_has_no_picture():
     with pytest.raises(ValueError, match="a run without a step; expected one with at least one"):
         plot_report(Report())
+
+
+def test_long_names_fit_the_legend_covers_nothing_and_the_backend_stays():
+    names = [f"vit.encoder.layer.{i}.attention.attention.query.with.a.long.name" for i in range(74)]
+    layers = [SimpleNamespace(name=name, forward_flops=100) for name in names]
+    figure = plot_report(Report(layers, {names[0]: 10}, set(), [(10, "freeze", names[0])], num_steps=40))
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    (legend,) = figure.legends
+    assert not legend.get_window_extent().overlaps(axes.get_tightbbox())
+    labels = axes.get_yticklabels()
+    assert max(len(label.get_text()) for label in labels) <= 32
+    boxes = [label.get_window_extent() for label in labels]
+    assert all(not one.overlaps(other) for one, other in itertools.pairwise(boxes))
+    code = "import matplotlib; matplotlib.use('svg'); import smartfrz.plots; print(matplotlib.get_backend())"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told.lower() == "svg\n"

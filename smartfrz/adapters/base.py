@@ -1,18 +1,21 @@
 """`Freezer`: what SmartFRZ is in every framework. Loads none of them."""
 
 import logging
+import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from smartfrz import zoo
 from smartfrz.control.controller import FreezeController, require_version
+from smartfrz.control.curves import Curves, chosen_from
 from smartfrz.control.decision import FreezeDecision
 from smartfrz.control.learned import AsksPredictor, policy_of
 from smartfrz.control.options import FreezeOptions, Schedule
+from smartfrz.control.pace import Pace
 from smartfrz.control.policy import Policy
 from smartfrz.control.protocols import Adapter
 from smartfrz.control.report import Report, ReportedLayer
@@ -53,6 +56,8 @@ class StoredLayer(ReportedLayer, Protocol):
 
 
 A = TypeVar("A", bound=StatefulAdapter)
+# Receives a flat dict of numbers, and the optimizer steps so far.
+Log = Callable[[dict[str, float], int], object]
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,8 @@ class Freezer(ABC, Generic[A]):
             `smartfrz.baselines`.
         device: Where ONNX Runtime runs: `"cpu"`, `"cuda"`, or `"auto"`.
         options: What the user chose.
+        log: Called at every record with a flat dict of floats and the number of optimizer steps, on the first process
+            only: `wandb.log`, `mlflow.log_metrics`, or a function of your own. `docs/report.md` names the numbers.
 
     Attributes:
         predictor: The loaded predictor or policy.
@@ -109,6 +116,7 @@ class Freezer(ABC, Generic[A]):
     Raises:
         PredictorFileError: If the predictor cannot be used.
         UnknownPredictorError: If the zoo has no predictor of that name.
+        TypeError: If `log` cannot be called.
     """
 
     def __init__(
@@ -116,7 +124,13 @@ class Freezer(ABC, Generic[A]):
         predictor: str | os.PathLike[str] | AsksPredictor | Policy,
         device: Device,
         options: FreezeOptions,
+        log: Log | None = None,
     ):
+        if log is not None and not callable(log):
+            raise TypeError(
+                f"`log` is {log!r:.60}; expected a function of a dict of floats and the step, such as wandb.log."
+            )
+        self._log = log
         self.predictor = zoo.load(predictor, device=device)
         self.options = options
         self._policy = policy_of(self.predictor)
@@ -127,6 +141,9 @@ class Freezer(ABC, Generic[A]):
         self._run: Run[A] | None = None
         self._clock = Stopwatch()
         self._said_too_long = False
+        self._pace = Pace()
+        self._curves = Curves()
+        self._latest_stage: list[FreezeDecision] = []
 
     # What a framework adds.
 
@@ -166,12 +183,22 @@ class Freezer(ABC, Generic[A]):
             == controller.steps_to_stage
         ):
             run.adapter.snapshot_statistics()
+        if controller.num_steps % controller.record_every == 0:
+            self._pace.note(controller.num_steps, 0 if controller.dry_run else len(controller.frozen))
+            self._latest_stage = decisions
+            if self._log is not None and self._is_first:
+                self._log(self.scalars() | self.confidences(), controller.num_steps)
         return decisions
+
+    @property
+    def _is_first(self) -> bool:
+        """True in the process that speaks for all, where several train together."""
+        return True
 
     @property
     def _speaks(self) -> bool:
         """True if this process says what happens."""
-        return self.options.verbose
+        return self.options.verbose and self._is_first
 
     def say_report(self) -> None:
         """Write the report where the lines of `verbose` go; nothing if `verbose` is False."""
@@ -233,12 +260,65 @@ class Freezer(ABC, Generic[A]):
         """Every decision so far, oldest first."""
         return list(self._run.controller.events) if self._run else []
 
+    def note(self, **values: float) -> None:
+        """Tell the report a loss, an accuracy or another number of the present step: `freezer.note(loss=loss.item())`.
+
+        The page of the report draws a curve for each name, and curves whose names differ by `train_`, `val_`, `eval_` or
+        `test_` only into one picture. The callbacks of training frameworks do this with what the framework logs.
+
+        Args:
+            **values: Numbers by name. A tensor on a GPU is waited for, so note it every so many steps only.
+
+        Raises:
+            TypeError: If a value is no number.
+        """
+        self._curves.note(self.num_steps, values)
+
+    def note_logs(self, logs: Mapping[str, Any], *, only_new: bool = False) -> None:
+        """Note the losses and metrics among the logs of a training framework; see `note`.
+
+        Args:
+            logs: What the framework logs. Texts, times, learning rates and the like are left out.
+            only_new: Leave out what has not changed since it was noted.
+        """
+        self._curves.note(self.num_steps, chosen_from(logs), only_new=only_new)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps so far."""
+        return self._run.controller.num_steps if self._run else 0
+
+    @property
+    def just_recorded(self) -> bool:
+        """Whether the latest step was one at which layers were recorded."""
+        controller = self._run.controller if self._run else None
+        return controller is not None and controller.num_steps % controller.record_every == 0
+
+    def scalars(self) -> dict[str, float]:
+        """Return how many layers are frozen, the share of backward saved, and the pace, for the logs of a framework."""
+        values = self._report(whole=False).scalars()
+        if self._pace.intervals:
+            values["smartfrz/seconds_per_step"] = self._pace.intervals[-1].seconds
+        return values
+
+    def confidences(self) -> dict[str, float]:
+        """Return each layer's confidence at the latest record, if it was a freezing stage, for the logs of a framework."""
+        return {
+            f"smartfrz/confidence/{decision.layer}": decision.confidence
+            for decision in (self._latest_stage if self.just_recorded else ())
+            if not math.isnan(decision.confidence)
+        }
+
     def report(self) -> Report:
         """Report what froze when, what that saved, and what deciding cost."""
+        return self._report(whole=True)
+
+    def _report(self, *, whole: bool) -> Report:
         facts = self._report_facts()
         if self._run is None:
             return Report(**facts)
-        return Report.of(self._run.controller, self._run.layers, self.layers, self._clock.seconds, **facts)
+        facts |= {"intervals": list(self._pace.intervals), "curves": self._curves.copy()} if whole else {}
+        return Report.of(self._run.controller, self._run.layers, self.layers, self._clock.seconds, whole=whole, **facts)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs to continue as an uninterrupted one: plain data and arrays."""

@@ -64,6 +64,7 @@ class FreezeController:
         num_records: Records taken so far.
         frozen: Layer name to the step at which it froze (in a dry run: would have).
         events: Every decision so far, oldest first.
+        acts: Those of them that changed something (in a dry run: would have).
         unpaid_steps: Steps of the stages at which layers were ready, but freezing them did not pay.
         decision_seconds: Time spent recording, deciding and freezing.
         costs: What each layer costs; empty if unknown.
@@ -109,6 +110,7 @@ class FreezeController:
         self.num_records = 0
         self.frozen: dict[str, int] = {}
         self.events: list[FreezeDecision] = []
+        self.acts: list[FreezeDecision] = []
         self.unpaid_steps: set[int] = set()
         self.decision_seconds = 0.0
         self._budget = AskingBudget()
@@ -304,7 +306,9 @@ class FreezeController:
         decisions = [FreezeDecision(**decision) for decision in shared["decisions"]]
         self._streaks = dict(shared["streaks"])
         self.events += decisions
-        self._freeze([d for d in decisions if d.action != "keep"])
+        chosen = [d for d in decisions if d.action != "keep"]
+        self.acts += chosen
+        self._freeze(chosen)
         return decisions
 
     def _freeze(self, chosen: list[FreezeDecision]) -> None:
@@ -431,6 +435,7 @@ class FreezeController:
             del self.frozen[layer]
             logger.info("thaw %s at step %d (%s)", layer, self.num_steps, reason)
         self.events += decisions
+        self.acts += decisions
         self.set_lr_scales()
         return decisions
 
@@ -560,6 +565,7 @@ class FreezeController:
         self.decision_seconds = state["decision_seconds"]
         fields = [field.name for field in dataclasses.fields(FreezeDecision)]
         self.events = [FreezeDecision(**{name: event[name] for name in fields}) for event in state["events"]]
+        self.acts = [event for event in self.events if event.action != "keep"]
         self.unpaid_steps = set(state["unpaid_steps"])
         if same_pace:
             self._policy.load_state_dict(state["history"])

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 
 from smartfrz import zoo
-from smartfrz.adapters.base import Freezer, Run, require_state
+from smartfrz.adapters.base import Freezer, Log, Run, require_state
 from smartfrz.adapters.keras.compiling import CompileClock
 from smartfrz.adapters.keras.continuing import End, note_trained, warn_of_new_run
 from smartfrz.adapters.keras.freezing import KerasAdapter, thaw_leftovers
@@ -47,9 +47,9 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
             frozen that saves less in the rest of the run. By default it is measured at the first
             step. 0: freeze whatever has converged.
 
-    `device` is that of `Freezer`. The other arguments are the fields of `smartfrz.control.options.FreezeOptions`.
-    `total_steps` is by default what `fit` announces, steps times epochs. If `fit` does not know the number of
-    steps, as with generators, pass `total_steps` or `record_every`.
+    `device` and `log` are those of `Freezer`. The other arguments are the fields of
+    `smartfrz.control.options.FreezeOptions`. `total_steps` is by default what `fit` announces, steps times epochs. If
+    `fit` does not know the number of steps, as with generators, pass `total_steps` or `record_every`.
 
     Raises:
         ValueError: If an argument is out of range; and the errors of `Freezer`.
@@ -77,6 +77,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         thaw_on_restart: bool = False,
         verbose: bool = True,
         recompile_steps: float | None = None,
+        log: Log | None = None,
     ):
         options = FreezeOptions(
             total_steps=total_steps,
@@ -97,7 +98,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
             raise ValueError(
                 f"`recompile_steps` is {recompile_steps!r}; expected 0 or more steps, or None to measure it."
             )
-        self._begin(predictor, device, options, recompile_steps)
+        self._begin(predictor, device, options, recompile_steps, log)
         # Complain now, not when training begins. The length of the run may show only then.
         replace(options, total_steps=total_steps or 1).schedule(self._policy)
 
@@ -107,10 +108,11 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         device: Device,
         options: FreezeOptions,
         recompile_steps: float | None,
+        log: Log | None = None,
     ) -> None:
         """Set the attributes of a callback that has seen no training."""
         keras.callbacks.Callback.__init__(self)
-        Freezer.__init__(self, predictor, device, options)
+        Freezer.__init__(self, predictor, device, options, log)
         self._recompile_steps = recompile_steps
         self._pending: dict[str, Any] | None = None
         self._end: End | None = None
@@ -129,12 +131,13 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
             "predictor": self.predictor,
             "options": self.options,
             "recompile_steps": self._recompile_steps,
+            "log": self._log,
             "pending": self._pending,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make the callback that `__getstate__` described."""
-        self._begin(state["predictor"], "auto", state["options"], state["recompile_steps"])
+        self._begin(state["predictor"], "auto", state["options"], state["recompile_steps"], state["log"])
         self._pending = state["pending"]
 
     def _reset(self) -> None:
@@ -301,7 +304,8 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Add the scalars to the logs of the epoch, which every callback and the history see."""
         if self._training and logs is not None:
-            logs.update(self.report().scalars())
+            self.note_logs(logs)
+            logs.update(self.scalars())
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Leave the model as it was found: the next run would take frozen layers for layers that the user froze."""

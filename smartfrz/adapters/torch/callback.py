@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from smartfrz import zoo
+from smartfrz.adapters.base import Log
 from smartfrz.adapters.torch.cache.options import PrefixCache
 from smartfrz.adapters.torch.distributed import RANK_TIMEOUT
 from smartfrz.adapters.torch.freezer import SmartFRZ
@@ -60,6 +61,7 @@ class FreezingCallback:
         verbose: bool = True,
         rank_timeout: float = RANK_TIMEOUT,
         cache: PrefixCache | None = None,
+        log: Log | None = None,
         allow_missing_state: bool = False,
     ):
         # Spelled out, as LightningCLI and editors read the signature.
@@ -78,6 +80,7 @@ class FreezingCallback:
             "verbose": verbose,
             "rank_timeout": rank_timeout,
             "cache": cache,
+            "log": log,
         }
         defaults = inspect.signature(SmartFRZ).parameters
         policy_of(zoo.load(predictor))  # complain now, not after the model and the data have been loaded
@@ -116,7 +119,7 @@ class FreezingCallback:
 
     def _logs(self) -> dict[str, float]:
         """Return what joins the logs of the framework."""
-        return self.report().scalars()
+        return self.freezer.scalars() if self.freezer else self.report().scalars()
 
     def _begin(
         self,

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from smartfrz import zoo
-from smartfrz.adapters.base import Freezer, Run
+from smartfrz.adapters.base import Freezer, Log, Run
 from smartfrz.adapters.torch.cache.options import PrefixCache
 from smartfrz.adapters.torch.cache.prefix import CachedPrefix
 from smartfrz.adapters.torch.compiling import CompileWatch, EagerHold
@@ -56,8 +56,8 @@ class SmartFRZ(Freezer[TorchAdapter]):
         auto_step: Whether the optimizer calls `step` itself, after each of its steps; a training loop then needs no
             other line. With several optimizers, a step counts when each of them has taken one.
 
-    `device` is that of `Freezer`. The other arguments are the fields of `smartfrz.control.options.FreezeOptions`. Pass
-    `total_steps` or `record_every`.
+    `device` and `log` are those of `Freezer`. The other arguments are the fields of
+    `smartfrz.control.options.FreezeOptions`. Pass `total_steps` or `record_every`.
 
     Raises:
         ValueError: If an argument is out of range; and the errors of `Freezer`.
@@ -91,6 +91,7 @@ class SmartFRZ(Freezer[TorchAdapter]):
         verbose: bool = True,
         rank_timeout: float = RANK_TIMEOUT,
         cache: PrefixCache | None = None,
+        log: Log | None = None,
         auto_step: bool = False,
     ):
         options = FreezeOptions(
@@ -116,7 +117,7 @@ class SmartFRZ(Freezer[TorchAdapter]):
         if cache is not None and not isinstance(cache, PrefixCache):
             raise TypeError(f"`cache` is {cache!r}; expected a PrefixCache, or None. Pass cache=PrefixCache().")
         self._optimizers = list_optimizers(optimizer)
-        super().__init__(predictor, device, options)
+        super().__init__(predictor, device, options, log)
         options.schedule(self._policy)  # complain now, not after the first batch
         _refuse_keras(model)
         self._given = weakref.ref(model)
@@ -243,9 +244,8 @@ class SmartFRZ(Freezer[TorchAdapter]):
         return decisions
 
     @property
-    def _speaks(self) -> bool:
-        first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-        return super()._speaks and first
+    def _is_first(self) -> bool:
+        return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
     def _learning_rates(self) -> list[float]:
         return [float(group["lr"]) for optimizer in self._optimizers for group in optimizer.param_groups]

@@ -13,6 +13,7 @@ from torch import nn
 from smartfrz.adapters.state_file import from_json, read_state, to_json, write_state
 from smartfrz.adapters.torch.callback import FreezingCallback
 from smartfrz.adapters.torch.freezing import take_back
+from smartfrz.adapters.torch.pictures import send_picture
 from smartfrz.adapters.torch.saved import to_arrays, to_tensors
 from smartfrz.errors import StateError
 
@@ -37,7 +38,8 @@ class SmartFRZCallback(FreezingCallback, TrainerCallback, ExportableState):
 
     The Trainer's checkpoints carry its state, in the file `smartfrz_state.npz`, and
     `train(resume_from_checkpoint=...)` restores it. `smartfrz/frozen_layers` and
-    `smartfrz/backward_saved` (a share, 0 to 1) join the Trainer's logs. When training ends,
+    `smartfrz/backward_saved` (a share, 0 to 1) join the Trainer's logs. The confidences of single layers, and at the end
+    a picture of the run, go to TensorBoard, W&B and MLflow only (`report_to`). When training ends,
     `requires_grad` is again what it was before.
 
     `smartfrz.adapters.torch.callback.FreezingCallback` documents the arguments and attributes.
@@ -49,6 +51,8 @@ class SmartFRZCallback(FreezingCallback, TrainerCallback, ExportableState):
         >>> print(callback.report())
         SmartFRZ: no step yet.
     """
+
+    _handler: CallbackHandler | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Thaw what an interrupted run left frozen: the optimizer only takes parameters that require a gradient."""
@@ -114,11 +118,12 @@ class SmartFRZCallback(FreezingCallback, TrainerCallback, ExportableState):
         handler = frame.f_back.f_locals.get("self") if frame is not None and frame.f_back is not None else None
         if not isinstance(handler, CallbackHandler):  # called by hand
             return
+        self._handler = handler
         callbacks = handler.callbacks
         for index, callback in enumerate(callbacks):
             if callback is self:
                 return
-            if type(callback).__module__.startswith("transformers.integrations"):
+            if _reports(callback):
                 # One step on, the loop over this list meets the callback after us, as it would have anyway.
                 callbacks.remove(self)
                 callbacks.insert(index, self)
@@ -126,12 +131,23 @@ class SmartFRZCallback(FreezingCallback, TrainerCallback, ExportableState):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Act after each optimizer step, not after each accumulated batch."""
-        if self.freezer is not None:
-            self.freezer.step()
+        if self.freezer is None:
+            return
+        self.freezer.step()
+        # Only to TensorBoard, W&B and the like: hundreds of numbers would flood the console and the history.
+        confidences = self.freezer.confidences()
+        for reporter in self._reporters() if confidences else ():
+            reporter.on_log(args, state, control, logs=dict(confidences), **kwargs)
+
+    def _reporters(self) -> list[TrainerCallback]:
+        callbacks = [] if self._handler is None else self._handler.callbacks
+        return [each for each in callbacks if _reports(each)]
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the scalars to the training logs: to their history, and for the callbacks after this one."""
         logs: dict[str, Any] = kwargs.get("logs") or {}
+        if self._training and self.freezer is not None and "train_runtime" not in logs:  # else the end's averages
+            self.freezer.note_logs(logs)
         if self._training and "loss" in logs:
             logs.update(self._logs())
             state.log_history[-1].update(self._logs())  # a copy of the logs, made before callbacks see them
@@ -139,12 +155,17 @@ class SmartFRZCallback(FreezingCallback, TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave the model as it was found."""
+        """Leave the model as it was found, and send the picture of the run to TensorBoard, W&B and MLflow."""
         self._finish()
+        reporters = self._reporters() if state.is_world_process_zero else []
+        for writer in filter(None, map(_writer_of, reporters)):
+            send_picture(self.report(), writer)
 
     def state(self) -> dict[str, Any]:
         """Return what the Trainer keeps in `trainer_state.json`, and write the rest beside it."""
-        args: dict[str, Any] = {k: v.item() if isinstance(v, np.generic) else v for k, v in self._options.items()}
+        args: dict[str, Any] = {
+            k: v.item() if isinstance(v, np.generic) else v for k, v in self._options.items() if k != "log"
+        }
         if isinstance(self._predictor, (str, os.PathLike)):
             args["predictor"] = os.fspath(self._predictor)
         args["allow_missing_state"] = self._allow_missing_state
@@ -162,6 +183,18 @@ class SmartFRZCallback(FreezingCallback, TrainerCallback, ExportableState):
         identity = uuid.uuid4().hex
         write_state(state | {"id": identity}, folder / STATE_FILE)
         return {"step": step, "id": identity}
+
+
+def _reports(callback: TrainerCallback) -> bool:
+    return type(callback).__module__.startswith("transformers.integrations")
+
+
+def _writer_of(reporter: TrainerCallback) -> Any:
+    """Return what TensorBoard's, W&B's or MLflow's callback writes with; None for other callbacks."""
+    for name in ("tb_writer", "_wandb", "_ml_flow"):
+        if getattr(reporter, name, None) is not None:
+            return getattr(reporter, name)
+    return None
 
 
 def _folders_of_resumed_training(frame: FrameType | None) -> list[str]:

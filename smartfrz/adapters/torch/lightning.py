@@ -8,6 +8,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from smartfrz.adapters.torch.callback import FreezingCallback
 from smartfrz.adapters.torch.freezing import take_back
+from smartfrz.adapters.torch.pictures import send_picture
 from smartfrz.errors import UsageError
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ class SmartFRZCallback(FreezingCallback, Callback):
     """Freezes layers while a `Trainer` fits, when the predictor says that they have converged.
 
     Checkpoints carry its state, and `fit(ckpt_path=...)` restores it. `smartfrz/frozen_layers` and
-    `smartfrz/backward_saved` (a share, 0 to 1) are logged. When fitting ends, `requires_grad` is
+    `smartfrz/backward_saved` (a share, 0 to 1) are logged. The confidences of single layers go to the loggers too, and at
+    the end a picture of the run to TensorBoard, W&B and MLflow. When fitting ends, `requires_grad` is
     again what it was before.
 
     `smartfrz.adapters.torch.callback.FreezingCallback` documents the arguments and attributes.
@@ -102,10 +104,30 @@ class SmartFRZCallback(FreezingCallback, Callback):
         self.freezer.step()
         if not trainer.barebones:
             pl_module.log_dict(self._logs(), batch_size=1)
+        if self.freezer.just_recorded:
+            self._note(trainer)
+            confidences = self.freezer.confidences()
+            for logger in trainer.loggers if confidences else ():
+                # Lightning counts the step of a batch from 0.
+                logger.log_metrics(confidences, self.freezer.num_steps - 1)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the metrics for the report."""
+        self._note(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the metrics for the report."""
+        self._note(trainer)
+
+    def _note(self, trainer: Trainer) -> None:
+        if self._training and self.freezer is not None and not trainer.sanity_checking:
+            self.freezer.note_logs(trainer.callback_metrics, only_new=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the model as it was found."""
+        """Leave the model as it was found, and send the picture of the run to TensorBoard, W&B and MLflow."""
         self._finish()
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            send_picture(self.report(), logger)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the model as it was found, unless other processes would have to take part."""
