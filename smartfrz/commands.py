@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from smartfrz.errors import SmartFRZError
+from smartfrz.errors import SmartFRZError, not_installed
 
 
 class Group(click.Group):
@@ -13,7 +13,7 @@ class Group(click.Group):
 
     Args:
         *arguments: Arguments of `click.Group`.
-        extra: What to install if one of `packages` is missing, for example `"smartfrz[build,cpu]"`.
+        extra: The extra of this package to install if one of `packages` is missing, for example `"build"`.
         packages: Modules that `extra` installs.
         **options: Options of `click.Group`.
     """
@@ -30,9 +30,7 @@ class Group(click.Group):
             package = str(error.name).partition(".")[0]
             if package not in self._packages:
                 raise  # missing in the user's own code
-            raise click.ClickException(
-                f'{ctx.command_path} needs {package}, which is not installed. Type: pip install "{self._extra}"'
-            ) from error
+            raise click.ClickException(str(not_installed(ctx.command_path, package, self._extra))) from error
         except SmartFRZError as error:
             raise click.ClickException(str(error)) from error
         except OSError as error:

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from smartfrz.errors import MissingDependencyError
+from smartfrz.errors import MissingDependencyError, not_installed
 
 _BAR = 68  # columns of a progress bar; a line that is longer than the terminal would not be overwritten
 MINUTE = 60.0  # between two lines of progress where there is no terminal
@@ -128,9 +128,7 @@ def compare(
     try:
         import torch  # noqa: F401
     except ImportError as error:
-        raise click.ClickException(
-            'The comparison needs torch, which is not installed. Type: pip install "smartfrz[torch,cpu]"'
-        ) from error
+        raise not_installed("The comparison", "torch", "torch") from error
     from smartfrz.comparing import command
     from smartfrz.comparing.variants import methods_of
     from smartfrz.comparing.verdict import text_table

@@ -21,7 +21,7 @@ from smartfrz.dataset_builder.options import (
     rule_options,
     training_options,
 )
-from smartfrz.errors import RecipeError
+from smartfrz.errors import RecipeError, install_command
 from smartfrz.files import replacing
 
 # Imports that take time, or that need the extra, are made by the commands: `--help` does without them.
@@ -29,7 +29,7 @@ _PACKAGES = ("torch", "onnx", "onnxscript", "pyarrow", "safetensors", "sklearn",
 PATH = click.Path(path_type=Path)
 
 
-@click.group(cls=Group, extra="smartfrz[build,cpu]", packages=_PACKAGES)
+@click.group(cls=Group, extra="build", packages=_PACKAGES)
 @click.version_option(package_name="smartfrz")
 def main() -> None:
     """Build a freeze predictor from recorded training runs."""
@@ -207,7 +207,7 @@ def _record_all(recipes: Sequence[Any], output: str, options: RecordingOptions) 
                 places[news.name] = news.place
                 click.echo(news.place)
     if missing and options.engine == "ray":
-        failures.append('Type on each machine of the cluster: pip install "smartfrz[build,ray,cpu]"')
+        failures.append(f"Type on each machine of the cluster: {install_command('build', 'ray')}")
     elif missing and not places:
         raise missing  # the group says what to install
     if failures:

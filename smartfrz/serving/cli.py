@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from smartfrz import zoo
+from smartfrz.errors import not_installed
 from smartfrz.predictor.runtime import Predictor
 from smartfrz.serving.options import ServeOptions
 
@@ -121,7 +122,7 @@ def serve(names: tuple[str, ...], **options: Any) -> None:
     as AS. There is no encryption and no authentication: use a proxy where others can reach the server.
     """
     if importlib.util.find_spec("kserve") is None:
-        raise click.ClickException('Serving needs kserve. Type: pip install "smartfrz[serve,cpu]"')
+        raise not_installed("Serving", "kserve", "serve")
     chosen = ServeOptions(**options)
     predictors = _load_predictors(names, chosen)
     with _hide_arguments():
