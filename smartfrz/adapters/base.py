@@ -19,7 +19,7 @@ from smartfrz.control.report import Report, ReportedLayer
 from smartfrz.control.saying import describe_stage, say
 from smartfrz.control.state import Check, check_run, sealed
 from smartfrz.errors import StateError
-from smartfrz.predictor.runtime import Device
+from smartfrz.predictor.runtime import Device, Providers
 
 logger = logging.getLogger("smartfrz")
 
@@ -100,6 +100,8 @@ class Freezer(ABC, Generic[A]):
             server (`http://host:port/NAME`), a loaded `Predictor`, or another policy, such as the policies in
             `smartfrz.baselines`.
         device: Where ONNX Runtime runs: `"cpu"`, `"cuda"`, or `"auto"`.
+        providers: Execution providers of ONNX Runtime, in the place of `device`: names such as
+            `"OpenVINOExecutionProvider"`, or pairs of a name and its options.
         options: What the user chose.
 
     Attributes:
@@ -115,9 +117,10 @@ class Freezer(ABC, Generic[A]):
         self,
         predictor: str | os.PathLike[str] | AsksPredictor | Policy,
         device: Device,
+        providers: Providers | None,
         options: FreezeOptions,
     ):
-        self.predictor = zoo.load(predictor, device=device)
+        self.predictor = zoo.load(predictor, device=device, providers=providers)
         self.options = options
         self._policy = policy_of(self.predictor)
         self._reset()

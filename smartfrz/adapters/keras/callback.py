@@ -27,7 +27,7 @@ from smartfrz.control.ordering import FreezeOrder, LayerCost
 from smartfrz.control.policy import Policy
 from smartfrz.control.state import check_unchanged
 from smartfrz.errors import StateError, UnsupportedModelError, UsageError
-from smartfrz.predictor.runtime import Device
+from smartfrz.predictor.runtime import Device, Providers
 
 
 class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore[misc]
@@ -47,7 +47,8 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
             frozen that saves less in the rest of the run. By default it is measured at the first
             step. 0: freeze whatever has converged.
 
-    `device` is that of `Freezer`. The other arguments are the fields of `smartfrz.control.options.FreezeOptions`.
+    `device` and `providers` are those of `Freezer`. The other arguments are the fields of
+    `smartfrz.control.options.FreezeOptions`.
     `total_steps` is by default what `fit` announces, steps times epochs. If `fit` does not know the number of
     steps, as with generators, pass `total_steps` or `record_every`.
 
@@ -72,6 +73,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         dry_run: bool = False,
         seed: int = 0,
         device: Device = "auto",
+        providers: Providers | None = None,
         norm_batches: int = 24,
         freeze_order: FreezeOrder | None = None,
         thaw_on_restart: bool = False,
@@ -97,7 +99,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
             raise ValueError(
                 f"`recompile_steps` is {recompile_steps!r}; expected 0 or more steps, or None to measure it."
             )
-        self._begin(predictor, device, options, recompile_steps)
+        self._begin(predictor, device, providers, options, recompile_steps)
         # Complain now, not when training begins. The length of the run may show only then.
         replace(options, total_steps=total_steps or 1).schedule(self._policy)
 
@@ -105,12 +107,13 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         self,
         predictor: str | os.PathLike[str] | AsksPredictor | Policy,
         device: Device,
+        providers: Providers | None,
         options: FreezeOptions,
         recompile_steps: float | None,
     ) -> None:
         """Set the attributes of a callback that has seen no training."""
         keras.callbacks.Callback.__init__(self)
-        Freezer.__init__(self, predictor, device, options)
+        Freezer.__init__(self, predictor, device, providers, options)
         self._recompile_steps = recompile_steps
         self._pending: dict[str, Any] | None = None
         self._end: End | None = None
@@ -134,7 +137,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make the callback that `__getstate__` described."""
-        self._begin(state["predictor"], "auto", state["options"], state["recompile_steps"])
+        self._begin(state["predictor"], "auto", None, state["options"], state["recompile_steps"])
         self._pending = state["pending"]
 
     def _reset(self) -> None:
