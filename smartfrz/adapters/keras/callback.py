@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import keras
@@ -30,6 +30,7 @@ from smartfrz.errors import StateError, UnsupportedModelError, UsageError
 from smartfrz.predictor.runtime import Device, Providers
 
 
+@keras.saving.register_keras_serializable(package="smartfrz")
 class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore[misc]
     """Freezes layers of a model while `fit` trains it, when the predictor says that they have converged.
 
@@ -114,6 +115,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         """Set the attributes of a callback that has seen no training."""
         keras.callbacks.Callback.__init__(self)
         Freezer.__init__(self, predictor, device, providers, options)
+        self._origin = {"predictor": _name_of(predictor), "device": device, "providers": providers}
         self._recompile_steps = recompile_steps
         self._pending: dict[str, Any] | None = None
         self._end: End | None = None
@@ -130,6 +132,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         """
         return {
             "predictor": self.predictor,
+            "origin": self._origin,
             "options": self.options,
             "recompile_steps": self._recompile_steps,
             "pending": self._pending,
@@ -138,7 +141,27 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make the callback that `__getstate__` described."""
         self._begin(state["predictor"], "auto", None, state["options"], state["recompile_steps"])
+        self._origin = state["origin"]
         self._pending = state["pending"]
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments of this callback as plain data, without a run, for `from_config` and `keras.saving`.
+
+        Raises:
+            UsageError: If the predictor is a policy, which has no name.
+        """
+        if self._origin["predictor"] is None:
+            raise UsageError(
+                "The config of SmartFRZ holds the name, path or address of a predictor, but the callback was made with a "
+                f"{type(self.predictor).__name__}; expected a predictor of the zoo, a file or a server. Make this callback "
+                "in code, without a config."
+            )
+        return self._origin | asdict(self.options) | {"recompile_steps": self._recompile_steps}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "SmartFRZ":
+        """Make the callback that `get_config` described."""
+        return cls(**config)
 
     def _reset(self) -> None:
         super()._reset()
@@ -528,6 +551,14 @@ def _require(state: Any) -> None:
     require_state(state, Layer)
     if state["started"]:
         check_unchanged(state)
+
+
+def _name_of(predictor: Any) -> str | None:
+    """Return the text that names a predictor: as it was given, or its path or address. None for another policy."""
+    if isinstance(predictor, (str, os.PathLike)):
+        return os.fspath(predictor)
+    place = getattr(predictor, "path", getattr(predictor, "url", None))
+    return None if place is None else os.fspath(place)
 
 
 def _innermost(optimizer: Any) -> Any:
