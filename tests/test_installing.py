@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from smartfrz import __version__
 from smartfrz.errors import install_command, not_installed
 
 ROOT = Path(__file__).parent.parent
@@ -79,3 +80,42 @@ def test_keras_does_not_bring_a_backend():
     assert names == {"keras"}
     assert any(wanted.startswith("tensorflow>=") for wanted in EXTRAS["tensorflow"])
     assert "smartfrz[keras]" in EXTRAS["tensorflow"]
+
+
+def yaml_files():
+    return sorted([*ROOT.glob(".github/**/*.yml"), ROOT / ".pre-commit-config.yaml", ROOT / "CITATION.cff"])
+
+
+@pytest.mark.parametrize("file", yaml_files(), ids=lambda file: file.name)
+def test_yaml_files_can_be_read(file):
+    yaml = pytest.importorskip("yaml")
+    assert isinstance(yaml.safe_load(file.read_text("utf-8")), dict)
+
+
+def test_the_citation_is_of_this_version_and_of_the_paper():
+    yaml = pytest.importorskip("yaml")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert (citation["version"], citation["license"]) == (__version__, PROJECT["license"])
+    paper = citation["preferred-citation"]
+    assert paper["title"].startswith("SmartFRZ")
+    assert paper["identifiers"][0]["value"].removeprefix("arXiv:") in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_the_workflow_runs_what_a_developer_types():
+    yaml = pytest.importorskip("yaml")
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text("utf-8"))["jobs"]
+    commands = {step["run"] for job in jobs.values() for step in job["steps"] if "run" in step}
+    assert commands == {"bash .ci/run", "make docs", "make oldest"}
+
+
+def test_a_release_tries_every_extra():
+    tried = re.findall(r"^(?:\w+=\w+ )?try ([\w,]+) ", (ROOT / ".ci/try-wheel").read_text("utf-8"), re.MULTILINE)
+    assert {extra for extras in tried for extra in extras.split(",")} == set(EXTRAS) - {"zoo"}
+    assert "smartfrz[zoo]" in EXTRAS["hub"]
+
+
+def test_addresses_are_in_one_place():
+    """A maintainer replaces the placeholders in pyproject.toml, and nowhere else."""
+    files = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *yaml_files()]
+    assert [file.name for file in files if "example.invalid" in file.read_text("utf-8")] == []
+    assert {"Documentation", "Source", "Issues", "Changelog"} <= set(PROJECT["urls"])
