@@ -27,7 +27,7 @@ RUNS ?= runs
 # What smartfrz-base 2 is made from. The others are for judging it, and for its next version.
 RECIPES := $(filter-out %-long.toml %-halves.toml %-pairs.toml,$(wildcard recipes/*.toml))
 
-.PHONY: help demo test oldest lint format lock sbom release bench bench-gpu predictor clean
+.PHONY: help demo test oldest lint format lock sbom sbom-of-wheel release bench bench-gpu predictor clean
 
 help:
 	@echo "make demo       fine-tune a pretrained network fully and with SmartFRZ, and compare (about 6 minutes)"
@@ -91,8 +91,12 @@ lock: $(VENV_TOOLS)/.installed
 
 # The bill of materials of what a user gets: the wheel and its extras in a fresh environment, without any tool of ours.
 sbom: $(VENV_TOOLS)/.installed
-	rm -rf dist/*.whl .venv-sbom
+	rm -rf dist/*.whl
 	$(VENV_TOOLS)/bin/python -m build --wheel --outdir dist
+	$(MAKE) --no-print-directory sbom-of-wheel
+
+sbom-of-wheel: $(VENV_TOOLS)/.installed
+	rm -rf .venv-sbom
 	$(PYTHON) -m venv --without-pip .venv-sbom
 	$(VENV_TOOLS)/bin/uv pip install -q --no-config --python .venv-sbom/bin/python "$$(ls dist/*.whl)[$(SBOM_EXTRAS)]"
 	$(VENV_TOOLS)/bin/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml \
@@ -106,7 +110,7 @@ release: $(VENV_TOOLS)/.installed
 	$(VENV_TOOLS)/bin/python -m twine check --strict dist/*
 	@size=$$(cat dist/*.whl | wc -c); echo "The wheel has $$size bytes; at most $(WHEEL_BYTES) are allowed."; test $$size -le $(WHEEL_BYTES)
 	UV=$(abspath $(VENV_TOOLS))/bin/uv PYTHON=$(PYTHON) TORCH="$(TORCH)" .ci/try-wheel "$$(ls $(CURDIR)/dist/*.whl)"
-	$(MAKE) --no-print-directory sbom
+	$(MAKE) --no-print-directory sbom-of-wheel
 	@echo "dist/ is ready. Left to do by hand:"
 	@if grep -q example.invalid pyproject.toml; then echo "- put the real addresses into [project.urls] of pyproject.toml, and run this again"; fi
 	@if grep -q "^## Unreleased" CHANGELOG.md; then echo "- give the section Unreleased of CHANGELOG.md this version and a date"; fi
