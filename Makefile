@@ -12,6 +12,8 @@ TESTS_OLDEST := $(addprefix tests/test_,accelerate.py baselines.py controller.py
 	state.py) $(wildcard tests/test_torch_*.py tests/test_zoo*.py)
 # What the wheel is installed with for `make sbom`.
 SBOM_EXTRAS ?= cpu,zoo
+# What a wheel may have: four predictors take most of it.
+WHEEL_BYTES ?= 4194304
 # The parser of Triton's model configurations, for the tests.
 TRITON ?= tritonclient[grpc]
 # The tests run Keras on each of its backends.
@@ -25,7 +27,7 @@ RUNS ?= runs
 # What smartfrz-base 2 is made from. The others are for judging it, and for its next version.
 RECIPES := $(filter-out %-long.toml %-halves.toml %-pairs.toml,$(wildcard recipes/*.toml))
 
-.PHONY: help demo test oldest lint format lock sbom bench bench-gpu predictor clean
+.PHONY: help demo test oldest lint format lock sbom sbom-of-wheel release bench bench-gpu predictor clean
 
 help:
 	@echo "make demo       fine-tune a pretrained network fully and with SmartFRZ, and compare (about 6 minutes)"
@@ -34,6 +36,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make lock       write requirements/development.txt anew: every package but PyTorch, with hashes"
 	@echo "make sbom       build the wheel and write the bill of materials of an installation beside it (CycloneDX)"
+	@echo "make release    build and check what is released, install it in fresh environments, and say what is left to do"
 	@echo "make bench      measure everything that benchmarks/README.md says of a CPU, and more: many hours (SMARTFRZ_DATA)"
 	@echo "make bench-gpu  measure the paper's architectures on a GPU, and fill benchmarks/README.md"
 	@echo "make predictor  record its recipes and train smartfrz-base anew (SMARTFRZ_DATA names the data folder)"
@@ -75,7 +78,7 @@ format: $(VENV)/.installed
 
 $(VENV_TOOLS)/.installed:
 	$(PYTHON) -m venv $(VENV_TOOLS)
-	$(VENV_TOOLS)/bin/python -m pip install -q --disable-pip-version-check uv build cyclonedx-bom
+	$(VENV_TOOLS)/bin/python -m pip install -q --disable-pip-version-check uv build twine cyclonedx-bom
 	touch $@
 
 # PyTorch is left out: the builds for CPU, and for each CUDA, come from indexes of their own, with other hashes.
@@ -88,13 +91,34 @@ lock: $(VENV_TOOLS)/.installed
 
 # The bill of materials of what a user gets: the wheel and its extras in a fresh environment, without any tool of ours.
 sbom: $(VENV_TOOLS)/.installed
-	rm -rf dist/*.whl .venv-sbom
+	rm -rf dist/*.whl
 	$(VENV_TOOLS)/bin/python -m build --wheel --outdir dist
+	$(MAKE) --no-print-directory sbom-of-wheel
+
+sbom-of-wheel: $(VENV_TOOLS)/.installed
+	rm -rf .venv-sbom
 	$(PYTHON) -m venv --without-pip .venv-sbom
 	$(VENV_TOOLS)/bin/uv pip install -q --no-config --python .venv-sbom/bin/python "$$(ls dist/*.whl)[$(SBOM_EXTRAS)]"
 	$(VENV_TOOLS)/bin/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml \
 		--output-file "$$(ls dist/*.whl | cut -d- -f1,2).cdx.json" .venv-sbom/bin/python
 	rm -rf .venv-sbom
+
+# Uploads nothing.
+release: $(VENV_TOOLS)/.installed
+	rm -rf dist
+	$(VENV_TOOLS)/bin/python -m build -q --outdir dist
+	$(VENV_TOOLS)/bin/python -m twine check --strict dist/*
+	@size=$$(cat dist/*.whl | wc -c); echo "The wheel has $$size bytes; at most $(WHEEL_BYTES) are allowed."; test $$size -le $(WHEEL_BYTES)
+	UV=$(abspath $(VENV_TOOLS))/bin/uv PYTHON=$(PYTHON) TORCH="$(TORCH)" .ci/try-wheel "$$(ls $(CURDIR)/dist/*.whl)"
+	$(MAKE) --no-print-directory sbom-of-wheel
+	@echo "dist/ is ready. Left to do by hand:"
+	@if grep -q example.invalid pyproject.toml; then echo "- put the real addresses into [project.urls] of pyproject.toml, and run this again"; fi
+	@if grep -q "^## Unreleased" CHANGELOG.md; then echo "- give the section Unreleased of CHANGELOG.md this version and a date"; fi
+	@if ! grep -q "^version: $$(ls dist/*.whl | cut -d- -f2)$$" CITATION.cff; then echo "- put this version into CITATION.cff"; fi
+	@echo "- make test, make oldest, and tests/test_cuda.py on a machine with a GPU"
+	@echo "- git tag -s v$$(ls dist/*.whl | cut -d- -f2), and push it"
+	@echo "- $(VENV_TOOLS)/bin/twine upload dist/*.whl dist/*.tar.gz"
+	@echo "- publish dist/*.cdx.json beside them"
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/python recipes/fetch.py

@@ -1,6 +1,6 @@
 """Fine-tune a network of keras.applications while SmartFRZ freezes what has converged.
 
-pip install "smartfrz[keras,cpu]" scikit-learn      # KERAS_BACKEND=jax or torch for another backend
+pip install "smartfrz[tensorflow,cpu]" scikit-learn      # or [keras,torch,cpu], with KERAS_BACKEND=torch
 python examples/keras_fit.py                        # handwritten digits, from scratch
 python examples/keras_fit.py --network resnet50 --weights imagenet --pictures FOLDER --pixels 160 --rate 1e-4
 

@@ -9,6 +9,7 @@ from smartfrz import commands
 from smartfrz.commands import Group
 from smartfrz.comparing.cli import compare
 from smartfrz.completing import PREDICTOR
+from smartfrz.errors import not_installed
 from smartfrz.progress import progress
 from smartfrz.serving.cli import serve
 from smartfrz.zoo.cli import zoo
@@ -95,9 +96,7 @@ def demo(framework: str, output: Path, **options: Any) -> None:
         from rich.console import Console
         from rich.table import Table
     except ImportError as error:
-        raise click.ClickException(
-            f'The demo needs {error.name}, which is not installed. Type: pip install "smartfrz[demo,cpu]"'
-        ) from error
+        raise not_installed("The demo", error.name, "demo") from error
     from smartfrz import demo as demo_torch
     from smartfrz.demo import DemoOptions, save, table
 
@@ -157,9 +156,7 @@ def estimate(
     try:
         import torch  # noqa: F401
     except ImportError as error:
-        raise click.ClickException(
-            'The estimate needs torch, which is not installed. Type: pip install "smartfrz[torch,cpu]"'
-        ) from error
+        raise not_installed("The estimate", "torch", "torch") from error
     from smartfrz import estimate as estimating
 
     try:

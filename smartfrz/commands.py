@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from smartfrz.errors import SmartFRZError
+from smartfrz.errors import SmartFRZError, not_installed
 
 _QUIET, _VERBOSE, _JSON, _STREAM = (f"{__name__}.{name}" for name in ("quiet", "verbose", "json", "stream"))
 _COMMON = ("as_json", "quiet", "verbose", "version")
@@ -126,7 +126,7 @@ class Group(click.Group):
 
     Args:
         *arguments: Arguments of `click.Group`.
-        extra: What to install if one of `packages` is missing, for example `"smartfrz[build,cpu]"`.
+        extra: The extra of this package to install if one of `packages` is missing, for example `"build"`.
         packages: Modules that `extra` installs.
         sections: Headings of the help, and the names of the commands under each.
         **options: Options of `click.Group`.
@@ -162,9 +162,7 @@ class Group(click.Group):
             package = str(error.name).partition(".")[0]
             if package not in self._packages:
                 raise  # missing in the user's own code
-            raise click.ClickException(
-                f'{ctx.command_path} needs {package}, which is not installed. Type: pip install "{self._extra}"'
-            ) from error
+            raise click.ClickException(str(not_installed(ctx.command_path, package, self._extra))) from error
         except SmartFRZError as error:
             _trace(ctx)
             raise click.ClickException(str(error)) from error

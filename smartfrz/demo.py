@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 
 from smartfrz.comparing.engine import FULL, Method, Progress, Result, compare
 from smartfrz.comparing.pytorch import Task, start_run
-from smartfrz.errors import MissingDependencyError, RecipeError
+from smartfrz.errors import MissingDependencyError, RecipeError, not_installed
 from smartfrz.files import replacing
 
 
@@ -109,9 +109,7 @@ def pretrained_network(num_classes: int) -> nn.Module:
 
 
 def _missing(error: ImportError) -> MissingDependencyError:
-    return MissingDependencyError(
-        f'The demo needs {error.name}, which is not installed. Install it with: pip install "smartfrz[demo,cpu]"'
-    )
+    return not_installed("The demo", error.name, "demo")
 
 
 def training_data(options: DemoOptions) -> tuple[TensorDataset, TensorDataset]:

@@ -22,6 +22,9 @@ Wrong argument values raise `ValueError` or `TypeError`. A message says what was
 expected and how to fix it.
 """
 
+import importlib.metadata
+import importlib.util
+
 
 class SmartFRZError(Exception):
     """Base of all errors below."""
@@ -89,3 +92,47 @@ class ResultsError(SmartFRZError):
 
 class MissingDependencyError(SmartFRZError, ImportError):
     """An optional package is not installed, or two that exclude each other are."""
+
+
+def install_command(*extras: str, more: str = "") -> str:
+    """Return the whole command that installs optional packages, with the ONNX Runtime that belongs to them.
+
+    Args:
+        *extras: Extras of this package, for example `"torch"`.
+        more: Other packages, separated by spaces.
+
+    Returns:
+        For example `pip install "smartfrz[torch,cpu]"`. The extra is `gpu` where the CUDA build of ONNX Runtime is
+        installed, which the other build would overwrite; and none where another build of it is, such as
+        `onnxruntime-openvino`.
+
+    Example:
+        >>> install_command("torch").startswith('pip install "smartfrz[torch')
+        True
+    """
+    wanted = ",".join((*extras, *_runtime_extra()))
+    return f'pip install "smartfrz[{wanted}]"{f" {more}" if more else ""}' if wanted else f"pip install {more}"
+
+
+def _runtime_extra() -> tuple[str, ...]:
+    for distribution, extra in {"onnxruntime": "cpu", "onnxruntime-gpu": "gpu"}.items():
+        try:
+            importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return (extra,)
+    return () if importlib.util.find_spec("onnxruntime") else ("cpu",)
+
+
+def not_installed(user: str, package: object, *extras: str, more: str = "") -> MissingDependencyError:
+    """Return the error that says what needs a package, and which command installs it.
+
+    Args:
+        user: What needs it, to begin the message with: "The demo".
+        package: Name of the package.
+        *extras: As for `install_command`.
+        more: As for `install_command`.
+    """
+    return MissingDependencyError(
+        f"{user} needs {package}, which is not installed. Type: {install_command(*extras, more=more)}"
+    )

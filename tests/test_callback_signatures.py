@@ -3,6 +3,8 @@
 import copy
 import inspect
 import pickle
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -94,6 +96,70 @@ def test_lightning_cli_takes_the_options_without_a_line_of_code():
     cli = LightningCLI(Module, args=arguments, save_config_callback=None)
     (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, lightning_callback.SmartFRZCallback)]
     assert callback.freezer.schedule[2:] == (0.8, 2, "prefix")
+
+
+CONFIG = """
+trainer:
+  max_epochs: 2
+  callbacks:
+    - class_path: smartfrz.adapters.torch.lightning.SmartFRZCallback
+      init_args:
+        predictor: smartfrz-tiny
+        threshold: 0.8
+        providers: [CPUExecutionProvider]
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_cli_reads_the_callback_from_a_yaml_file(tmp_path):
+    pytest.importorskip("jsonargparse")
+    from lightning.pytorch.cli import LightningCLI
+
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    arguments = ["fit", "--config", str(tmp_path / "config.yaml"), *(f"--trainer.{name}=false" for name in QUIET)]
+    cli = LightningCLI(Module, args=arguments, save_config_callback=None)
+    (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, lightning_callback.SmartFRZCallback)]
+    assert callback.freezer.schedule.threshold == 0.8
+    assert callback.freezer.predictor.providers == ["CPUExecutionProvider"]
+    assert callback.report().num_steps == 8
+
+
+@pytest.fixture
+def _entry_points(tmp_path, monkeypatch):
+    """Have pyproject.toml's entry points installed, whatever version of this package is."""
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text("utf-8"))["project"]
+    folder = tmp_path / "smartfrz-0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: smartfrz\nVersion: 0\n")
+    lines = [
+        f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in points.items())
+        for group, points in project["entry-points"].items()
+    ]
+    (folder / "entry_points.txt").write_text("".join(lines))
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("wanted", "predictors"), [(None, []), ("0", []), ("1", ["smartfrz-base"])])
+@pytest.mark.usefixtures("_entry_points")
+def test_the_entry_point_makes_a_callback_only_where_it_is_asked_for(monkeypatch, wanted, predictors):
+    monkeypatch.delenv("SMARTFRZ_LIGHTNING", raising=False)
+    if wanted is not None:
+        monkeypatch.setenv("SMARTFRZ_LIGHTNING", wanted)
+    trainer = lightning.Trainer(max_epochs=1, **QUIET)
+    made = [c for c in trainer.callbacks if isinstance(c, lightning_callback.SmartFRZCallback)]
+    assert [callback._predictor for callback in made] == predictors
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("_entry_points")
+def test_a_callback_of_the_entry_point_freezes(monkeypatch):
+    monkeypatch.setenv("SMARTFRZ_LIGHTNING", "smartfrz-tiny")
+    trainer = lightning.Trainer(max_epochs=2, **QUIET)
+    trainer.fit(Module())
+    (callback,) = [c for c in trainer.callbacks if isinstance(c, lightning_callback.SmartFRZCallback)]
+    assert callback.report().num_steps == 8
+    assert callback.freezer.predictor.info.name == "smartfrz-tiny"
 
 
 def test_hydra_makes_a_callback():

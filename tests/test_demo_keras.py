@@ -129,7 +129,7 @@ def test_without_keras_the_command_says_what_to_install():
     )
     assert process.returncode == 1
     assert "Error: smartfrz.adapters.keras needs Keras 3" in process.stderr
-    assert 'pip install "smartfrz[keras]"' in process.stderr
+    assert 'pip install "smartfrz[keras,tensorflow,cpu]"' in process.stderr
 
 
 @pytest.mark.skipif(not installed("keras"), reason="needs keras")

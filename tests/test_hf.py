@@ -436,7 +436,7 @@ def test_an_unknown_predictor_is_named_before_the_first_batch(tmp_path):
 def test_torch_alone_does_not_load_transformers_and_its_absence_is_named():
     said = without("smartfrz.adapters.torch.hf", ["transformers"])
     assert said.startswith("[] MissingDependencyError")
-    assert 'pip install "smartfrz[hf]"' in said
+    assert 'pip install "smartfrz[hf,cpu]"' in said
 
 
 def test_a_misspelled_predictor_is_named_before_training():

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import inspect
+import json
 from itertools import pairwise
 
 import numpy as np
@@ -195,6 +196,23 @@ def test_statistics_of_a_frozen_batch_norm_are_those_of_the_last_batches(norm_ba
     np.testing.assert_allclose(mean, shares @ last.mean(1), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(variance, shares @ last.var(1) + started, rtol=2e-2)  # TensorFlow's is unbiased
     assert same(watch.layers[5]["conv1"], watch.layers[-1]["conv1"])
+
+
+def test_the_config_makes_the_same_callback():
+    made = SmartFRZ(
+        "smartfrz-tiny", threshold=0.8, record_every=3, providers=["CPUExecutionProvider"], recompile_steps=0
+    )
+    text = json.dumps(keras.saving.serialize_keras_object(made))
+    again = keras.saving.deserialize_keras_object(json.loads(text))
+    assert type(again) is SmartFRZ
+    assert again.options == made.options
+    assert again.predictor.sha256 == made.predictor.sha256
+    assert again.get_config() == made.get_config() == copy.deepcopy(made).get_config()
+    assert made.get_config()["recompile_steps"] == 0
+    loaded = SmartFRZ(made.predictor)
+    assert SmartFRZ.from_config(loaded.get_config()).predictor.sha256 == made.predictor.sha256
+    with pytest.raises(UsageError, match=r"was made with a \w+; expected a predictor of the zoo"):
+        SmartFRZ(ChangePredictor()).get_config()
 
 
 def test_layers_of_nested_shared_and_vector_only_models():

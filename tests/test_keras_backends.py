@@ -81,4 +81,4 @@ def test_without_keras_the_error_says_what_to_install():
     result = run("tensorflow", "-c", code)
     assert result.returncode == 1
     assert "MissingDependencyError: smartfrz.adapters.keras needs Keras 3" in result.stderr
-    assert 'pip install "smartfrz[keras]"' in result.stderr
+    assert 'pip install "smartfrz[keras,tensorflow,cpu]"' in result.stderr

@@ -395,7 +395,7 @@ def test_wrong_arguments():
 def test_torch_alone_does_not_load_lightning_and_its_absence_is_named():
     said = without("smartfrz.adapters.torch.lightning", ["lightning", "pytorch_lightning"])
     assert said.startswith("[] MissingDependencyError")
-    assert 'pip install "smartfrz[lightning]"' in said
+    assert 'pip install "smartfrz[lightning,cpu]"' in said
 
 
 class Whole(Net):

@@ -54,9 +54,9 @@ def test_zoo():
     names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     from smartfrz import zoo
 
-    assert sorted(zoo.__all__) == ["DEFAULT", "Entry", "entries", "find", "load", "locate"]
+    assert sorted(zoo.__all__) == ["DEFAULT", "Entry", "Predictor", "entries", "find", "load", "locate"]
     # What only the commands use stays out of __all__.
-    assert sorted({*names} - {*zoo.__all__}) == ["embedded_folder", "file_of"]
+    assert sorted({*names} - {*zoo.__all__}) == ["embedded_folder", "file_of", "find_in"]
 
 
 def test_the_drawn_tree_of_errors_is_the_real_one():

@@ -2,11 +2,13 @@ import contextlib
 import importlib.metadata
 import logging
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -356,6 +358,69 @@ def test_dimensions_have_to_be_dynamic(content, write):
     next(v for v in model.graph.input if v.name == "lengths").type.tensor_type.shape.dim[0].dim_value = 3
     with pytest.raises(PredictorFileError, match=r"contract at 'lengths': .*\[3\].*None is dynamic"):
         Predictor(write(model))
+
+
+def test_providers_are_passed_through(predictor_file, predictor):
+    chosen = ["CPUExecutionProvider"]
+    for providers in (chosen, [("CPUExecutionProvider", {})], [["CPUExecutionProvider", {}]]):
+        loaded = Predictor(predictor_file, providers=providers)
+        assert loaded.providers == chosen
+        np.testing.assert_array_equal(
+            loaded.predict(HISTORY, LENGTHS).confidence, predictor.predict(HISTORY, LENGTHS).confidence
+        )
+    assert pickle.loads(pickle.dumps(loaded)).providers == chosen
+    assert zoo.load("smartfrz-tiny", providers=chosen).providers == chosen
+    assert zoo.load(predictor_file, providers=chosen).providers == chosen
+
+
+def test_providers_that_cannot_be_used_are_named(predictor_file):
+    message = r"`providers` names NoExecutionProvider, which the installed build .* does not have; it has .*CPUExec"
+    with pytest.raises(MissingDependencyError, match=message):
+        Predictor(predictor_file, providers=["NoExecutionProvider", "CPUExecutionProvider"])
+    for wrong in ([], "CPUExecutionProvider", [3], [("CPUExecutionProvider",)]):
+        with pytest.raises(ValueError, match=r"`providers` is .*; expected a list of execution providers"):
+            Predictor(predictor_file, providers=wrong)
+    with pytest.raises(ValueError, match="expected one of them: both say where ONNX Runtime runs"):
+        Predictor(predictor_file, device="cpu", providers=["CPUExecutionProvider"])
+
+
+def test_mock_a_provider_that_is_compiled_in_and_cannot_start(predictor_file, monkeypatch):
+    ort = runtime.import_onnxruntime()
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(
+        ort, "InferenceSession", lambda *_, **__: SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
+    )
+    with pytest.raises(MissingDependencyError, match=r"CUDAExecutionProvider, which ONNX Runtime cannot use on this"):
+        Predictor(predictor_file, providers=["CUDAExecutionProvider"])
+
+
+def test_mock_a_provider_that_computes_something_else(predictor_file, monkeypatch):
+    ort = runtime.import_onnxruntime()
+    monkeypatch.setattr(ort.InferenceSession, "get_providers", lambda self: ["OtherExecutionProvider"])
+    chosen = {"providers": ["CPUExecutionProvider"]}
+    monkeypatch.setattr(runtime, "_session_of", lambda ort, content, *_: runtime.open_session(content, "x", "cpu", 1))
+    assert Predictor(predictor_file, **chosen).providers == ["OtherExecutionProvider"]
+    own = Predictor._try_out
+
+    def other(self, file):
+        answer = own(self, file)
+        return answer._replace(confidence=answer.confidence + np.float32(0.1))
+
+    monkeypatch.setattr(Predictor, "_try_out", other)
+    with pytest.raises(
+        PredictionError, match=r"OtherExecutionProvider give other .* up to 0\.100 apart .* at most 0\.02"
+    ):
+        Predictor(predictor_file, **chosen)
+
+
+def test_mock_another_build_of_onnxruntime_counts(predictor_file, monkeypatch):
+    """As onnxruntime-openvino and -directml: the module is there, but no distribution of a name that we know."""
+
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    assert Predictor(predictor_file).device == "cpu"
 
 
 def test_mock_both_builds_of_onnxruntime(predictor_file, monkeypatch):

@@ -470,7 +470,7 @@ def test_mock_without_kserve(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     result = CliRunner().invoke(main, ["serve", zoo.DEFAULT])
     assert result.exit_code == 1
-    assert 'Serving needs kserve. Type: pip install "smartfrz[serve,cpu]"' in result.output
+    assert 'Serving needs kserve, which is not installed. Type: pip install "smartfrz[serve,cpu]"' in result.output
 
 
 def test_this_process_has_not_loaded_kserve():

@@ -186,6 +186,24 @@ def test_download_to_a_place_of_ones_own(tmp_path):
     assert smartfrz("download", "smartfrz-base").stdout == f"{BASE}\n"
 
 
+def test_verify_without_onnxruntime_calls_nothing_damaged(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    result = smartfrz("verify")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert len(lines) == len(registry.embedded())
+    assert all(line.startswith("ok   smartfrz-") and line.endswith("  not loaded") for line in lines)
+    assert (
+        "Checksums match, but loading was not tried. SmartFRZ asks its predictor through onnxruntime" in result.stderr
+    )
+    assert 'pip install "smartfrz[cpu]"' in result.stderr
+    cut = tmp_path / "cut.onnx"
+    cut.write_bytes(BASE.read_bytes()[:-10])
+    result = smartfrz("verify", cut)
+    assert result.exit_code == 1
+    assert "or was altered" in result.stdout
+
+
 def test_verify_a_file_and_a_registry(places, server, tmp_path):
     assert smartfrz("verify", BASE).stdout == f"ok   {BASE}  {SHA256}\n"
     result = smartfrz("verify", places["text"])

@@ -163,9 +163,9 @@ def hub(tmp_path_factory):
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
 
-    def smartfrz(*arguments, **variables):
+    def smartfrz(*arguments, code="", **variables):
         # In a process of its own: the endpoint is read when huggingface_hub is imported.
-        command = [sys.executable, "-c", COMMAND, "zoo", *map(str, arguments)]
+        command = [sys.executable, "-c", code] if code else [sys.executable, "-c", COMMAND, "zoo", *map(str, arguments)]
         return subprocess.run(command, env=environment | variables, capture_output=True, text=True)
 
     yield server, smartfrz
@@ -195,6 +195,42 @@ def test_mock_hub_publishes_and_fetches(hub, tmp_path):
         "Warning: There is no SHA-256 to compare hf://org/repo/mine-1.onnx with: it is used unver"
     )
     assert (tmp_path / "mine-1.onnx").read_bytes() == BASE.read_bytes()
+
+
+PUSHED = """
+import sys
+from smartfrz.zoo import Predictor
+base = Predictor.from_pretrained("smartfrz-base", device="cpu")
+print(base.push_to_hub("org/pushed", domains=["vision"]))
+print(base.push_to_hub("hf://org/pushed", version="2"))
+alone = Predictor.from_pretrained("org/pushed")
+print(type(alone).__module__, alone.sha256 == base.sha256, alone.path != base.path)
+base.push_to_hub("org/pushed", name="other", card="# Other")
+for arguments in ("org/pushed",), ("org/pushed", "mine"), ("org/pushed", "other@3"), ("smartfrz-base", "other"):
+    try:
+        Predictor.from_pretrained(*arguments)
+    except Exception as error:
+        print(type(error).__name__, error)
+print(Predictor.from_pretrained("org/pushed", "smartfrz-base@1").sha256 == base.sha256)
+"""
+
+
+def test_mock_hub_gives_a_predictor_and_takes_it(hub):
+    _, smartfrz = hub
+    process = smartfrz(code=PUSHED)
+    assert process.stderr == ""
+    first, second, alone, several, unknown, version, no_repository, again = process.stdout.splitlines()
+    assert first == second == "hf://org/pushed/registry.json"
+    assert alone == "smartfrz.zoo True True"
+    assert several.startswith(
+        "UnknownPredictorError hf://org/pushed has 2 predictors (other, smartfrz-base); expected one where no name"
+    )
+    assert unknown.startswith("UnknownPredictorError unknown predictor 'mine'. Known predictors: other, smartfrz-base")
+    assert version.startswith("UnknownPredictorError predictor 'other' has no version 3")
+    assert no_repository.startswith("ValueError `repository` is 'smartfrz-base' and `name` is 'other'; expected org")
+    assert again == "True"
+    shown = smartfrz("show", "other", "--registry", "hf://org/pushed")
+    assert shown.stdout.endswith("# Other\n")
 
 
 def test_mock_hub_gets_a_model_card_with_metadata(hub):

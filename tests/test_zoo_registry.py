@@ -396,9 +396,9 @@ def test_a_broken_answer_does_not_replace_a_good_copy(case, tmp_path, caplog):
 
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "fsspec", None)
-    with pytest.raises(MissingDependencyError, match=r'pip install "smartfrz\[zoo\]"'):
+    with pytest.raises(MissingDependencyError, match=r'pip install "smartfrz\[zoo,cpu\]" s3fs$'):
         registry.entries(["s3://bucket"])
-    with pytest.raises(MissingDependencyError, match=r'pip install "smartfrz\[hub\]"'):
+    with pytest.raises(MissingDependencyError, match=r'pip install "smartfrz\[hub,cpu\]"'):
         registry.entries(["hf://org/repo"])
 
 

@@ -184,5 +184,5 @@ def test_without_cryptography(served, signer, monkeypatch):
     for name in ("cryptography.exceptions", "cryptography.hazmat.primitives.asymmetric.ed25519"):
         monkeypatch.setitem(sys.modules, name, None)
     assert str(registry.find("mine", [served.address])) == "mine@1"
-    with pytest.raises(MissingDependencyError, match=r'pip install "smartfrz\[signatures\]"'):
+    with pytest.raises(MissingDependencyError, match=r'pip install "smartfrz\[signatures,cpu\]"'):
         registry.find("mine", [f"{served.address}#minisign={signer.public}"])

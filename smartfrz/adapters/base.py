@@ -22,7 +22,7 @@ from smartfrz.control.report import Report, ReportedLayer
 from smartfrz.control.saying import describe_stage, say
 from smartfrz.control.state import Check, check_run, sealed
 from smartfrz.errors import StateError
-from smartfrz.predictor.runtime import Device
+from smartfrz.predictor.runtime import Device, Providers
 
 logger = logging.getLogger("smartfrz")
 
@@ -105,6 +105,8 @@ class Freezer(ABC, Generic[A]):
             server (`http://host:port/NAME`), a loaded `Predictor`, or another policy, such as the policies in
             `smartfrz.baselines`.
         device: Where ONNX Runtime runs: `"cpu"`, `"cuda"`, or `"auto"`.
+        providers: Execution providers of ONNX Runtime, in the place of `device`: names such as
+            `"OpenVINOExecutionProvider"`, or pairs of a name and its options.
         options: What the user chose.
         log: Called at every record with a flat dict of floats and the number of optimizer steps, on the first process
             only: `wandb.log`, `mlflow.log_metrics`, or a function of your own. `docs/report.md` names the numbers.
@@ -123,6 +125,7 @@ class Freezer(ABC, Generic[A]):
         self,
         predictor: str | os.PathLike[str] | AsksPredictor | Policy,
         device: Device,
+        providers: Providers | None,
         options: FreezeOptions,
         log: Log | None = None,
     ):
@@ -131,7 +134,7 @@ class Freezer(ABC, Generic[A]):
                 f"`log` is {log!r:.60}; expected a function of a dict of floats and the step, such as wandb.log."
             )
         self._log = log
-        self.predictor = zoo.load(predictor, device=device)
+        self.predictor = zoo.load(predictor, device=device, providers=providers)
         self.options = options
         self._policy = policy_of(self.predictor)
         self._reset()

@@ -9,7 +9,7 @@ import click
 from smartfrz import commands
 from smartfrz.commands import Command, ParamType
 from smartfrz.completing import PREDICTOR
-from smartfrz.errors import MissingDependencyError
+from smartfrz.errors import MissingDependencyError, not_installed
 from smartfrz.progress import progress
 
 _READY = (
@@ -132,9 +132,7 @@ def compare(task: str | None, variants: tuple[str, ...], thresholds: tuple[float
     try:
         import torch  # noqa: F401
     except ImportError as error:
-        raise click.ClickException(
-            'The comparison needs torch, which is not installed. Type: pip install "smartfrz[torch,cpu]"'
-        ) from error
+        raise not_installed("The comparison", "torch", "torch") from error
     from smartfrz.comparing import command
     from smartfrz.comparing.variants import methods_of
     from smartfrz.comparing.verdict import text_table

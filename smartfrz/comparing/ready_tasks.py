@@ -19,7 +19,7 @@ from smartfrz.dataset_builder.class_folders import class_names
 from smartfrz.dataset_builder.pictures import image_folder, image_folders
 from smartfrz.dataset_builder.templates import resolve_name
 from smartfrz.demo import pretrained_network
-from smartfrz.errors import MissingDependencyError, RecipeError
+from smartfrz.errors import RecipeError, not_installed
 from smartfrz.importing import import_callable
 from smartfrz.training import torch_device
 
@@ -191,9 +191,7 @@ def _text_task(file: Path, options: ReadyOptions) -> Task:
     try:
         from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
     except ImportError as error:
-        raise MissingDependencyError(
-            'Texts need transformers, which is not installed. Type: pip install "smartfrz[hf,cpu]"'
-        ) from error
+        raise not_installed("A task of texts", "transformers", "hf") from error
     texts, labels = read_texts(file)
     names = sorted(set(labels))
     device, classes = torch_device("auto"), len(names)

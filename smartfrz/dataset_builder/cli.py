@@ -22,7 +22,7 @@ from smartfrz.dataset_builder.options import (
     rule_options,
     training_options,
 )
-from smartfrz.errors import RecipeError
+from smartfrz.errors import RecipeError, install_command
 from smartfrz.files import replacing
 from smartfrz.progress import Tell, lines
 
@@ -39,7 +39,7 @@ _SECTIONS = {
 _KEPT = "Finished recordings are kept; the same command goes on from there."
 
 
-@click.group(cls=Group, sections=_SECTIONS, extra="smartfrz[build,cpu]", packages=_PACKAGES)
+@click.group(cls=Group, sections=_SECTIONS, extra="build", packages=_PACKAGES)
 @click.version_option(package_name="smartfrz")
 def main() -> None:
     """Build a freeze predictor from recorded training runs."""
@@ -252,7 +252,7 @@ def _record_all(recipes: Sequence[Any], output: str, options: RecordingOptions) 
                 places[news.name] = news.place
                 commands.show(news.place)
     if missing and options.engine == "ray":
-        failures.append('Type on each machine of the cluster: pip install "smartfrz[build,ray,cpu]"')
+        failures.append(f"Type on each machine of the cluster: {install_command('build', 'ray')}")
     elif missing and not places:
         raise missing  # the group says what to install
     if failures:

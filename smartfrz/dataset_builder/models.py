@@ -19,7 +19,7 @@ from smartfrz.dataset_builder.pictures import image_folders
 from smartfrz.dataset_builder.recipes import Recipe
 from smartfrz.dataset_builder.similarity import Grams
 from smartfrz.dataset_builder.storage import reference_file
-from smartfrz.errors import MissingDependencyError, RecipeError
+from smartfrz.errors import MissingDependencyError, RecipeError, install_command
 from smartfrz.importing import import_callable
 from smartfrz.predictor.runtime import Device
 from smartfrz.training import torch_device
@@ -193,7 +193,7 @@ def _maker(recipe: Recipe) -> Callable[[], Any]:
         except ImportError as error:
             raise MissingDependencyError(
                 f"Recipe {recipe.name!r} takes its model from {library}, which cannot be imported ({error}). "
-                f"Install it with: pip install {_PACKAGES.get(library, library)}"
+                f"Type: {_install(library)}"
             ) from error
 
     return make
@@ -237,7 +237,12 @@ _LIBRARIES: dict[str, Callable[[str, dict[str, Any]], Any]] = {
     "keras": _keras,
     "keras_hub": _keras_hub,
 }
-_PACKAGES = {"keras": '"smartfrz[keras]"', "keras_hub": "keras-hub"}
+
+
+def _install(library: str) -> str:
+    if library == "keras":
+        return install_command("build", "keras")
+    return f"pip install {library.replace('_', '-')}"
 
 
 def _load_init(recipe: Recipe, model: Any, runs: Path | None) -> None:

@@ -18,7 +18,7 @@ from smartfrz.dataset_builder.engines import Message, Result
 from smartfrz.dataset_builder.places import Place, make_absolute
 from smartfrz.dataset_builder.recipes import Recipe
 from smartfrz.dataset_builder.storage import branches_file, reference_file
-from smartfrz.errors import MissingDependencyError
+from smartfrz.errors import not_installed
 
 logger = logging.getLogger("smartfrz")
 _PAUSE = 0.5  # seconds between two messages of one task
@@ -221,7 +221,5 @@ def _ray() -> Any:
     try:
         import ray
     except ImportError as error:
-        raise MissingDependencyError(
-            '--engine ray needs Ray, which is not installed. Type: pip install "smartfrz[build,ray,cpu]"'
-        ) from error
+        raise not_installed("--engine ray", "Ray", "build", "ray") from error
     return ray

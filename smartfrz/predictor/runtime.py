@@ -32,12 +32,14 @@ from smartfrz.predictor.inspection import MAX_FILE_SIZE, check_onnx
 
 logger = logging.getLogger("smartfrz")
 Device = Literal["auto", "cpu", "cuda"]
+Providers = Sequence[str | tuple[str, dict[str, Any]]]  # as ONNX Runtime takes them
 _CUDA = "CUDAExecutionProvider"
 _ROWS_PER_RUN = 240  # few enough that intermediate results stay in the cache of a core
 MAX_MEMORY = (
     256 * 2**20
 )  # bytes of tensors of all predictors on the CPU; a decision of smartfrz-base takes less than 16 MiB
 MAX_GPU_MEMORY = 4 * 2**30  # bytes of tensors of one predictor on the GPU, which judges all layers at once
+MAX_DIFFERENCE = 0.02  # between the confidences that a provider and the CPU compute
 DEADLINE = 30.0  # seconds for loading, and for each question about any number of layers; eight take a few milliseconds
 
 
@@ -60,44 +62,79 @@ class Predictor:
         path: The ONNX file.
         device: `"cpu"`, `"cuda"`, or `"auto"` for CUDA where ONNX Runtime can use it.
         num_threads: Threads of ONNX Runtime. The default is one: more of them slow down the training around it.
+        providers: Execution providers of ONNX Runtime, in the order of preference, in the place of `device`: names such
+            as `"OpenVINOExecutionProvider"`, or pairs of a name and its options. Whatever they cannot run, the CPU runs.
+            The limits of memory are those of the CPU; limit the memory of a GPU through the options of its provider.
+
+    Attributes:
+        device: `"cuda"` if inputs and outputs are bound to the memory of a GPU, else `"cpu"`.
+        providers: Names of the execution providers in use.
 
     Raises:
+        ValueError: If both `device` and `providers` are given, or `providers` is no list of providers.
         PredictorFileError: If the file is missing, damaged, or not a predictor of a supported format, or if a first
             decision on made-up weights takes more time or memory than a predictor needs.
-        MissingDependencyError: If onnxruntime is not installed or installed twice, or if CUDA was requested and cannot be
-            used.
+        PredictionError: If the answers of `providers` differ from those of the CPU.
+        MissingDependencyError: If onnxruntime is not installed or installed twice, or if CUDA or a provider was requested
+            and cannot be used.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, device: Device = "auto", num_threads: int = 1):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        device: Device = "auto",
+        num_threads: int = 1,
+        providers: Providers | None = None,
+    ):
         if device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"`device` is {device!r}; expected 'auto', 'cpu' or 'cuda'.")
+        if providers is not None:
+            _check_providers(providers, device)
         self.path = Path(path).expanduser()
         file = str(path)
         content = _read_file(self.path, file)
         self.sha256 = check_seal(content, file)
         check_onnx(content, file)
         try:
-            self._session = call_within(DEADLINE, lambda: open_session(content, file, device, num_threads))
+            self._session = call_within(DEADLINE, lambda: open_session(content, file, device, num_threads, providers))
         except TimeoutError as error:
             raise PredictorFileError(
                 f"ONNX Runtime does not get ready to run {file!r} ({error}). Export it again with smartfrz-build train."
             ) from None
-        self._opened = device, num_threads
+        self._opened = device, num_threads, providers
         self.info = PredictorInfo.from_metadata(self._session.get_modelmeta().custom_metadata_map, file)
         _check_graph(self._session, self.info, file)
-        self.device = "cuda" if _CUDA in self._session.get_providers() else "cpu"
+        self.providers: list[str] = self._session.get_providers()
+        self.device = "cuda" if _CUDA in self.providers else "cpu"
         self._run = BoundRun(self._session, "cuda") if self.device == "cuda" else self._session.run
         self._given_up = False
         self._fault_logged = False
-        self._try_out(file)
+        answer = self._try_out(file)
+        if set(self.providers) - {_CUDA, "CPUExecutionProvider"}:
+            self._compare_with_cpu(answer, open_session(content, file, "cpu", num_threads))
 
-    def _try_out(self, file: str) -> None:
-        """Refuse a predictor that cannot answer a question about two layers."""
+    def _made_up_feed(self) -> dict[str, NDArray[Any]]:
         window, size = self.info.window, self.info.tailored_size
         history = np.linspace(-1, 1, 2 * window * size, dtype=np.float32).reshape(2, window, size)
-        feed: dict[str, NDArray[Any]] = {HISTORY: history, LENGTHS: np.array([window, self.info.min_records], np.int64)}
+        return {HISTORY: history, LENGTHS: np.array([window, self.info.min_records], np.int64)}
+
+    def _compare_with_cpu(self, answer: Prediction, session: Any) -> None:
+        """Refuse providers that compute something else: OpenVINO's was seen to be off by 0.2."""
+        expected = session.run([CONFIDENCE], self._made_up_feed())[0]
+        apart = float(np.abs(answer.confidence - expected).max())
+        if not apart <= MAX_DIFFERENCE:
+            raise PredictionError(
+                f"{', '.join(self.providers)} give other answers than the CPU for {str(self.path)!r}: confidences are up to "
+                f"{apart:.3f} apart on made-up weights; expected at most {MAX_DIFFERENCE}. Leave `providers` out, or choose "
+                "another provider, precision or version of ONNX Runtime."
+            )
+
+    def _try_out(self, file: str) -> Prediction:
+        """Refuse a predictor that cannot answer a question about two layers."""
         try:
-            invalid = find_invalid(*self._ask(feed, time.monotonic() + DEADLINE))
+            answer = self._ask(self._made_up_feed(), time.monotonic() + DEADLINE)
+            invalid = find_invalid(*answer)
         except PredictionError as error:
             raise PredictorFileError(
                 f"{file!r} cannot be used: on made-up weights, {error}. Export it again with smartfrz-build train."
@@ -107,6 +144,7 @@ class Predictor:
                 f"{file!r} cannot be used: on made-up weights it answers with numbers that are no confidences; expected "
                 "rows that sum to 1, with values from 0 to 1. Export it again with smartfrz-build train."
             )
+        return answer
 
     def predict(
         self, history: NDArray[np.float32], lengths: NDArray[np.int64], position: NDArray[np.float32] | None = None
@@ -222,7 +260,7 @@ class Predictor:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle where the file is, to open it again there."""
-        return _reopen, (str(self.path.absolute()), self.sha256, *self._opened)
+        return _reopen, (type(self), str(self.path.absolute()), self.sha256, *self._opened)
 
     def __repr__(self) -> str:
         info = self.info
@@ -232,13 +270,15 @@ class Predictor:
         )
 
 
-def _reopen(path: str, sha256: str, device: Device, num_threads: int) -> Predictor:
+def _reopen(
+    kind: type[Predictor], path: str, sha256: str, device: Device, num_threads: int, providers: Providers | None
+) -> Predictor:
     """Open the file of a pickled predictor.
 
     Raises:
         PredictorFileError: If it is missing, or another predictor is there now.
     """
-    predictor = Predictor(path, device=device, num_threads=num_threads)
+    predictor = kind(path, device=device, num_threads=num_threads, providers=providers)
     if predictor.sha256 != sha256:
         raise PredictorFileError(
             f"{path!r} holds predictor {predictor.sha256[:12]}..., but the pickle was made with {sha256[:12]}.... Put "
@@ -367,7 +407,9 @@ class BoundRun:
         return buffer
 
 
-def open_session(content: bytes, file: str, device: Device, num_threads: int) -> Any:
+def open_session(
+    content: bytes, file: str, device: Device, num_threads: int, providers: Providers | None = None
+) -> Any:
     """Open an ONNX Runtime session on the GPU if one is wanted and usable, else on the CPU.
 
     Args:
@@ -375,13 +417,14 @@ def open_session(content: bytes, file: str, device: Device, num_threads: int) ->
         file: Name of the file, for messages.
         device: As for `Predictor`.
         num_threads: As for `Predictor`.
+        providers: As for `Predictor`.
 
     Returns:
         The `InferenceSession`.
 
     Raises:
         PredictorFileError: If ONNX Runtime cannot load the file.
-        MissingDependencyError: If onnxruntime is not installed, or CUDA was requested and cannot be used.
+        MissingDependencyError: If onnxruntime is not installed, or CUDA or a provider was requested and cannot be used.
     """
     ort = import_onnxruntime()
     _limit_memory()
@@ -392,6 +435,8 @@ def open_session(content: bytes, file: str, device: Device, num_threads: int) ->
     options.log_severity_level = 4  # what fails is said here, not with escapes of a terminal on standard error
     options.add_session_config_entry("session.load_model_format", "ONNX")  # the format that was checked
     options.add_session_config_entry("session.use_env_allocators", "1")
+    if providers is not None:
+        return _session_of(ort, content, file, options, providers)
     session, reason = None, ""
     # "Available" providers are compiled in, but may not work here: only opening a session tells.
     if device != "cpu" and _CUDA in ort.get_available_providers():
@@ -461,6 +506,55 @@ def _runtime_errors() -> tuple[type[Exception], ...]:
         RuntimeError,
         UnicodeDecodeError,  # of its message, which has a name from the file
     )
+
+
+def _check_providers(providers: Providers, device: Device) -> None:
+    if device != "auto":
+        raise ValueError(
+            f"`device` is {device!r} and `providers` is {providers!r}; expected one of them: both say where ONNX Runtime "
+            "runs the predictor. Leave one out."
+        )
+    names = [] if isinstance(providers, str) else [_name_of(provider) for provider in providers]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"`providers` is {providers!r}; expected a list of execution providers of ONNX Runtime, for example "
+            "['OpenVINOExecutionProvider'] or [('OpenVINOExecutionProvider', {'device_type': 'CPU'})]."
+        )
+
+
+def _name_of(provider: Any) -> Any:
+    # LightningCLI and YAML make lists of pairs.
+    return provider[0] if isinstance(provider, (tuple, list)) and len(provider) == 2 else provider
+
+
+def _session_of(ort: Any, content: bytes, file: str, options: Any, providers: Providers) -> Any:
+    """Open a session with the execution providers that the user named, and no others but the CPU."""
+    available, names = ort.get_available_providers(), [_name_of(provider) for provider in providers]
+    if absent := [name for name in names if name not in available]:
+        raise MissingDependencyError(
+            f"`providers` names {', '.join(absent)}, which the installed build of ONNX Runtime does not have; it has "
+            f"{', '.join(available)}. Install the build that has it in the place of the other (pip uninstall -y "
+            "onnxruntime; pip install onnxruntime-openvino, for example), or leave `providers` out."
+        )
+    try:
+        session = ort.InferenceSession(
+            content,
+            options,
+            providers=[provider if isinstance(provider, str) else tuple(provider) for provider in providers],
+            disabled_optimizers=["ConstantFolding"],
+            enable_fallback=0,
+        )
+    except _runtime_errors() as error:
+        raise PredictorFileError(
+            f"ONNX Runtime cannot load {file!r} with providers={list(providers)}: {error}. Correct the options of the "
+            "providers, or leave `providers` out."
+        ) from error
+    if unusable := [name for name in names if name not in session.get_providers()]:
+        raise MissingDependencyError(
+            f"`providers` names {', '.join(unusable)}, which ONNX Runtime cannot use on this machine; it would run on "
+            f"{', '.join(session.get_providers())}. Install what the provider needs, or leave it out of `providers`."
+        )
+    return session
 
 
 def _cuda_session(ort: Any, content: bytes, options: Any, *, quiet: bool) -> tuple[Any, str]:

@@ -13,6 +13,7 @@ import click
 from smartfrz import commands, zoo
 from smartfrz.commands import Command, device_option
 from smartfrz.completing import PREDICTOR
+from smartfrz.errors import not_installed
 from smartfrz.predictor.runtime import Predictor
 from smartfrz.progress import Tell, progress
 from smartfrz.serving.options import ServeOptions
@@ -123,7 +124,7 @@ def serve(names: tuple[str, ...], **options: Any) -> None:
     With --json, one document with the addresses is printed when the server is ready.
     """
     if importlib.util.find_spec("kserve") is None:
-        raise click.ClickException('Serving needs kserve. Type: pip install "smartfrz[serve,cpu]"')
+        raise not_installed("Serving", "kserve", "serve")
     import asyncio  # --help does without it
 
     chosen = ServeOptions(**options)

@@ -10,17 +10,104 @@ from pathlib import Path
 from typing import Any
 
 from smartfrz.errors import ChecksumError, DownloadError, ServerError
-from smartfrz.predictor.runtime import Device, Predictor
-from smartfrz.zoo import fetch, lock, settings, urls
-from smartfrz.zoo.registry import Entry, entries, find
+from smartfrz.predictor import runtime
+from smartfrz.predictor.runtime import Device, Providers
+from smartfrz.zoo import fetch, lock, publish, settings, urls
+from smartfrz.zoo.registry import Entry, entries, find, find_in
 from smartfrz.zoo.transport import Progress
 
-__all__ = ["DEFAULT", "Entry", "entries", "find", "load", "locate"]
+__all__ = ["DEFAULT", "Entry", "Predictor", "entries", "find", "load", "locate"]
 DEFAULT = "smartfrz-base"
 _REINSTALL = "The installation is damaged. Type: pip install --force-reinstall smartfrz"
 
 
-def load(predictor: Any = DEFAULT, *, device: Device = "auto", registries: Sequence[str] = ()) -> Any:
+class Predictor(runtime.Predictor):
+    """A predictor file, checked and loaded, which can come from Hugging Face and be published there.
+
+    `smartfrz.predictor.runtime.Predictor` documents the arguments, attributes and errors.
+    """
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repository: str | os.PathLike[str],
+        name: str = "",
+        *,
+        device: Device = "auto",
+        providers: Providers | None = None,
+    ) -> "Predictor":
+        """Load a predictor from a repository on Hugging Face, or as `load` does.
+
+        Args:
+            repository: A model repository, `organisation/repository`, with `@REVISION` for a branch, a tag or a commit;
+                or a name, path or address, as for `load`.
+            name: Which predictor of the repository, with or without a version (`my-predictor@2`). Not needed where
+                the repository has one name only.
+            device: As for `load`.
+            providers: As for `load`.
+
+        Raises:
+            ValueError: If `repository` is no repository although a `name` is given.
+            UnknownPredictorError: If the repository has no predictor of that name, or several and none is named.
+            SmartFRZError: For the same reasons as `load`.
+        """
+        text = os.fspath(repository)
+        remote = re.fullmatch(r"(?:hf://)?([\w.-]+/[\w.-]+(?:@[^#]+)?)", text)
+        if remote is None or text.endswith(".onnx"):
+            if name:
+                raise ValueError(
+                    f"`repository` is {text!r} and `name` is {name!r}; expected organisation/repository on Hugging Face "
+                    "where a name is given. Leave the name out, or correct the repository."
+                )
+            loaded = load(repository, device=device, providers=providers)
+        else:
+            loaded = _load(find_in(f"hf://{remote[1]}", name), (), device, providers)
+        if not isinstance(loaded, Predictor):
+            raise ValueError(f"{text!r} is a predictor on a server; expected one with a file. Use smartfrz.zoo.load.")
+        return loaded
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        name: str = "",
+        version: str = "1",
+        domains: Sequence[str] = (),
+        card: str = "",
+        private: bool = False,
+    ) -> str:
+        """Publish the file, its card and its registry entry in a model repository on Hugging Face.
+
+        `smartfrz zoo publish` does the same. You have to be logged in (`hf auth login`, or HF_TOKEN).
+
+        Args:
+            repository: `organisation/repository`, with `@BRANCH` if it is not the main one.
+            name: Name in the registry; '' for the name in the file.
+            version: Up to three numbers separated by dots.
+            domains: Kinds of data that it was trained on, for example `vision`.
+            card: Text of the card; '' for the file beside the predictor, with `.md`.
+            private: Make a new repository private.
+
+        Returns:
+            The address of the registry, which `load(registries=[...])` takes.
+
+        Raises:
+            RegistryError: If the repository has that version with another file, or there is no card.
+            MissingDependencyError: If huggingface_hub is not installed.
+            OSError: If it cannot be written.
+        """
+        target = f"hf://{repository.removeprefix('hf://')}"
+        entry = publish.describe(self.path, name=name, version=version, domains=domains)
+        return publish.publish(self.path, target, entry, card or publish.card_of(self.path), private=private)
+
+
+def load(
+    predictor: Any = DEFAULT,
+    *,
+    device: Device = "auto",
+    registries: Sequence[str] = (),
+    providers: Providers | None = None,
+) -> Any:
     """Load a predictor by name, path or address; return one that is loaded already.
 
     Args:
@@ -30,6 +117,7 @@ def load(predictor: Any = DEFAULT, *, device: Device = "auto", registries: Seque
             (`http://host:port/NAME`, or https); or a `Predictor`, which is returned as it is.
         device: Where ONNX Runtime runs. Ignored for a predictor on a server.
         registries: Addresses or paths of further registries, asked before the ones that SMARTFRZ_ZOO names.
+        providers: Execution providers of ONNX Runtime, in the place of `device`; as for `Predictor`.
 
     Returns:
         The `Predictor` or `RemotePredictor`.
@@ -54,9 +142,13 @@ def load(predictor: Any = DEFAULT, *, device: Device = "auto", registries: Seque
             )
         return RemotePredictor(url)
     if not _is_named(predictor):
-        return Predictor(predictor, device=device)
-    with _provide(os.fspath(predictor), registries) as (path, source, entry):
-        loaded = Predictor(path, device=device)
+        return Predictor(predictor, device=device, providers=providers)
+    return _load(os.fspath(predictor), registries, device, providers)
+
+
+def _load(wanted: str | Entry, registries: Sequence[str], device: Device, providers: Providers | None) -> Predictor:
+    with _provide(wanted, registries) as (path, source, entry):
+        loaded = Predictor(path, device=device, providers=providers)
         fetch.check_facts(source, loaded.info)
         if entry is not None:
             lock.remember(entry)
@@ -103,14 +195,14 @@ def _is_named(predictor: str | os.PathLike[str]) -> bool:
 
 @contextlib.contextmanager
 def _provide(
-    text: str, registries: Sequence[str], progress: Progress | None = None
+    wanted: str | Entry, registries: Sequence[str], progress: Progress | None = None
 ) -> Iterator[tuple[Path, fetch.Source, Entry | None]]:
-    """Yield the file of a name or address, what it has to be, and its entry. Its facts are left to be compared."""
+    """Yield the file of a name, address or entry, what it has to be, and its entry. Its facts are left to be compared."""
     entry = None
-    if urls.is_url(text):
-        source = _source_of_url(text)
+    if isinstance(wanted, str) and urls.is_url(wanted):
+        source = _source_of_url(wanted)
     else:
-        entry = find(text, registries)
+        entry = find(wanted, registries) if isinstance(wanted, str) else wanted
         source = _source_of_entry(entry)
         if not entry.address:
             with as_file(files(__package__) / entry.file) as path:  # works in a zip file, too

@@ -15,7 +15,7 @@ import click
 from smartfrz import commands
 from smartfrz.commands import Group
 from smartfrz.completing import PREDICTOR
-from smartfrz.errors import DownloadError, PredictorFileError, SmartFRZError
+from smartfrz.errors import DownloadError, MissingDependencyError, PredictorFileError, SmartFRZError
 from smartfrz.files import replacing
 from smartfrz.predictor.runtime import Predictor
 from smartfrz.progress import progress
@@ -183,7 +183,8 @@ def verify(path: str | None, signed: bool) -> None:
     With --signatures, PATH is the address or path of a registry with #minisign= and its owner's public key. Without PATH:
     check the registries that SMARTFRZ_ZOO names.
     """
-    checks = _signatures(path) if signed else _files(None if path is None else Path(path))
+    unloaded: list[MissingDependencyError] = []
+    checks = _signatures(path) if signed else _files(None if path is None else Path(path), unloaded)
     results = []
     for label, check in checks:
         try:
@@ -197,6 +198,8 @@ def verify(path: str | None, signed: bool) -> None:
         raise click.ClickException(f"{faults} without a good signature.")
     if faults:
         raise click.ClickException(f"{faults} damaged. A file in the cache is fetched again when it is next used.")
+    if unloaded:
+        click.echo(f"Checksums match, but loading was not tried. {unloaded[0]}", err=True)
 
 
 @zoo.command(short_help="Let a name stand for another file.", example="smartfrz zoo unlock my-net")
@@ -341,14 +344,18 @@ def _signatures(location: str | None) -> Iterator[tuple[str, Callable[[], str]]]
         yield one.partition("#")[0], functools.partial(registry.verify_signature, one)
 
 
-def _files(path: Path | None) -> Iterator[tuple[str, Callable[[], str]]]:
-    """Yield each file that is to be checked, and the check."""
+def _files(path: Path | None, unloaded: list[MissingDependencyError]) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Yield each file that is to be checked, and the check, which notes why a file was not loaded."""
 
     def check(file: Path, sha256: str | None) -> str:
         actual = str(fetch.sha256_of(file, cached=path is None and file in cached))
         if sha256 is not None and actual != sha256:
             raise PredictorFileError(f"SHA-256 {actual[:12]}...; expected {sha256[:12]}...")
-        Predictor(file, device="cpu")
+        try:
+            Predictor(file, device="cpu")
+        except MissingDependencyError as error:  # raised after the file's seal and structure were checked
+            unloaded.append(error)
+            return f"{actual}  not loaded"
         return actual
 
     cached = fetch.cached_files()

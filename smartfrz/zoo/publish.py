@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from smartfrz import __version__
-from smartfrz.errors import MissingDependencyError, RegistryError
+from smartfrz.errors import RegistryError, not_installed
 from smartfrz.files import replacing
 from smartfrz.predictor.runtime import Predictor
 from smartfrz.zoo import registry, transport, urls
@@ -204,9 +204,7 @@ def _commit_to_hub(path: Path, target: str, entry: Entry, card: str, private: bo
     try:
         from huggingface_hub import CommitOperationAdd, HfApi
     except ImportError as error:
-        raise MissingDependencyError(
-            'Publishing to hf:// needs huggingface_hub, which is not installed. Type: pip install "smartfrz[hub]"'
-        ) from error
+        raise not_installed("Publishing to hf://", "huggingface_hub", "hub") from error
     repository, _, revision = target.removeprefix("hf://").partition("@")
     if repository.count("/") != 1 or "/" in revision:
         raise RegistryError(f"{target!r} is no model repository; expected hf://organisation/repository.")

@@ -214,12 +214,37 @@ def find(name: str, more: Sequence[str] = ()) -> Entry:
         DownloadError: If a registry cannot be fetched and there is no copy of it.
         RegistryError: If a registry breaks the format, or its highest version is lower than one that was used before.
     """
+    return _choose(name, registries(more))
+
+
+def find_in(location: str, name: str = "") -> Entry:
+    """Return the entry of a name in one registry alone.
+
+    Args:
+        location: Address or local path of the registry.
+        name: As for `find`; '' if the registry has one name only.
+
+    Raises:
+        UnknownPredictorError: If it has no such predictor, or no name is given and it has not exactly one.
+        SmartFRZError: For the same reasons as `find`.
+    """
+    known = entries_of(location)
+    names = sorted({entry.name for entry in known})
+    if not name and len(names) != 1:
+        raise UnknownPredictorError(
+            f"{location} has {len(names)} predictors ({', '.join(names) or 'none'}); expected one where no name is given. "
+            "Name the predictor."
+        )
+    return _choose(name or names[0], [known])
+
+
+def _choose(name: str, parts: Iterable[list[Entry]]) -> Entry:
     wanted, _, version = name.partition("@")
     check_version(name, version)
     chosen = bool(version)
     version = version or lock.chosen_version(wanted)
     known: list[Entry] = []
-    for part in registries(more):
+    for part in parts:
         known += part
         fits = [e for e in part if e.name == wanted and version_key(version or e.version) == version_key(e.version)]
         if fits:

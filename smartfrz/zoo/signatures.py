@@ -9,7 +9,7 @@ import binascii
 import hashlib
 from typing import NamedTuple, NoReturn
 
-from smartfrz.errors import DownloadError, MissingDependencyError, RegistryError
+from smartfrz.errors import DownloadError, MissingDependencyError, RegistryError, install_command
 
 _MARK = "#minisign="
 _PREHASHED, _PLAIN = b"ED", b"Ed"  # the second is of minisign before 0.10, or of minisign -l
@@ -66,8 +66,8 @@ def verify(content: bytes, signature: bytes, key: Key, registry: str) -> str:
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     except ImportError as error:
         raise MissingDependencyError(
-            f"Signatures of registries need cryptography, which cannot be imported ({error}). Type: pip install "
-            '"smartfrz[signatures]"'
+            f"Signatures of registries need cryptography, which cannot be imported ({error}). Type: "
+            + install_command("signatures")
         ) from error
     try:
         # Not splitlines, which also divides at characters that a comment may contain.

@@ -17,7 +17,7 @@ from typing import IO, Any, BinaryIO, NamedTuple, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 from smartfrz import __version__
-from smartfrz.errors import DownloadError, MissingDependencyError, SmartFRZError, UnreachableError
+from smartfrz.errors import DownloadError, MissingDependencyError, SmartFRZError, UnreachableError, install_command
 from smartfrz.predictor.deadline import call_within
 from smartfrz.zoo import settings, urls
 
@@ -164,11 +164,12 @@ def file_system(url: str) -> tuple[Any, str]:
         fs, path = fsspec.core.url_to_fs(url, skip_instance_cache=True)
     except ImportError as error:
         scheme = urls.scheme(url) if urls.is_url(url) else "file"
-        package = {"hf": '"smartfrz[hub]"', "s3": "s3fs", "gs": "gcsfs"}.get(scheme, "PACKAGE")
-        if error.name == "fsspec" and scheme != "hf":
-            package = '"smartfrz[zoo]"'
+        package = {"hf": "", "file": "", "s3": "s3fs", "gs": "gcsfs"}.get(scheme, "PACKAGE")
+        install = f"pip install {package}"
+        if scheme == "hf" or error.name == "fsspec":
+            install = install_command("hub" if scheme == "hf" else "zoo", more=package)
         raise MissingDependencyError(
-            f"{scheme}:// addresses need a package that is not installed ({error}). Type: pip install {package}"
+            f"{scheme}:// addresses need a package that is not installed ({error}). Type: {install}"
         ) from error
     except ValueError as error:
         raise DownloadError(f"{url!r} cannot be read ({error}). Check the scheme.") from error

@@ -3,11 +3,16 @@
 try:
     import keras as _keras
 except ImportError as error:
-    from smartfrz.errors import MissingDependencyError
+    import os as _os
 
+    from smartfrz.errors import MissingDependencyError, install_command
+
+    _chosen = _os.environ.get("KERAS_BACKEND") or "tensorflow"
+    _extras = ("keras", _chosen) if _chosen in ("tensorflow", "torch") else ("keras",)
     raise MissingDependencyError(
         "smartfrz.adapters.keras needs Keras 3 and the backend that KERAS_BACKEND names (TensorFlow by default), which "
-        f'cannot be imported: {error}. Install them with: pip install "smartfrz[keras]"'
+        f"cannot be imported: {error}. Type: {install_command(*_extras, more='jax' if _chosen == 'jax' else '')}. "
+        "For another backend, set KERAS_BACKEND to torch or jax first."
     ) from error
 else:
     # Before the rest: the modules below need what an old Keras does not have.

@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import keras
@@ -27,9 +27,10 @@ from smartfrz.control.ordering import FreezeOrder, LayerCost
 from smartfrz.control.policy import Policy
 from smartfrz.control.state import check_unchanged
 from smartfrz.errors import StateError, UnsupportedModelError, UsageError
-from smartfrz.predictor.runtime import Device
+from smartfrz.predictor.runtime import Device, Providers
 
 
+@keras.saving.register_keras_serializable(package="smartfrz")
 class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore[misc]
     """Freezes layers of a model while `fit` trains it, when the predictor says that they have converged.
 
@@ -47,7 +48,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
             frozen that saves less in the rest of the run. By default it is measured at the first
             step. 0: freeze whatever has converged.
 
-    `device` and `log` are those of `Freezer`. The other arguments are the fields of
+    `device`, `providers` and `log` are those of `Freezer`. The other arguments are the fields of
     `smartfrz.control.options.FreezeOptions`. `total_steps` is by default what `fit` announces, steps times epochs. If
     `fit` does not know the number of steps, as with generators, pass `total_steps` or `record_every`.
 
@@ -72,6 +73,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         dry_run: bool = False,
         seed: int = 0,
         device: Device = "auto",
+        providers: Providers | None = None,
         norm_batches: int = 24,
         freeze_order: FreezeOrder | None = None,
         thaw_on_restart: bool = False,
@@ -98,7 +100,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
             raise ValueError(
                 f"`recompile_steps` is {recompile_steps!r}; expected 0 or more steps, or None to measure it."
             )
-        self._begin(predictor, device, options, recompile_steps, log)
+        self._begin(predictor, device, providers, options, recompile_steps, log)
         # Complain now, not when training begins. The length of the run may show only then.
         replace(options, total_steps=total_steps or 1).schedule(self._policy)
 
@@ -106,13 +108,15 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         self,
         predictor: str | os.PathLike[str] | AsksPredictor | Policy,
         device: Device,
+        providers: Providers | None,
         options: FreezeOptions,
         recompile_steps: float | None,
         log: Log | None = None,
     ) -> None:
         """Set the attributes of a callback that has seen no training."""
         keras.callbacks.Callback.__init__(self)
-        Freezer.__init__(self, predictor, device, options, log)
+        Freezer.__init__(self, predictor, device, providers, options, log)
+        self._origin = {"predictor": _name_of(predictor), "device": device, "providers": providers}
         self._recompile_steps = recompile_steps
         self._pending: dict[str, Any] | None = None
         self._end: End | None = None
@@ -129,6 +133,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         """
         return {
             "predictor": self.predictor,
+            "origin": self._origin,
             "options": self.options,
             "recompile_steps": self._recompile_steps,
             "log": self._log,
@@ -137,8 +142,28 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make the callback that `__getstate__` described."""
-        self._begin(state["predictor"], "auto", state["options"], state["recompile_steps"], state["log"])
+        self._begin(state["predictor"], "auto", None, state["options"], state["recompile_steps"], state["log"])
+        self._origin = state["origin"]
         self._pending = state["pending"]
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments of this callback as plain data, without a run, for `from_config` and `keras.saving`.
+
+        Raises:
+            UsageError: If the predictor is a policy, which has no name.
+        """
+        if self._origin["predictor"] is None:
+            raise UsageError(
+                "The config of SmartFRZ holds the name, path or address of a predictor, but the callback was made with a "
+                f"{type(self.predictor).__name__}; expected a predictor of the zoo, a file or a server. Make this callback "
+                "in code, without a config."
+            )
+        return self._origin | asdict(self.options) | {"recompile_steps": self._recompile_steps}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "SmartFRZ":
+        """Make the callback that `get_config` described."""
+        return cls(**config)
 
     def _reset(self) -> None:
         super()._reset()
@@ -529,6 +554,14 @@ def _require(state: Any) -> None:
     require_state(state, Layer)
     if state["started"]:
         check_unchanged(state)
+
+
+def _name_of(predictor: Any) -> str | None:
+    """Return the text that names a predictor: as it was given, or its path or address. None for another policy."""
+    if isinstance(predictor, (str, os.PathLike)):
+        return os.fspath(predictor)
+    place = getattr(predictor, "path", getattr(predictor, "url", None))
+    return None if place is None else os.fspath(place)
 
 
 def _innermost(optimizer: Any) -> Any:

@@ -3,11 +3,9 @@
 try:
     import torch as _torch  # noqa: F401
 except ImportError as error:
-    from smartfrz.errors import MissingDependencyError
+    from smartfrz.errors import not_installed
 
-    raise MissingDependencyError(
-        'smartfrz.adapters.torch needs PyTorch, which is not installed. Install it with: pip install "smartfrz[torch]"'
-    ) from error
+    raise not_installed("smartfrz.adapters.torch", "PyTorch", "torch") from error
 
 from smartfrz.adapters.torch.cache.options import PrefixCache as PrefixCache
 from smartfrz.adapters.torch.freezer import SmartFRZ as SmartFRZ

@@ -19,7 +19,7 @@ from smartfrz.control.ordering import FreezeOrder
 from smartfrz.control.policy import Policy
 from smartfrz.control.report import Report
 from smartfrz.errors import StateError
-from smartfrz.predictor.runtime import Device
+from smartfrz.predictor.runtime import Device, Providers
 
 
 class FreezingCallback:
@@ -55,6 +55,7 @@ class FreezingCallback:
         dry_run: bool = False,
         seed: int = 0,
         device: Device = "auto",
+        providers: Providers | None = None,
         norm_batches: int = 24,
         freeze_order: FreezeOrder | None = None,
         thaw_on_restart: bool = False,
@@ -74,6 +75,7 @@ class FreezingCallback:
             "dry_run": dry_run,
             "seed": seed,
             "device": device,
+            "providers": providers,
             "norm_batches": norm_batches,
             "freeze_order": freeze_order,
             "thaw_on_restart": thaw_on_restart,

@@ -35,7 +35,7 @@ from smartfrz.control.ordering import FreezeOrder
 from smartfrz.control.policy import Policy
 from smartfrz.control.state import check_unchanged
 from smartfrz.errors import StateError, UnsupportedModelError, UsageError
-from smartfrz.predictor.runtime import Device
+from smartfrz.predictor.runtime import Device, Providers
 
 logger = logging.getLogger("smartfrz")
 _UNTRACED_STEPS = 10
@@ -56,7 +56,7 @@ class SmartFRZ(Freezer[TorchAdapter]):
         auto_step: Whether the optimizer calls `step` itself, after each of its steps; a training loop then needs no
             other line. With several optimizers, a step counts when each of them has taken one.
 
-    `device` and `log` are those of `Freezer`. The other arguments are the fields of
+    `device`, `providers` and `log` are those of `Freezer`. The other arguments are the fields of
     `smartfrz.control.options.FreezeOptions`. Pass `total_steps` or `record_every`.
 
     Raises:
@@ -85,6 +85,7 @@ class SmartFRZ(Freezer[TorchAdapter]):
         dry_run: bool = False,
         seed: int = 0,
         device: Device = "auto",
+        providers: Providers | None = None,
         norm_batches: int = 24,
         freeze_order: FreezeOrder | None = None,
         thaw_on_restart: bool = False,
@@ -117,7 +118,7 @@ class SmartFRZ(Freezer[TorchAdapter]):
         if cache is not None and not isinstance(cache, PrefixCache):
             raise TypeError(f"`cache` is {cache!r}; expected a PrefixCache, or None. Pass cache=PrefixCache().")
         self._optimizers = list_optimizers(optimizer)
-        super().__init__(predictor, device, options, log)
+        super().__init__(predictor, device, providers, options, log)
         options.schedule(self._policy)  # complain now, not after the first batch
         _refuse_keras(model)
         self._given = weakref.ref(model)

@@ -22,12 +22,9 @@ try:
     from transformers.trainer_callback import CallbackHandler, ExportableState
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 except ImportError as error:
-    from smartfrz.errors import MissingDependencyError
+    from smartfrz.errors import not_installed
 
-    raise MissingDependencyError(
-        "smartfrz.adapters.torch.hf needs transformers and accelerate, which are not installed. Install them with: "
-        'pip install "smartfrz[hf]"'
-    ) from error
+    raise not_installed("smartfrz.adapters.torch.hf", "transformers with accelerate", "hf") from error
 
 __all__ = ["SmartFRZCallback"]
 STATE_FILE = "smartfrz_state.npz"

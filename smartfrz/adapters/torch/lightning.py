@@ -20,12 +20,9 @@ else:
         try:  # the same framework under its other name
             from pytorch_lightning import Callback, LightningModule, Trainer
         except ImportError as error:
-            from smartfrz.errors import MissingDependencyError
+            from smartfrz.errors import not_installed
 
-            raise MissingDependencyError(
-                "smartfrz.adapters.torch.lightning needs Lightning, which is not installed. Install it with: "
-                'pip install "smartfrz[lightning]"'
-            ) from error
+            raise not_installed("smartfrz.adapters.torch.lightning", "Lightning", "lightning") from error
 
 __all__ = ["SmartFRZCallback"]
 
