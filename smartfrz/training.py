@@ -1,10 +1,14 @@
 """Training PyTorch models: the loop of recordings, and the step that comparisons share with it."""
 
+import contextlib
+import copy
 import functools
 import math
+import random
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -16,6 +20,7 @@ from smartfrz.hyperparameters import TrainingSpec
 from smartfrz.predictor.runtime import Device
 
 Loss = Callable[[nn.Module, Any, Any], torch.Tensor]
+OnStep = Callable[[int, int, float, float], None]
 
 
 def torch_device(name: Device) -> torch.device:
@@ -61,7 +66,7 @@ def train(
     spec: TrainingSpec,
     *,
     seed: int,
-    on_step: Callable[[int, int, float, float], None],
+    on_step: OnStep,
 ) -> None:
     """Train a classifier as a recipe says.
 
@@ -75,20 +80,158 @@ def train(
     Raises:
         RecipeError: If the loss is not finite.
     """
-    torch.manual_seed(seed)
-    device = device_of(model)
-    loader = training_loader(data, spec)
-    total = max(1, round(len(loader) * spec.epochs))
-    optimizer = optimizer_of(model, spec)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule_factor(spec, step / total))
-    model.train()
-    smoothed_loss = functools.partial(classification_loss, label_smoothing=spec.label_smoothing)
-    for step, batch in zip(range(1, total + 1), endless(loader), strict=False):
-        inputs, targets = to_device(batch, device)
-        loss = train_step(model, inputs, targets, smoothed_loss, optimizer).item()
-        check_finite(loss, step)
-        on_step(step, total, loss, optimizer.param_groups[0]["lr"])
-        scheduler.step()
+    Training(model, data, spec, seed=seed).run(on_step)
+
+
+class Training:
+    """One training of a classifier. In the middle of it, `branch` makes another that goes on by itself.
+
+    Args:
+        model: Model, trained in place on its own device.
+        data: Items `(inputs, target)`.
+        spec: Optimizer, schedule, epochs.
+        seed: Seed of the order of the data, dropout and augmentation.
+
+    Attributes:
+        model: The model.
+        optimizer: Its optimizer.
+        step: Optimizer steps taken.
+        total: Optimizer steps of the whole training.
+    """
+
+    def __init__(self, model: nn.Module, data: Dataset[Any], spec: TrainingSpec, *, seed: int):
+        torch.manual_seed(seed)
+        self.model, self._spec = model, spec
+        loader = training_loader(data, spec)
+        self.step, self.total = 0, max(1, round(len(loader) * spec.epochs))
+        self.optimizer = optimizer_of(model, spec)
+        self._batches = _Batches(loader, device_of(model))
+
+    def run(self, on_step: OnStep) -> None:
+        """Train to the end.
+
+        Args:
+            on_step: Called after each optimizer step with step (from 1), total steps, loss, learning rate.
+
+        Raises:
+            RecipeError: If the loss is not finite, or there are no batches.
+        """
+        spec, device = self._spec, device_of(self.model)
+        self.model.train()
+        smoothed_loss = functools.partial(classification_loss, label_smoothing=spec.label_smoothing)
+        while self.step < self.total:
+            rate = spec.learning_rate * schedule_factor(spec, self.step / self.total)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            inputs, targets = to_device(self._batches.take(), device)
+            loss = train_step(self.model, inputs, targets, smoothed_loss, self.optimizer).item()
+            self.step += 1
+            check_finite(loss, self.step)
+            on_step(self.step, self.total, loss, rate)
+
+    def branch(self) -> "Training":
+        """Return a training with copies of model and optimizer, which goes on from here as this one would.
+
+        Batches, their augmentation, dropout and learning rates are the same. Call it between two steps, such as in
+        `on_step`, and run the branch in `random_numbers_kept`.
+
+        Raises:
+            RecipeError: If the model cannot be copied.
+        """
+        twin = copy.copy(self)
+        try:
+            twin.model = copy.deepcopy(self.model)
+        # Whatever a model of the user's raises when it is copied.
+        except Exception as error:
+            raise RecipeError(
+                f"A branch of the training needs a copy of {type(self.model).__name__}, and copy.deepcopy raised "
+                f"{type(error).__name__}: {error}. Keep no tensor that has a gradient in an attribute, or record without "
+                "--costs."
+            ) from error
+        twin.optimizer = optimizer_of(twin.model, self._spec)
+        twin.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))  # else both share its tensors
+        twin._batches = self._batches.branch()
+        return twin
+
+
+class _Batches:
+    """The loader's batches, epoch after epoch.
+
+    Args:
+        loader: The loader.
+        device: Device whose random numbers belong to the training.
+    """
+
+    def __init__(self, loader: DataLoader[Any], device: torch.device):
+        self._loader, self._device = loader, device
+        self._epoch: Iterator[Any] | None = None
+        self._epoch_began: _RandomState | None = None
+        self._taken = 0  # batches of the epoch
+        self._branched: _RandomState | None = None
+
+    def take(self) -> Any:
+        """Return the next batch.
+
+        Raises:
+            RecipeError: If the loader has none.
+        """
+        if self._branched is not None:
+            self._catch_up(self._branched)
+            self._branched = None
+        batch = None if self._epoch is None else next(self._epoch, None)
+        if batch is None:
+            self._epoch_began = _random_state(self._device)
+            self._epoch, self._taken = iter(self._loader), 0
+            batch = next(self._epoch, None)
+        if batch is None:
+            raise RecipeError("The training data have no examples. Check [data].")
+        self._taken += 1
+        return batch
+
+    def branch(self) -> "_Batches":
+        """Return batches that go on from here, with the same random numbers."""
+        twin = copy.copy(self)
+        twin._epoch, twin._branched = None, _random_state(self._device)
+        return twin
+
+    def _catch_up(self, now: "_RandomState") -> None:
+        """Begin the epoch as it began, which shuffles the data the same, and pass over what was taken of it."""
+        if self._epoch_began is not None:
+            _set_random_state(self._epoch_began, self._device)
+            self._epoch = iter(self._loader)
+            for _ in range(self._taken):
+                next(self._epoch)
+        _set_random_state(now, self._device)
+
+
+class _RandomState(NamedTuple):
+    torch: torch.Tensor
+    cuda: torch.Tensor | None
+    numpy: Any
+    python: Any
+
+
+def _random_state(device: torch.device) -> _RandomState:
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return _RandomState(torch.get_rng_state(), cuda, np.random.get_state(), random.getstate())  # noqa: NPY002
+
+
+def _set_random_state(state: _RandomState, device: torch.device) -> None:
+    torch.set_rng_state(state.torch)
+    if state.cuda is not None:
+        torch.cuda.set_rng_state(state.cuda, device)
+    np.random.set_state(state.numpy)  # noqa: NPY002
+    random.setstate(state.python)
+
+
+@contextlib.contextmanager
+def random_numbers_kept(device: torch.device) -> Iterator[None]:
+    """Restore the random number generators of PyTorch, NumPy and Python after the block."""
+    state = _random_state(device)
+    try:
+        yield
+    finally:
+        _set_random_state(state, device)
 
 
 def endless(loader: Iterable[Any]) -> Iterator[Any]:
@@ -158,10 +301,26 @@ def schedule_factor(spec: TrainingSpec, progress: float) -> float:
 
 def evaluate(model: nn.Module, data: Dataset[Any], batch_size: int = 256) -> float:
     """Accuracy in [0, 1]; the model is in eval mode afterwards."""
-    model.eval()
-    device, correct = device_of(model), 0
-    with torch.no_grad():
-        for batch in DataLoader(data, batch_size):
-            inputs, targets = to_device(batch, device)
-            correct += int((forward(model, inputs).argmax(1) == targets).sum())
+    correct = sum(int((logits.argmax(1) == targets).sum()) for logits, targets in _answers(model, data, batch_size))
     return correct / len(data)  # type: ignore[arg-type]
+
+
+def validate(model: nn.Module, data: Dataset[Any], batch_size: int = 256) -> tuple[float, float]:
+    """Return the mean cross entropy in nats and the accuracy in [0, 1]; the model is in eval mode afterwards."""
+    loss, correct = 0.0, 0
+    for logits, targets in _answers(model, data, batch_size):
+        loss += float(cross_entropy(logits.float(), targets, reduction="sum"))
+        correct += int((logits.argmax(1) == targets).sum())
+    examples = len(data)  # type: ignore[arg-type]
+    return loss / examples, correct / examples
+
+
+def _answers(model: nn.Module, data: Dataset[Any], batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield logits and targets of each batch."""
+    model.eval()
+    device = device_of(model)
+    for batch in DataLoader(data, batch_size):
+        inputs, targets = to_device(batch, device)
+        with torch.no_grad():
+            logits = forward(model, inputs)
+        yield logits, targets

@@ -26,6 +26,7 @@ FRAMEWORK_FREE = [
     "smartfrz.adapters.base",
     "smartfrz.baselines",
     "smartfrz.dataset_builder",
+    "smartfrz.dataset_builder.costs",
     "smartfrz.predictor",
     "smartfrz.predictor.contract",
     "smartfrz.control.tailoring",

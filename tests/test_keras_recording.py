@@ -77,6 +77,12 @@ def recipe_of(folder, name="digits", **entries):
     return load_recipe(path)
 
 
+def test_what_freezing_costs_is_not_measured(tmp_path):
+    with pytest.raises(RecipeError, match=r"'digits' has a Keras model; .* Record it without --costs"):
+        record(recipe_of(tmp_path), tmp_path / "runs", costs=True)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_recording_holds_both_runs_and_goes_on_after_an_interruption(tmp_path):
     recipe, seen = recipe_of(tmp_path), []
     path = record(recipe, tmp_path / "runs", lambda fraction, text: seen.append((fraction, text)))

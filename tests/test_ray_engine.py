@@ -257,8 +257,11 @@ def test_places_keep_whole_files(kind, tmp_path):
         assert (tmp_path / "back" / file.name).read_bytes() == content
     with on_this_machine([place.address_of(file.name)]) as (path,):
         assert path.read_bytes() == content
+    place.remove("two.parquet")  # there is none
     if kind != "memory":
         assert [path.name for path in (tmp_path / "far" / "runs").iterdir()] == [file.name]
+    place.remove(file.name)
+    assert not place.fetch(file.name, tmp_path / "gone")
 
 
 def test_mock_a_place_that_breaks_off_keeps_what_was_there(tmp_path, monkeypatch):

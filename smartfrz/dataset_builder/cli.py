@@ -245,7 +245,7 @@ def _engine(output: str, options: RecordingOptions) -> Iterator[Any]:
         raise click.UsageError(f"{output!r} is an address, to which only --engine ray records. Pass a folder.")
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    with LocalEngine(folder, options.workers, options.threads, options.device) as engine:
+    with LocalEngine(folder, options.workers, options.threads, options.device, options.costs) as engine:
         yield engine
 
 
@@ -256,7 +256,7 @@ def _ray_engine(output: str, options: RecordingOptions) -> Iterator[Any]:
     for name, instead in (("workers", "cpus says how many recipes fit a machine"), ("device", "gpus reserves GPUs")):
         if given(name):
             raise click.UsageError(f"--{name} is for --engine local. On Ray, --{instead}.")
-    wanted = RayOptions(options.address, options.cpus, options.gpus, options.retries, options.threads)
+    wanted = RayOptions(options.address, options.cpus, options.gpus, options.retries, options.threads, options.costs)
     try:
         with RayEngine(output, wanted) as engine:
             yield engine

@@ -74,10 +74,11 @@ class LocalEngine:
         workers: Number of recipes that are recorded at once.
         threads: PyTorch threads of each; None for PyTorch's own choice.
         device: Device on which PyTorch trains: `"cpu"`, `"cuda"` or `"auto"`.
+        costs: Whether to measure what freezing costs.
     """
 
-    def __init__(self, output: Path, workers: int, threads: int | None, device: str = "auto"):
-        self._output, self._threads, self._device = output, threads, device
+    def __init__(self, output: Path, workers: int, threads: int | None, device: str = "auto", costs: bool = False):
+        self._output, self._threads, self._device, self._costs = output, threads, device, costs
         context = get_context("spawn")  # forked workers deadlock in PyTorch's threads
         self._manager = SyncManager(ctx=context)
         self._manager.start(end_with_parent)
@@ -94,7 +95,7 @@ class LocalEngine:
 
     def start(self, recipe: Recipe) -> None:
         """Submit the recipe to the pool of processes."""
-        arguments = recipe, self._output, self._threads, self._device, self._messages
+        arguments = recipe, self._output, self._threads, self._device, self._costs, self._messages
         self._running[self._pool.submit(_record, *arguments)] = recipe.name
 
     def finished(self, timeout: float) -> list[Result]:
@@ -112,14 +113,18 @@ class LocalEngine:
                 yield Message(*self._messages.get_nowait())
 
 
-def _record(recipe: Recipe, output: Path, threads: int | None, device: Any, messages: Any) -> Path:
+def _record(recipe: Recipe, output: Path, threads: int | None, device: Any, costs: bool, messages: Any) -> Path:
     import torch
 
     from smartfrz.dataset_builder.recording import record
 
     if threads:
         torch.set_num_threads(threads)
-    return record(recipe, output, lambda fraction, text: messages.put((recipe.name, fraction, text)), device)
+
+    def progress(fraction: float, text: str) -> None:
+        messages.put((recipe.name, fraction, text))
+
+    return record(recipe, output, progress, device, costs=costs)
 
 
 def end_with_parent() -> None:

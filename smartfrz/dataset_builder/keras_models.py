@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import keras
 import numpy as np
@@ -58,6 +58,8 @@ class KerasNetwork:
         UnsupportedModelError: If the model has no layer with weights.
     """
 
+    can_branch = False
+
     def __init__(
         self,
         model: Any,
@@ -109,6 +111,10 @@ class KerasNetwork:
                 on_step(step, total, loss, rate)
                 if step == total:
                     break
+
+    def branches(self) -> NoReturn:
+        """Raise `RecipeError`: a training in Keras cannot be branched."""
+        raise RecipeError("What freezing costs is measured on PyTorch models only.")
 
     def _num_classes(self) -> int:
         return int(self._model(_arrays(default_collate([self._train_data[0][0]]))).shape[-1])

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from smartfrz.dataset_builder import torch_models
+from smartfrz.dataset_builder.branches import Branches
 from smartfrz.dataset_builder.pictures import image_folders
 from smartfrz.dataset_builder.recipes import Recipe
 from smartfrz.dataset_builder.similarity import Grams
@@ -45,6 +46,10 @@ class Network(Protocol):
         """The layers, in execution order."""
 
     @property
+    def can_branch(self) -> bool:
+        """Whether `branches` works."""
+
+    @property
     def versions(self) -> dict[str, str]:
         """Versions of the framework's packages."""
 
@@ -58,6 +63,9 @@ class Network(Protocol):
         Raises:
             RecipeError: If the loss is not finite.
         """
+
+    def branches(self) -> Branches:
+        """Return what branches the training that is going on; call it between two of its steps."""
 
     def accuracy(self) -> float:
         """Return the accuracy on the test data, in [0, 1]."""

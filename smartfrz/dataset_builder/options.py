@@ -30,6 +30,7 @@ class RecordingOptions:
     engine: str
     workers: int
     threads: int | None
+    costs: bool
     device: str
     address: str | None
     cpus: float
@@ -127,6 +128,11 @@ recording_options = _together(
             default=None,
             type=click.IntRange(min=1),
             help="PyTorch threads per recipe. Default: PyTorch's own choice; with --engine ray as many as --cpus.",
+        ),
+        click.option(
+            "--costs",
+            is_flag=True,
+            help="Also measure what freezing costs, by branches of the recorded run; PyTorch only.",
         ),
         device_option("Where PyTorch trains; local only. A Ray task trains on a GPU if --gpus reserves one."),
         click.option(

@@ -47,6 +47,12 @@ class Place:
                     self._fs.rm_file(temporary)
                 raise
 
+    def remove(self, name: str) -> None:
+        """Remove a file if there is one of that name."""
+        with transport.naming_the_target(self.address_of(name)):
+            if self._fs.exists(f"{self._folder}/{name}"):
+                self._fs.rm_file(f"{self._folder}/{name}")
+
     def address_of(self, name: str) -> str:
         """Return the address or path of a file here."""
         return f"{self._address}/{name}"

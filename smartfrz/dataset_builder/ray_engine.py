@@ -17,7 +17,7 @@ from typing import Any
 from smartfrz.dataset_builder.engines import Message, Result
 from smartfrz.dataset_builder.places import Place, make_absolute
 from smartfrz.dataset_builder.recipes import Recipe
-from smartfrz.dataset_builder.storage import reference_file
+from smartfrz.dataset_builder.storage import branches_file, reference_file
 from smartfrz.errors import MissingDependencyError
 
 logger = logging.getLogger("smartfrz")
@@ -35,6 +35,7 @@ class RayOptions:
         gpus: GPUs that Ray reserves for a task. A task that has a GPU, or a part of one, trains on it.
         retries: How often a task is repeated after its machine or process died or it could not read or write.
         threads: PyTorch threads of a task; None for as many as `cpus`.
+        costs: Whether to measure what freezing costs.
     """
 
     address: str | None = None
@@ -42,6 +43,7 @@ class RayOptions:
     gpus: float = 0.0
     retries: int = 3
     threads: int | None = None
+    costs: bool = False
 
 
 class RayEngine:
@@ -108,7 +110,7 @@ class RayEngine:
         modules = {path.name: path.read_bytes() for path in sorted(recipe.folder.glob("*.py"))}
         threads = self._options.threads or max(1, int(self._options.cpus))
         device = "auto" if self._options.gpus else "cpu"  # Ray does not hide GPUs that were not reserved
-        reference = self._task.remote(recipe, modules, self._output, threads, device, self._board)
+        reference = self._task.remote(recipe, modules, self._output, threads, device, self._options.costs, self._board)
         self._running[reference] = recipe.name
 
     def finished(self, timeout: float) -> list[Result]:
@@ -155,7 +157,9 @@ class _Board:
         return news
 
 
-def _record_there(recipe: Recipe, modules: dict[str, bytes], output: str, threads: int, device: Any, board: Any) -> str:
+def _record_there(
+    recipe: Recipe, modules: dict[str, bytes], output: str, threads: int, device: Any, costs: bool, board: Any
+) -> str:
     """Record one recipe on whichever machine this task runs; return the place of the recording."""
     import torch
 
@@ -167,27 +171,29 @@ def _record_there(recipe: Recipe, modules: dict[str, bytes], output: str, thread
         runs = Path(name) / "runs"
         runs.mkdir()
         recipe = dataclasses.replace(recipe, folder=recipe_folder(recipe.folder, modules, Path(name) / "recipe"))
-        reference = reference_file(runs, recipe.name)
-        wanted = [f"{recipe.name}.parquet", reference.name]
+        reference, branches = reference_file(runs, recipe.name), branches_file(runs, recipe.name)
+        wanted = [f"{recipe.name}.parquet", reference.name, *([branches.name] if costs else [])]
         if recipe.model.init and not recipe.model.init.endswith(".safetensors"):
             wanted.append(reference_file(runs, recipe.model.init).name)
         for file in wanted:
             place.fetch(file, runs)
-        if is_recorded(recipe, runs):
+        if is_recorded(recipe, runs, costs=costs):
             return place.address_of(f"{recipe.name}.parquet")
-        sent = [_modified(reference)]
+        sent = {file: _modified(file) for file in (reference, branches)}
         reported = [0.0]
 
         def progress(fraction: float, text: str) -> None:
-            if text == "recording" and sent[0] != _modified(reference):
-                sent[0] = _modified(reference)
-                place.send(reference)
+            for file in sent if text != "reference" else ():
+                if sent[file] != _modified(file):
+                    sent[file] = _modified(file)
+                    place.send(file)
             if time.monotonic() - reported[0] > _PAUSE:
                 reported[0] = time.monotonic()
                 board.put.remote(recipe.name, fraction, text)
 
-        path = record(recipe, runs, progress, device)
+        path = record(recipe, runs, progress, device, costs=costs)
         place.send(path)
+        place.remove(branches.name)
         return place.address_of(path.name)
 
 

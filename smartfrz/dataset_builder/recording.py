@@ -14,11 +14,20 @@ from safetensors import SafetensorError, safe_open
 from smartfrz import __version__
 from smartfrz.control.tailoring import tailoring_positions
 from smartfrz.dataset_builder.cka import cka_of_grams
+from smartfrz.dataset_builder.cost_recording import CostRecorder
+from smartfrz.dataset_builder.costs import FreezeCosts
 from smartfrz.dataset_builder.models import Network, TracedLayer, Workbench
 from smartfrz.dataset_builder.recipes import Recipe
 from smartfrz.dataset_builder.similarity import Grams
-from smartfrz.dataset_builder.storage import RecordedRun, read_run, reference_file, run_file, write_run
-from smartfrz.errors import DatasetFormatError
+from smartfrz.dataset_builder.storage import (
+    RecordedRun,
+    branches_file,
+    read_run,
+    reference_file,
+    run_file,
+    write_run,
+)
+from smartfrz.errors import DatasetFormatError, RecipeError
 from smartfrz.files import replacing
 from smartfrz.predictor.runtime import Device
 
@@ -27,15 +36,22 @@ Progress = Callable[[float, str], None]
 
 
 def record(
-    recipe: Recipe, output: Path, progress: Progress = lambda fraction, text: None, device: Device = "auto"
+    recipe: Recipe,
+    output: Path,
+    progress: Progress = lambda fraction, text: None,
+    device: Device = "auto",
+    *,
+    costs: bool = False,
 ) -> Path:
-    """Record one recipe. Finished recordings and reference models are kept.
+    """Record one recipe. Finished recordings, reference models and branches are kept.
 
     Args:
         recipe: What to train.
         output: Folder of the recorded runs and of the reference models.
         progress: Called with the fraction done, in [0, 1], and what is being done.
         device: Where PyTorch trains: `"cpu"`, `"cuda"`, or `"auto"` for CUDA if available. Keras chooses for itself.
+        costs: Whether to measure what freezing costs, too (PyTorch only). A recording without costs is made again then,
+            from the same reference model.
 
     Returns:
         The Parquet file.
@@ -46,16 +62,33 @@ def record(
         OSError: If the output cannot be written.
     """
     target = run_file(output, recipe.name)
-    if is_recorded(recipe, output):
+    if is_recorded(recipe, output, costs=costs):
         return target
+    before = read_run(target) if costs and is_recorded(recipe, output) else None
     bench = Workbench.open(recipe, output, device)
-    reference = _finish_reference(bench, lambda done: progress(0.5 * done, "reference"))
+    first = bench.build(recipe.seed)
+    if costs and not first.can_branch:
+        raise RecipeError(
+            f"Recipe {recipe.name!r} has a Keras model; what freezing costs is measured on PyTorch models only. Record it "
+            "without --costs."
+        )
+    share = 0.1 if costs else 0.5
+    reference = _finish_reference(bench, first, lambda done: progress(share * done, "reference"))
     network = bench.build(recipe.seed + 1 if recipe.recording.reinitialize else recipe.seed, reference.layers)
     recorder = Recorder(recipe, network, reference.grams)
+    branches = branches_file(output, recipe.name)
+
+    def advance(fraction: float, text: str) -> None:
+        progress(share + (1 - share) * fraction, text)
+
+    branching = CostRecorder(recipe, network, branches, advance) if costs else None
 
     def on_step(step: int, total: int, loss: float, learning_rate: float) -> None:
         recorder.after_step(step, total, loss, learning_rate)
-        progress(0.5 + 0.5 * step / total, "recording")
+        if branching:
+            branching.after_step(step, total)
+        else:
+            advance(step / total, "recording")
 
     network.train(recipe.recording.seed, on_step)
     facts = {
@@ -67,23 +100,32 @@ def record(
         "layer_facts": [layer.to_dict() for layer in reference.layers],
         "versions": {"smartfrz": __version__, **network.versions, "python": platform.python_version()},
     }
-    write_run(target, recorder.run(facts))
+    run = recorder.run(facts, branching.costs() if branching else None)
+    if before is not None and not before.has_same_values(run):
+        logger.warning(
+            "The recording %s came out otherwise than before, as it does on another machine or with other --threads. It "
+            "is replaced by the one whose costs were measured.",
+            recipe.name,
+        )
+    write_run(target, run)
+    branches.unlink(missing_ok=True)
     return target
 
 
-def is_recorded(recipe: Recipe, output: Path) -> bool:
-    """Return whether the folder holds a complete recording of this very recipe."""
+def is_recorded(recipe: Recipe, output: Path, *, costs: bool = False) -> bool:
+    """Return whether the folder holds a complete recording of this very recipe, with its costs if these are wanted."""
     target = run_file(output, recipe.name)
     if not target.exists():
         return False
     try:
-        recorded = read_run(target).facts.get("recipe_sha256")
+        run = read_run(target)
     except DatasetFormatError as error:
         logger.warning("Recording %s again: %s", recipe.name, error)
         return False
-    if recorded != recipe.sha256:
+    if run.facts.get("recipe_sha256") != recipe.sha256:
         logger.warning("Recording %s again: its recipe has changed.", recipe.name)
-    return bool(recorded == recipe.sha256)
+        return False
+    return not costs or run.costs is not None
 
 
 @dataclass(frozen=True)
@@ -95,9 +137,9 @@ class _Reference:
     grams: Grams
 
 
-def _finish_reference(bench: Workbench, progress: Callable[[float], None]) -> _Reference:
+def _finish_reference(bench: Workbench, network: Network, progress: Callable[[float], None]) -> _Reference:
     """Read the reference model if an earlier call finished it; else train and keep it."""
-    recipe, network = bench.recipe, bench.build(bench.recipe.seed)
+    recipe = bench.recipe
     path = reference_file(bench.runs, recipe.name)
     accuracy = _kept_accuracy(recipe, path)
     if accuracy is None or not network.load(path):
@@ -153,8 +195,8 @@ class Recorder:
         self._rows.append((step, step / total, float(np.mean(self._losses)), learning_rate))
         self._losses = []
 
-    def run(self, facts: dict[str, Any]) -> RecordedRun:
-        """Return everything that was collected."""
+    def run(self, facts: dict[str, Any], costs: FreezeCosts | None = None) -> RecordedRun:
+        """Return everything that was collected, with what freezing costs if that was measured."""
         steps, fractions, losses, rates = (np.array(column) for column in zip(*self._rows, strict=True))
         return RecordedRun(
             facts,
@@ -165,4 +207,5 @@ class Recorder:
             rates,
             cka=np.array(self._cka).T,
             weights=np.stack(self._weights, axis=1),
+            costs=costs,
         )

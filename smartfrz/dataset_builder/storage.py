@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from smartfrz.dataset_builder.costs import FreezeCosts
 from smartfrz.errors import DatasetFormatError
 from smartfrz.files import replacing
 
@@ -47,6 +48,7 @@ class RecordedRun:
         learning_rate: Of the first parameter group, float64 `[timestamps]`.
         cka: Similarity to the reference, float64 `[num_layers, timestamps]`, NaN where undefined.
         weights: A pool of sampled weights, float32 `[num_layers, timestamps, pool_size]`.
+        costs: What freezing costs; None if that was not measured (`record --costs`).
     """
 
     facts: dict[str, Any]
@@ -57,6 +59,7 @@ class RecordedRun:
     learning_rate: NDArray[np.float64]
     cka: NDArray[np.float64]
     weights: NDArray[np.float32]
+    costs: FreezeCosts | None = None
 
     @property
     def name(self) -> str:
@@ -67,6 +70,23 @@ class RecordedRun:
     def architecture(self) -> str:
         """The architecture family, which leave-one-architecture-out evaluation holds out together."""
         return str(self.facts["architecture"])
+
+    def has_same_values(self, other: "RecordedRun") -> bool:
+        """Return whether everything that was recorded along the way is the same, bit for bit; facts and costs aside."""
+        return _checksum(b"", self) == _checksum(b"", other)
+
+    def require_costs(self) -> FreezeCosts:
+        """Return the costs.
+
+        Raises:
+            DatasetFormatError: If they were not measured.
+        """
+        if self.costs is None:
+            raise DatasetFormatError(
+                f"The recording {self.name!r} has no costs of freezing. Add them with: smartfrz-build record --costs "
+                "RECIPE, to the same --output, or leave that recording out."
+            )
+        return self.costs
 
 
 def write_run(path: str | os.PathLike[str], run: RecordedRun) -> None:
@@ -91,7 +111,10 @@ def write_run(path: str | os.PathLike[str], run: RecordedRun) -> None:
     columns |= {name: pa.array(np.tile(values, num_layers), _TYPES[name]) for name, values in tiled.items()}
     columns["cka"] = pa.array(run.cka.reshape(-1), _TYPES["cka"])
     columns["weights"] = pa.FixedSizeListArray.from_arrays(pa.array(run.weights.reshape(-1), pa.float32()), pool)
-    facts = json.dumps(run.facts | {"format_version": FORMAT_VERSION, "layers": run.layers}).encode()
+    described = run.facts | {"format_version": FORMAT_VERSION, "layers": run.layers}
+    if run.costs is not None:
+        described["costs"] = run.costs.to_dict()
+    facts = json.dumps(described).encode()
     table = pa.table(columns).replace_schema_metadata({_FACTS: facts, _CHECKSUM: _checksum(facts, run).encode()})
     with replacing(path) as temporary:
         # Weights hardly compress; byte stream split makes the most of the shared exponents.
@@ -155,7 +178,8 @@ def read_run(path: str | os.PathLike[str]) -> RecordedRun:
         raise DatasetFormatError(f"{str(path)!r} has {table.num_rows} rows for {num_layers} layers. {again}")
     columns = {name: _values(table, name) for name in _COLUMNS}
     _refuse(path, _sort_rows(columns, facts["layers"]), again)
-    run = _assemble(facts, columns)
+    costs = _read_costs(path, facts, again)
+    run = _assemble(facts, columns, costs)
     _refuse(path, _problems_of_values(run), again)
     if metadata.get(_CHECKSUM) != _checksum(metadata[_FACTS], run).encode():
         what = "was changed after it was recorded" if _CHECKSUM in metadata else "has no checksum"
@@ -189,6 +213,19 @@ def _read_facts(text: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):  # a damaged text may nest without end
         return {}
     return facts if isinstance(facts, dict) else {}
+
+
+def _read_costs(path: Path, facts: dict[str, Any], again: str) -> FreezeCosts | None:
+    """Take the costs out of the facts; None if there are none."""
+    if "costs" not in facts:
+        return None
+    try:
+        costs = FreezeCosts.from_dict(facts.pop("costs"))
+    except ValueError as error:
+        raise DatasetFormatError(f"{str(path)!r} is no recorded run: its costs are wrong: {error}. {again}") from error
+    if costs.num_layers != len(facts["layers"]):
+        _refuse(path, [f"its costs are of {costs.num_layers} layers, and it has {len(facts['layers'])}"], again)
+    return costs
 
 
 def _problems_of_facts(facts: dict[str, Any]) -> Iterator[str]:
@@ -271,7 +308,7 @@ def _sort_rows(columns: dict[str, NDArray[Any]], layers: list[str]) -> Iterator[
             yield f"its layers differ in {name} at the same timestamp"
 
 
-def _assemble(facts: dict[str, Any], columns: dict[str, NDArray[Any]]) -> RecordedRun:
+def _assemble(facts: dict[str, Any], columns: dict[str, NDArray[Any]], costs: FreezeCosts | None) -> RecordedRun:
     layers = list(facts["layers"])
     timestamps = len(columns["layer"]) // len(layers)
     return RecordedRun(
@@ -283,6 +320,7 @@ def _assemble(facts: dict[str, Any], columns: dict[str, NDArray[Any]]) -> Record
         learning_rate=columns["learning_rate"][:timestamps],
         cka=columns["cka"].reshape(len(layers), timestamps),
         weights=columns["weights"].reshape(len(layers), timestamps, -1),
+        costs=costs,
     )
 
 
@@ -307,6 +345,11 @@ def run_file(folder: Path, name: str) -> Path:
 def reference_file(folder: Path, name: str) -> Path:
     """Return the path of a recipe's finished reference model in a folder of recordings."""
     return folder / f"{name}.reference.safetensors"
+
+
+def branches_file(folder: Path, name: str) -> Path:
+    """Return the path at which branches are kept until a recording with costs is finished."""
+    return folder / f"{name}.branches.json"
 
 
 def run_files(folder: str | os.PathLike[str]) -> list[Path]:

@@ -13,9 +13,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from smartfrz.adapters.torch.layers import Layer, LayerReader, trace_layers
+from smartfrz.dataset_builder.branches import Branches
 from smartfrz.dataset_builder.recipes import Recipe
 from smartfrz.dataset_builder.similarity import Grams, layer_grams, probe_batch
-from smartfrz.training import arguments, device_of, evaluate, to_device, train
+from smartfrz.training import Training, arguments, device_of, evaluate, to_device
 
 
 class TorchNetwork:
@@ -28,6 +29,8 @@ class TorchNetwork:
         test_data: Data set to test on; the probe batch is drawn from it.
         layers: Layers of a model of the same class; found by a forward pass if None.
     """
+
+    can_branch = True
 
     def __init__(
         self,
@@ -58,8 +61,13 @@ class TorchNetwork:
         return {"torch": torch.__version__}
 
     def train(self, seed: int, on_step: Any) -> None:
-        """Train with `smartfrz.training.train`."""
-        train(self._model, self._train_data, self._recipe.training, seed=seed, on_step=on_step)
+        """Train with `smartfrz.training.Training`."""
+        self._training = Training(self._model, self._train_data, self._recipe.training, seed=seed)
+        self._training.run(on_step)
+
+    def branches(self) -> Branches:
+        """Return what branches the training that is going on. Call it from `on_step`."""
+        return Branches(self._training, self.layers, self._test_data)
 
     def accuracy(self) -> float:
         """Return the accuracy on the test data, in [0, 1]."""
