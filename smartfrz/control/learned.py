@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from smartfrz.control.decision import Reason
 from smartfrz.control.history import WeightHistory
 from smartfrz.control.policy import Policy
-from smartfrz.control.quality import Quality
+from smartfrz.control.quality import Calibration
 from smartfrz.control.tailoring import tailoring_positions
 from smartfrz.errors import PredictionError, StateError
 
@@ -109,7 +109,7 @@ class LearnedPolicy(Policy):
         Raises:
             ValueError: If the predictor was not calibrated for it.
         """
-        qualities: Mapping[str, Quality] = getattr(self.predictor.info, "qualities", {})
+        qualities: Mapping[str, Calibration] = getattr(self.predictor.info, "qualities", {})
         if quality in qualities:
             return qualities[quality].threshold
         if not qualities:

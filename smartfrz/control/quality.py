@@ -1,4 +1,4 @@
-"""`Quality`: how much accuracy a run may pay for the time that it saves, and what that was seen to mean."""
+"""`Calibration`: how much accuracy a run may pay for the time that it saves, and what that was seen to mean."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ TARGETS = {"same": 0.1, "balanced": 0.5, "fast": 1.5}
 
 
 @dataclass(frozen=True)
-class Quality:
+class Calibration:
     """What freezing from one threshold on is expected to cost and to save.
 
     All figures are from whole recorded runs, each judged with thresholds that were chosen without it.
@@ -46,7 +46,7 @@ class Quality:
         return asdict(self)
 
 
-def parse_qualities(value: Any) -> dict[str, Quality]:
+def parse_qualities(value: Any) -> dict[str, Calibration]:
     """Read the qualities of a predictor from plain data; names that this version does not know are left out.
 
     Raises:
@@ -54,7 +54,7 @@ def parse_qualities(value: Any) -> dict[str, Quality]:
     """
     if not isinstance(value, Mapping):
         raise ValueError(f"the qualities are of type {type(value).__name__}; expected an object")
-    known = {field.name for field in fields(Quality)}
+    known = {field.name for field in fields(Calibration)}
     qualities = {}
     for name in TARGETS:
         if name not in value:
@@ -62,7 +62,7 @@ def parse_qualities(value: Any) -> dict[str, Quality]:
         facts = value[name]
         if not isinstance(facts, Mapping) or not known <= facts.keys():
             raise ValueError(f"quality {name!r} is {facts!r:.100}; expected an object with {', '.join(sorted(known))}")
-        qualities[name] = Quality(**{key: facts[key] for key in known})
+        qualities[name] = Calibration(**{key: facts[key] for key in known})
     return qualities
 
 

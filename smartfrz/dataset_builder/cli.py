@@ -166,6 +166,26 @@ def evaluate(predictor: Path, runs: Path) -> None:
 
 @main.command()
 @click.argument("predictor", type=FILE)
+@click.argument("runs", type=FOLDER)
+@click.option("--output", "-o", required=True, type=FILE, help="May be the predictor itself.")
+def calibrate(predictor: Path, runs: Path, output: Path) -> None:
+    """Find out which thresholds cost no, little and some accuracy, and write that into a predictor's file.
+
+    The recordings need costs (record --costs) and should be of runs that the predictor was not trained on. Nothing is trained.
+    Users then choose with `quality="same"`, `"balanced"` or `"fast"`.
+    """
+    from smartfrz.dataset_builder.qualities import calibrate_file
+    from smartfrz.dataset_builder.storage import read_run, run_files
+
+    for name, found in calibrate_file(predictor, [read_run(path) for path in run_files(runs)], output).items():
+        click.echo(
+            f"{name:<9} threshold {found.threshold:.3f}: {found.points:+.2f} points (spread {found.spread:.2f}) at "
+            f"{found.computation:.0%} of the computation, over {found.runs} runs, each with thresholds chosen without it"
+        )
+
+
+@main.command()
+@click.argument("predictor", type=FILE)
 @click.option("--output", "-o", required=True, type=FILE)
 @click.option("--name", default=None, help="Default: the output file's name.")
 def compact(predictor: Path, output: Path, name: str | None) -> None:

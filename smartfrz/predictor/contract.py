@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from smartfrz.control.quality import Quality, parse_qualities
+from smartfrz.control.quality import Calibration, parse_qualities
 from smartfrz.errors import PredictorFileError
 
 FORMAT_VERSION = 1
@@ -72,7 +72,7 @@ class PredictorInfo:
     license: str = "Apache-2.0"
     metrics: dict[str, Any] = field(default_factory=dict)
     min_records: int = 4
-    qualities: dict[str, Quality] = field(default_factory=dict)
+    qualities: dict[str, Calibration] = field(default_factory=dict)
 
     def to_metadata(self) -> dict[str, str]:
         """Return the metadata properties, including the format version and an empty checksum."""
