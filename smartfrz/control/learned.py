@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from smartfrz.control.decision import Reason
 from smartfrz.control.history import WeightHistory
 from smartfrz.control.policy import Policy
+from smartfrz.control.quality import Calibration
 from smartfrz.control.tailoring import tailoring_positions
 from smartfrz.errors import PredictionError, StateError
 
@@ -102,6 +103,22 @@ class LearnedPolicy(Policy):
     def sha256(self) -> str:
         """SHA-256 that identifies the predictor."""
         return self.predictor.sha256
+
+    def threshold_of(self, quality: str) -> float:
+        """Return the threshold that a quality of this predictor stands for.
+
+        Raises:
+            ValueError: If the predictor was not calibrated for it.
+        """
+        qualities: Mapping[str, Calibration] = getattr(self.predictor.info, "qualities", {})
+        if quality in qualities:
+            return qualities[quality].threshold
+        if not qualities:
+            return super().threshold_of(quality)
+        raise ValueError(
+            f"`quality` is {quality!r}, but {self.name!r} reaches none such: it was calibrated for "
+            f"{', '.join(map(repr, qualities))}. Pass one of these, or `threshold`."
+        )
 
     def begin(self, adapter: Any, layers: Sequence[str], *, total_steps: int | None, seed: int) -> None:
         """Choose the positions of the tailored weights, and start with an empty history."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from smartfrz.control.ordering import ORDERS, FreezeOrder
 from smartfrz.control.policy import Policy
+from smartfrz.control.quality import require_quality
 
 # Where a change of the frozen set has the model compiled again, which takes seconds to minutes, at most
 # this many freezing stages of a run freeze anything.
@@ -48,6 +49,9 @@ class FreezeOptions:
         record_every: Steps between two records of the weights.
         decide_every: Records between two freezing stages.
         threshold: Confidence from which a layer is frozen, in (0, 1].
+        quality: What the run may pay for the time that it saves, instead of `threshold`: `"same"` is expected to cost
+            no accuracy, `"balanced"` half a percentage point, `"fast"` one and a half. The card of a predictor says
+            what these meant on runs that it had never seen; a predictor that was not calibrated has none of them.
         patience: Number of freezing stages in a row at which a layer must be confident. The thresholds of the zoo
             are calibrated for a patience of 2.
         dry_run: Decide, log and report, but freeze nothing.
@@ -71,6 +75,7 @@ class FreezeOptions:
     record_every: int | None = None
     decide_every: int | None = None
     threshold: float | None = None
+    quality: str | None = None
     patience: int | None = None
     dry_run: bool = False
     seed: int = 0
@@ -88,6 +93,13 @@ class FreezeOptions:
                 raise ValueError(f"`{name}` is {value!r}; expected an integer of at least 1.")
         if self.threshold is not None:
             _require_confidence(self.threshold)
+        if self.quality is not None:
+            require_quality(self.quality)
+            if self.threshold is not None:
+                raise ValueError(
+                    f"received both `quality`, {self.quality!r}, and `threshold`, {self.threshold!r}, which a quality "
+                    "stands for. Pass one of them."
+                )
         if not _is_integer(self.norm_batches) or self.norm_batches < 0:
             raise ValueError(f"`norm_batches` is {self.norm_batches!r}; expected 0 or more batches.")
         if not _is_integer(self.seed) or self.seed < 0:
@@ -98,7 +110,7 @@ class FreezeOptions:
 
         Raises:
             ValueError: If neither `total_steps` nor `record_every` is given and the policy does not know either, or
-                if the policy's own values are out of range.
+                if the policy's own values are out of range, or it was not calibrated for the quality.
         """
         # Ask the policy in any case: it may refuse a run of unknown length.
         record_every = _first(self.record_every, policy.record_every(self.total_steps))
@@ -111,13 +123,16 @@ class FreezeOptions:
         chosen = Schedule(
             int(record_every),
             int(_first(self.decide_every, policy.decide_every)),
-            float(_first(self.threshold, policy.threshold)),
+            float(_first(self._threshold(policy), policy.threshold)),
             int(_first(self.patience, policy.patience)),
             _first(self.freeze_order, policy.freeze_order),
         )
         _require_confidence(chosen.threshold)
         _require_order(chosen.freeze_order)
         return chosen
+
+    def _threshold(self, policy: Policy) -> float | None:
+        return self.threshold if self.quality is None else policy.threshold_of(self.quality)
 
     def continuing(
         self, policy: Policy, saved: Mapping[str, Any], total_steps: int | None
@@ -141,7 +156,7 @@ class FreezeOptions:
         schedule = Schedule(
             int(_first(self.record_every, record_every)),
             int(_first(self.decide_every, saved["decide_every"])),
-            float(_first(self.threshold, saved["threshold"])),
+            float(_first(self._threshold(policy), saved["threshold"])),
             int(_first(self.patience, saved["patience"])),
             _first(self.freeze_order, saved["freeze_order"]),
         )

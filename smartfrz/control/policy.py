@@ -50,6 +50,17 @@ class Policy:
         """Return the settings that distinguish this policy from others of its class: plain data."""
         return {}
 
+    def threshold_of(self, quality: str) -> float:
+        """Return the threshold that a quality stands for; see `smartfrz.control.quality`.
+
+        Raises:
+            ValueError: If what the policy costs was never measured.
+        """
+        raise ValueError(
+            f"`quality` is {quality!r}, but what freezing with {self.name!r} costs was never measured. Pass `threshold` "
+            "instead, or a predictor that was calibrated with smartfrz-build calibrate."
+        )
+
     @property
     def sha256(self) -> str:
         """Digest of the policy and its settings. A saved run only continues with an equal one."""

@@ -34,7 +34,7 @@ PATH = click.Path(path_type=Path)
 _SECTIONS = {
     "From nothing to a predictor": ("new", "check", "run"),
     "Step by step": ("record", "label", "train", "evaluate"),
-    "Afterwards": ("compact",),
+    "Afterwards": ("calibrate", "compact"),
 }
 _KEPT = "Finished recordings are kept; the same command goes on from there."
 
@@ -203,6 +203,30 @@ def evaluate(predictor: Path, runs: Path) -> None:
     from smartfrz.dataset_builder.storage import run_files
 
     commands.answer(_evaluate(predictor, run_files(runs)))
+
+
+@main.command(
+    short_help="Find what its thresholds cost.", example="smartfrz-build calibrate mine.onnx runs -o mine.onnx"
+)
+@click.argument("predictor", type=FILE)
+@click.argument("runs", type=FOLDER)
+@click.option("--output", "-o", required=True, type=FILE, help="May be the predictor itself.")
+def calibrate(predictor: Path, runs: Path, output: Path) -> None:
+    """Find out which thresholds cost no, little and some accuracy, and write that into a predictor's file.
+
+    The recordings need costs (record --costs), and should be of runs that the predictor was not trained on. Nothing is
+    trained. Users then choose with `quality="same"`, `"balanced"` or `"fast"`.
+    """
+    from smartfrz.dataset_builder.qualities import calibrate_file
+    from smartfrz.dataset_builder.storage import read_run, run_files
+
+    found = calibrate_file(predictor, [read_run(path) for path in run_files(runs)], output)
+    lines = [
+        f"{name:<9} threshold {one.threshold:.3f}: {one.points:+.2f} points (spread {one.spread:.2f}) at "
+        f"{one.computation:.0%} of the computation, over {one.runs} runs, each with thresholds chosen without it"
+        for name, one in found.items()
+    ]
+    commands.answer({name: one.to_dict() for name, one in found.items()}, "\n".join(lines))
 
 
 @main.command(short_help="Make a predictor smaller.", example="smartfrz-build compact mine.onnx -o small.onnx")

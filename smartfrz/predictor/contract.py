@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from smartfrz.control.quality import Calibration, parse_qualities
 from smartfrz.errors import PredictorFileError
 
 FORMAT_VERSION = 1
@@ -58,6 +59,7 @@ class PredictorInfo:
         license: SPDX identifier.
         metrics: Held-out results and the label rule, as JSON.
         min_records: Length of the shortest history that it was trained to judge.
+        qualities: What the qualities `same`, `balanced` and `fast` stand for; those that were measured.
     """
 
     name: str
@@ -70,11 +72,15 @@ class PredictorInfo:
     license: str = "Apache-2.0"
     metrics: dict[str, Any] = field(default_factory=dict)
     min_records: int = 4
+    qualities: dict[str, Calibration] = field(default_factory=dict)
 
     def to_metadata(self) -> dict[str, str]:
         """Return the metadata properties, including the format version and an empty checksum."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         values["metrics"] = json.dumps(self.metrics, sort_keys=True)
+        values["qualities"] = json.dumps({name: quality.to_dict() for name, quality in self.qualities.items()})
+        if not self.qualities:
+            del values["qualities"]
         values |= {"format_version": FORMAT_VERSION, "sha256": _NO_HASH.decode()}
         return {PREFIX + key: value if isinstance(value, str) else repr(value) for key, value in values.items()}
 
@@ -108,6 +114,7 @@ class PredictorInfo:
                 license=metadata[PREFIX + "license"],
                 metrics=_parse_object(metadata[PREFIX + "metrics"]),
                 min_records=int(metadata.get(PREFIX + "min_records", "4")),
+                qualities=parse_qualities(json.loads(metadata.get(PREFIX + "qualities", "{}"))),
             )
         except (KeyError, ValueError, RecursionError) as error:
             raise PredictorFileError(

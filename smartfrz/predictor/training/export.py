@@ -185,6 +185,31 @@ def compact(source: str | os.PathLike[str], path: str | os.PathLike[str], name: 
     )
 
 
+def with_info(source: str | os.PathLike[str], info: PredictorInfo, path: str | os.PathLike[str]) -> None:
+    """Write a copy of a predictor file with other facts in its metadata, after checking that it answers the same.
+
+    Args:
+        source: A predictor file.
+        info: The facts.
+        path: The file to write, which may be `source`; replaced only when all checks have passed.
+
+    Raises:
+        PredictorFileError: If `source` is no predictor.
+        OSError: If the file cannot be written.
+    """
+    original = Predictor(source, device="cpu")
+    proto = onnx.load(source)
+    del proto.metadata_props[:]
+    _write_checked(
+        _finish(proto, info),
+        path,
+        measure=lambda written: compare(original, written),
+        limit=0.0,
+        failure=f"With other metadata the answers of {str(source)!r} differ",
+        advice="Keep the file as it is.",
+    )
+
+
 def _store_as_int8(graph: onnx.GraphProto, tensor: onnx.TensorProto) -> None:
     values = onnx.numpy_helper.to_array(tensor)
     scale = np.maximum(np.abs(values).max(axis=0) / 127.0, np.finfo(np.float32).tiny).astype(np.float32)
