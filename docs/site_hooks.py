@@ -35,6 +35,8 @@ def on_page_markdown(markdown, page, config, files):
         if target is None or not (ROOT / target).is_file():
             return match[0]
         on_site = target.relative_to("docs") if target.is_relative_to("docs") else target
+        if target == Path("README.md"):
+            on_site = Path("index.md")
         return start + "../" * source.count("/") + on_site.as_posix()
 
     return LINK.sub(rewrite, markdown)
