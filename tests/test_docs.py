@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *ROOT.glob("benchmarks/README.md")]
-pytestmark = pytest.mark.skipif(len(PAGES) < 5, reason="the documentation is not here")
+pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").exists(), reason="not all of the documentation is here")
 BLOCK = re.compile(r"(?:<!-- not run: (?P<why>[^\n]*?) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```", re.S | re.M)
 # What a sample is about shows in what it imports.
 KINDS = {"smartfrz.adapters.keras": "keras", "torch.hf": "hf", "torch.lightning": "lightning"}
