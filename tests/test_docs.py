@@ -3,53 +3,15 @@
 import ast
 import inspect
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 import tomllib
-from pathlib import Path
-from typing import NamedTuple
 
 import click
 import pytest
+from pages import BLOCK, PAGES, ROOT, blocks, name_of, samples
 
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *ROOT.glob("benchmarks/README.md")]
 pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").exists(), reason="not all of the documentation is here")
-BLOCK = re.compile(r"(?:<!-- not run: (?P<why>[^\n]*?) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```", re.S | re.M)
-# What a sample is about shows in what it imports.
-KINDS = {"smartfrz.adapters.keras": "keras", "torch.hf": "hf", "torch.lightning": "lightning"}
-
-
-class Block(NamedTuple):
-    place: str
-    language: str
-    code: str
-    why: str | None
-
-
-def name_of(page):
-    return page.relative_to(ROOT).as_posix()
-
-
-def blocks(page):
-    text = page.read_text("utf-8")
-    for match in BLOCK.finditer(text):
-        line = text.count("\n", 0, match.start("code")) + 1
-        yield Block(f"{name_of(page)}:{line}", match["language"], match["code"], match["why"])
-
-
-def samples(page):
-    """The page's Python blocks that are run, each with its kind: that of the block before, unless it imports another."""
-    kind = "keras" if page.name == "keras.md" else "torch"
-    for block in blocks(page):
-        if block.language == "python" and block.why is None:
-            kind = next((k for text, k in KINDS.items() if text in block.code), kind)
-            yield kind, block
-
-
 WITH_SAMPLES = [page for page in PAGES if any(kind != "keras" for kind, _ in samples(page))]
 
 
@@ -148,41 +110,6 @@ def test_the_samples_run(page, tmp_path, monkeypatch, freezers):
             if kind not in names:
                 names[kind] = SURROUNDINGS[kind](tmp_path) | {"__name__": "sample"}
             exec(compile(block.code, block.place, "exec"), names[kind])
-
-
-KERAS_SURROUNDINGS = """
-import keras
-import numpy as np
-
-def surroundings():
-    keras.utils.clear_session()
-    layers = [keras.Input((4,)), keras.layers.Dense(8, "relu"), keras.layers.Dense(2)]
-    model = keras.Sequential(layers)
-    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    x = np.random.default_rng(0).random((64, 4), np.float32)
-    return {"keras": keras, "model": model, "x": x, "y": np.arange(64) % 2, "steps_per_epoch": 2}
-"""
-
-
-def test_the_samples_of_keras_run(tmp_path):
-    """All in one process of their own, which Keras's backend needs."""
-    pytest.importorskip("torch")
-    pytest.importorskip("keras")
-    lines = [KERAS_SURROUNDINGS]
-    for page in PAGES:
-        codes = [(block.place, block.code) for kind, block in samples(page) if kind == "keras"]
-        if codes:
-            lines += [
-                "names = surroundings()",
-                f"for place, code in {codes!r}:",
-                "    exec(compile(code, place, 'exec'), names)",
-            ]
-    (tmp_path / "samples.py").write_text("\n".join(lines))
-    environment = os.environ | {"KERAS_BACKEND": "torch", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "samples.py"], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
 
 
 def test_data_in_samples_can_be_read():
