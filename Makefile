@@ -7,6 +7,7 @@ TORCH ?= torch==2.13.0
 TORCH_OLDEST ?= torch==2.9.0
 VENV_OLDEST ?= .venv-oldest
 VENV_TOOLS ?= .venv-tools
+VENV_DOCS ?= .venv-docs
 # The tests of the adapters, the zoo and what they are built on. Exporting needs newer versions, and its tests are skipped.
 TESTS_OLDEST := $(addprefix tests/test_,accelerate.py baselines.py controller.py costs.py files.py hf.py lightning.py options.py runtime.py \
 	state.py) $(wildcard tests/test_torch_*.py tests/test_zoo*.py)
@@ -27,13 +28,14 @@ RUNS ?= runs
 # What smartfrz-base 2 is made from. The others are for judging it, and for its next version.
 RECIPES := $(filter-out %-long.toml %-halves.toml %-pairs.toml,$(wildcard recipes/*.toml))
 
-.PHONY: help demo test oldest lint format lock sbom sbom-of-wheel release bench bench-gpu predictor clean
+.PHONY: help demo test oldest lint docs format lock sbom sbom-of-wheel release bench bench-gpu predictor clean
 
 help:
 	@echo "make demo       fine-tune a pretrained network fully and with SmartFRZ, and compare (about 6 minutes)"
 	@echo "make test       run all tests"
 	@echo "make oldest     run the adapters' tests with the oldest versions that we claim (requirements/oldest.txt)"
 	@echo "make lint       ruff and mypy"
+	@echo "make docs       build the documentation into site/, with all links checked but those to other hosts"
 	@echo "make lock       write requirements/development.txt anew: every package but PyTorch, with hashes"
 	@echo "make sbom       build the wheel and write the bill of materials of an installation beside it (CycloneDX)"
 	@echo "make release    build and check what is released, install it in fresh environments, and say what is left to do"
@@ -71,6 +73,17 @@ lint: $(VENV)/.installed
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
+
+# Nothing of SmartFRZ's dependencies is needed: the API is read from the source. The packages are pyproject.toml's group `docs`.
+$(VENV_DOCS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV_DOCS)
+	$(VENV_DOCS)/bin/python -m pip install -q --disable-pip-version-check -U "pip>=25.1"  # which knows groups
+	$(VENV_DOCS)/bin/python -m pip install -q --disable-pip-version-check --group docs
+	touch $@
+
+# The variable turns an advertisement off.
+docs: $(VENV_DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs build --strict
 
 format: $(VENV)/.installed
 	$(RUN) ruff check --fix .
@@ -153,4 +166,4 @@ predictor: $(VENV)/.installed
 	@echo "Compare $(RUNS)/smartfrz-base.md with smartfrz/zoo/smartfrz-base.md"
 
 clean:
-	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_TOOLS) demo-output
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_TOOLS) $(VENV_DOCS) demo-output site
