@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import TensorDataset
 
 from smartfrz.comparing.engine import FULL, Method, Progress, Result, compare
-from smartfrz.comparing.pytorch import Task, start_run
+from smartfrz.comparing.pytorch import Task
 from smartfrz.errors import MissingDependencyError, RecipeError
 from smartfrz.files import replacing
 
@@ -60,7 +60,7 @@ def run_demo(options: DemoOptions, progress: Progress = lambda fraction, text: N
         MissingDependencyError: If a package of the `demo` extra is not installed.
         RecipeError: If the data cannot be found, or is less than a batch.
     """
-    return list(compare(start_run(demo_task(options), options.seed), demo_methods(options), progress=progress))
+    return list(compare(demo_task(options).start(options.seed), demo_methods(options), progress=progress))
 
 
 def demo_methods(options: DemoOptions) -> tuple[Method, Method]:

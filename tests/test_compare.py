@@ -93,7 +93,7 @@ def test_a_second_start_trains_nothing_and_says_the_same(done, eager_predictor, 
     folder, task, first = done
     before = (folder / "out" / "runs.jsonl").read_bytes()
     monkeypatch.setattr(
-        study, "_train", lambda start, methods, progress: iter(pytest.fail(str(methods)) if methods else [])
+        study, "_train", lambda start, methods, *others: iter(pytest.fail(str(methods)) if methods else [])
     )
     again = call(task, folder / "out", eager_predictor, "--seeds", 2, "--threshold", "0.5")
     assert again.stdout == first.stdout

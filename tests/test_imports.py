@@ -16,6 +16,7 @@ FRAMEWORK_FREE = [
     "smartfrz.files",
     "smartfrz.cli",
     "smartfrz.comparing.cli",
+    "smartfrz.comparing.command",
     "smartfrz.comparing.study",
     "smartfrz.comparing.variants",
     "smartfrz.comparing.verdict",

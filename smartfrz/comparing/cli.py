@@ -120,17 +120,12 @@ def compare(
     """Will it help? Train your own task fully, with SmartFRZ, and in fewer steps.
 
     The function that MODULE:CALLABLE names is called without arguments and returns a smartfrz.comparing.pytorch.Task: model,
-    optimizer, data, steps, schedule, loss and metric (docs/compare.md). Modules in the current directory are found.
+    optimizer, data, steps, schedule, loss and metric; or a smartfrz.comparing.keras.Task (docs/compare.md). Modules in the
+    current directory are found.
 
     OUTPUT gets one line for each finished run (runs.jsonl), all figures (compare.json) and a picture (compare.png). The same
     command started again goes on where it was stopped.
     """
-    try:
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise click.ClickException(
-            'The comparison needs torch, which is not installed. Type: pip install "smartfrz[torch,cpu]"'
-        ) from error
     from smartfrz.comparing import command
     from smartfrz.comparing.variants import methods_of
     from smartfrz.comparing.verdict import text_table
@@ -185,7 +180,14 @@ def _source(task: str | None, ready: dict[str, Any]) -> Any:
         return find_task(task, Path.cwd())
     if "network" not in ready:
         raise click.UsageError(f"--{next(iter(data))} needs --network NAME as well.")
-    from smartfrz.comparing.ready_tasks import ReadyOptions, picture_source, text_source
+    try:
+        from smartfrz.comparing.ready_tasks import ReadyOptions, picture_source, text_source
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise click.ClickException(
+            f'--{next(iter(data))} needs torch, which is not installed. Type: pip install "smartfrz[torch,cpu]"'
+        ) from error
 
     options = ReadyOptions(**ready)
     return picture_source(data["pictures"], options) if "pictures" in data else text_source(data["texts"], options)

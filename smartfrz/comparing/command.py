@@ -9,9 +9,9 @@ from typing import Any
 from smartfrz import __version__
 from smartfrz.comparing.engine import FULL, Progress
 from smartfrz.comparing.lines import matching, read_lines
-from smartfrz.comparing.own_task import Part, Source, build_task, device_name, fit_budget
-from smartfrz.comparing.pytorch import Task, start_run
+from smartfrz.comparing.own_task import Part, Source, build_task, fit_budget
 from smartfrz.comparing.study import finished, run_study
+from smartfrz.comparing.tasks import AnyTask
 from smartfrz.comparing.variants import DEFAULT, PREDICTOR, methods_of
 from smartfrz.comparing.verdict import Verdict, judge
 from smartfrz.errors import MissingDependencyError
@@ -74,7 +74,7 @@ def run_compare(source: Source, options: CompareOptions, progress: Progress = la
     read_lines(path)  # a damaged file is found before anything is trained
     with importable(source.folder):
         task = build_task(source)
-        device = device_name(task)
+        device = task.device_type()
         facts: dict[str, Any] = {"task": source.name, "version": source.version}
         facts |= {"device": device, "smartfrz": __version__, "budget": options.budget}
         part = Part()
@@ -82,7 +82,7 @@ def run_compare(source: Source, options: CompareOptions, progress: Progress = la
             part = _known_part(path, facts) or fit_budget(task, methods, options.seeds, options.budget)
         facts["part"] = asdict(part)
         known = len(finished(path, facts, methods, seeds))
-        lines = run_study(lambda seed: start_run(part.of(task), seed), methods, seeds, facts, path, progress)
+        lines = run_study(part.of(task).start, methods, seeds, facts, path, progress, turns=task.takes_turns)
     clock = "cpu_seconds" if device == "cpu" else "train_seconds"
     verdict = judge(lines, task.metric, options.tolerance, clock)
     verdict = replace(verdict, notes=[*verdict.notes, *_notes(verdict, task, part, options)])
@@ -98,13 +98,15 @@ def _known_part(path: Path, facts: Mapping[str, Any]) -> Part | None:
     return Part(**lines[-1]["part"]) if lines else None
 
 
-def _notes(verdict: Verdict, task: Task, part: Part, options: CompareOptions) -> list[str]:
+def _notes(verdict: Verdict, task: AnyTask, part: Part, options: CompareOptions) -> list[str]:
     notes = []
-    number = len(task.test)  # type: ignore[arg-type]
+    number = task.num_samples("test")
     if verdict.is_share and 1 / number > verdict.tolerance / 2:
         notes.append(
             f"The test data has {number} samples: a single one is {100 / number:.2g} points. More test data would tell more."
         )
+    if task.note:
+        notes.append(task.note)
     if options.budget is not None:
         notes.append(part.trust(options.budget, task))
     return notes
