@@ -1,5 +1,6 @@
 """`smartfrz`: the demo, a comparison on your own task, an estimate of what freezing would save, the zoo, and serving."""
 
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,23 +45,22 @@ def demo(framework: str, output: Path, **options: Any) -> None:
 
     OUTPUT gets the figures (demo.json) and a picture (demo.png).
     """
+    extra = "demo,cpu" if framework == "torch" else "demo-keras,cpu"
     try:
-        import torch  # noqa: F401
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
         from rich.table import Table
+
+        if framework == "torch":
+            import torch  # noqa: F401
     except ImportError as error:
         raise click.ClickException(
-            f'The demo needs {error.name}, which is not installed. Type: pip install "smartfrz[demo,cpu]"'
+            f'The demo needs {error.name}, which is not installed. Type: pip install "smartfrz[{extra}]"'
         ) from error
-    from smartfrz import demo as demo_torch
-    from smartfrz.demo import DemoOptions, save, table
+    from smartfrz.demo.data import DemoOptions
+    from smartfrz.demo.printing import save, sentence, table
 
-    demo_of: Any = demo_torch
-    if framework == "keras":
-        from smartfrz import demo_keras
-
-        demo_of = demo_keras
+    demo_of: Any = importlib.import_module(f"smartfrz.demo.{'pytorch' if framework == 'torch' else 'keras'}")
     columns = (
         TextColumn("training both runs"),
         BarColumn(),
@@ -71,6 +71,7 @@ def demo(framework: str, output: Path, **options: Any) -> None:
         task = bars.add_task("", total=1.0, what="")
         chosen = DemoOptions(**options)
         results = demo_of.run_demo(chosen, lambda done, what: bars.update(task, completed=done, what=what))
+    click.echo(f"{sentence(results, chosen)}\n")
     header, *rows = table(results)
     shown = Table(*header)
     for row in rows:

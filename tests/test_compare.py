@@ -17,6 +17,7 @@ from smartfrz.comparing import cli, study
 from smartfrz.comparing.engine import FULL, Result
 from smartfrz.comparing.lines import read_lines
 from smartfrz.comparing.own_task import FEWEST_STEPS, Part, build_task, find_task, fit_budget
+from smartfrz.comparing.recipe_tasks import recipe_source
 from smartfrz.comparing.variants import fewer_steps, variant
 from smartfrz.errors import RecipeError
 
@@ -213,7 +214,27 @@ def test_the_budget_decides_how_large_the_part_is(tmp_path):
     assert "nothing was cut" in Part().trust(60, task)
 
 
+@pytest.mark.parametrize("file", ["compare_digits.toml"])
+def test_the_example_of_names_alone(file, tmp_path, eager_predictor):
+    folder = Path(__file__).parent.parent / "examples"
+    if not folder.exists():
+        pytest.skip("the examples are not here")
+    text = (folder / file).read_text("utf-8").replace("epochs = 20", "epochs = 1").replace("width = 32", "width = 4")
+    (tmp_path / file).write_text(text)
+    (tmp_path / "compare_digits.py").write_text((folder / "compare_digits.py").read_text("utf-8"))
+    result = call(tmp_path / file, tmp_path / "out", eager_predictor)
+    assert result.exit_code == 0, result.output
+    lines = read_lines(tmp_path / "out" / "runs.jsonl")
+    assert {(line["task"], line["full_steps"]) for line in lines} == {(str(tmp_path / file), 31)}
+    # an option of the recipe counts, and so does the module beside it
+    (tmp_path / file).write_text(text.replace('"SGD"', '"Rprop"'))
+    assert "training.optimizer is 'Rprop'; expected one of" in call(tmp_path / file, tmp_path, eager_predictor).stderr
+    assert recipe_source(folder / file).version != lines[0]["version"]
+
+
 BROKEN = {
+    "no recipe": ("gone.toml", "", "Cannot read recipe"),
+    "an entry that is unknown": ("task.toml", "model = 3", "lacks section [model]"),
     "no file": ("gone.py:build", "", "which does not exist"),
     "no module": ("gone:build", "", "cannot be imported (No module named 'gone')"),
     "no function": ("task.py:biuld", "def build(): pass", "Did you mean 'build'?"),
@@ -228,7 +249,7 @@ BROKEN = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_what_is_no_task_is_explained(case, tmp_path, monkeypatch):
     task, code, message = BROKEN[case]
-    (tmp_path / "task.py").write_text(code)
+    (tmp_path / ("task.toml" if task == "task.toml" else "task.py")).write_text(code)
     monkeypatch.chdir(tmp_path)
     result = call(task, tmp_path / "out", "smartfrz-base")
     assert message in " ".join(result.stderr.split())

@@ -74,7 +74,7 @@ def run_compare(source: Source, options: CompareOptions, progress: Progress = la
     read_lines(path)  # a damaged file is found before anything is trained
     with importable(source.folder):
         task = build_task(source)
-        device = task.device_type()
+        device, chance = task.device_type(), task.chance()
         facts: dict[str, Any] = {"task": source.name, "version": source.version}
         facts |= {"device": device, "smartfrz": __version__, "budget": options.budget}
         part = Part()
@@ -84,8 +84,9 @@ def run_compare(source: Source, options: CompareOptions, progress: Progress = la
         known = len(finished(path, facts, methods, seeds))
         lines = run_study(part.of(task).start, methods, seeds, facts, path, progress, turns=task.takes_turns)
     clock = "cpu_seconds" if device == "cpu" else "train_seconds"
-    verdict = judge(lines, task.metric, options.tolerance, clock)
-    verdict = replace(verdict, notes=[*verdict.notes, *_notes(verdict, task, part, options)])
+    verdict = judge(lines, task.metric, options.tolerance, clock, chance)
+    sentence = verdict.sentence if part.share == 1.0 else f"On {part.share:.0%} of the task: {verdict.sentence}"
+    verdict = replace(verdict, sentence=sentence, notes=[*verdict.notes, *_notes(verdict, task, part, options)])
     outcome = Outcome(verdict, lines, known, len(read_lines(path)) - len(matching(read_lines(path), facts)))
     with replacing(options.output / FIGURES) as temporary:
         temporary.write_text(json.dumps(to_dict(outcome), indent=1), "utf-8")

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 from smartfrz.comparing.engine import FULL, Method, Point, Result
-from smartfrz.comparing.tasks import AnyTask, Cost, check_numbers, explained, read_metric
+from smartfrz.comparing.tasks import AnyTask, Cost, chance_level, check_numbers, explained, read_metric
 from smartfrz.errors import RecipeError
 
 JUDGED_AT_ONCE = 250  # samples
@@ -86,6 +86,17 @@ class Task(AnyTask):
         """`cpu`, or the backend's name of another device."""
         device = str(keras.Variable(0.0).value.device).lower()
         return "cpu" if "cpu" in device else device
+
+    def chance(self) -> float | None:
+        """Return what a model that has learned nothing may reach; None unless targets are numbers of classes."""
+        targets = self.test[1]
+        if (
+            self.judge is not None
+            or self.metric != "accuracy"
+            or getattr(targets, "dtype", np.dtype(float)).kind not in "iu"
+        ):
+            return None
+        return chance_level(np.ravel(targets).tolist())
 
     def cut(self, num_train: int, steps: int, evaluations: int | None) -> "Task":
         """Return the task with fewer training samples, chosen at random but always the same, and fewer steps."""

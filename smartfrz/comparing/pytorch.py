@@ -17,12 +17,13 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from smartfrz.adapters.torch import PrefixCache, SmartFRZ
 from smartfrz.adapters.torch.costs import measure_step
 from smartfrz.comparing.engine import FULL, Method, Point, Result
-from smartfrz.comparing.tasks import AnyTask, Cost, check_numbers, explained, read_metric
+from smartfrz.comparing.tasks import AnyTask, Cost, chance_level, check_numbers, explained, read_metric
 from smartfrz.errors import RecipeError
 from smartfrz.training import Loss, classification_loss, device_of, endless, evaluate, to_device, train_step
 
 LAST_LOSSES = 20  # steps whose mean loss is reported
 JUDGED_AT_ONCE = 250  # samples
+COUNTED = 2000  # samples of which the classes are counted, spread over the test data
 Judge = Callable[[nn.Module, Dataset[Any]], float | tuple[float, dict[str, Any]]]
 
 
@@ -103,6 +104,13 @@ class Task(AnyTask):
     def device_type(self) -> str:
         """Type of the device that the model is on, such as `cpu` or `cuda`."""
         return device_of(self.model(0)).type
+
+    def chance(self) -> float | None:
+        """Return what a model that has learned nothing may reach; None for a metric of the task's own."""
+        if self.judge is not judge_accuracy:
+            return None
+        number = len(self.test)  # type: ignore[arg-type]
+        return chance_level(int(self.test[index][1]) for index in range(0, number, math.ceil(number / COUNTED)))
 
     def cut(self, num_train: int, steps: int, evaluations: int | None) -> "Task":
         """Return the task with fewer training samples, chosen at random but always the same, and fewer steps."""

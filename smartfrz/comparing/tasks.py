@@ -4,7 +4,8 @@ import math
 import sysconfig
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
@@ -71,6 +72,13 @@ class AnyTask(ABC):
         """Type of the device on which the task is trained: `cpu`, or another one."""
 
     @abstractmethod
+    def chance(self) -> float | None:
+        """Return the accuracy that a model which has learned nothing may reach, `chance_level` of the test data's targets.
+
+        None where the metric is not the accuracy over classes that the framework counts itself.
+        """
+
+    @abstractmethod
     def cut(self, num_train: int, steps: int, evaluations: int | None) -> Self:
         """Return the task with fewer training samples, chosen at random but always the same, and fewer steps."""
 
@@ -95,6 +103,19 @@ def check_numbers(task: AnyTask, name: str) -> None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise RecipeError(f"The task {name} has {part}={value!r}; expected an integer of at least 1.")
+
+
+def chance_level(targets: Iterable[Hashable]) -> float:
+    """Accuracy of always naming the most frequent class, and two standard errors of that.
+
+    Example:
+        >>> round(chance_level([0, 1] * 50), 3)
+        0.6
+    """
+    counts = Counter(targets)
+    number = counts.total()
+    share = max(counts.values()) / number
+    return share + 2 * math.sqrt(share * (1 - share) / number)
 
 
 def read_metric(judged: Any, method: str, steps: int) -> tuple[float, dict[str, Any]]:
