@@ -84,7 +84,7 @@ def test_full_training_that_learned_nothing_is_no_measure():
 def test_what_diverged_is_said_to_and_not_chosen():
     lines = runs([0.9, 0.9, 0.9])
     for one in lines:
-        one["last_loss"] = None if one["kind"] == "freezing" and one["seed"] == 1 else 0.1
+        one["diverged"] = one["kind"] == "freezing" and one["seed"] == 1
     assert judge(lines).sentence.startswith(
         "SmartFRZ diverged in 1 of 3 runs, whose loss was no finite number; training 50"
     )

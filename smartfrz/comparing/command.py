@@ -11,7 +11,7 @@ from smartfrz.comparing.engine import FULL, Progress
 from smartfrz.comparing.lines import matching, read_lines
 from smartfrz.comparing.own_task import Part, Source, build_task, fit_budget
 from smartfrz.comparing.study import finished, run_study
-from smartfrz.comparing.tasks import AnyTask
+from smartfrz.comparing.tasks import AnyTask, explained
 from smartfrz.comparing.variants import DEFAULT, PREDICTOR, methods_of
 from smartfrz.comparing.verdict import Verdict, judge
 from smartfrz.errors import MissingDependencyError
@@ -82,7 +82,8 @@ def run_compare(source: Source, options: CompareOptions, progress: Progress = la
             part = _known_part(path, facts) or fit_budget(task, methods, options.seeds, options.budget)
         facts["part"] = asdict(part)
         known = len(finished(path, facts, methods, seeds))
-        lines = run_study(part.of(task).start, methods, seeds, facts, path, progress, turns=task.takes_turns)
+        with explained(f"Training {source.name} failed", only_theirs=True):
+            lines = run_study(part.of(task).start, methods, seeds, facts, path, progress, turns=task.takes_turns)
     clock = "cpu_seconds" if device == "cpu" else "train_seconds"
     verdict = judge(lines, task.metric, options.tolerance, clock, chance)
     sentence = verdict.sentence if part.share == 1.0 else f"On {part.share:.0%} of the task: {verdict.sentence}"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from smartfrz.adapters.torch import PrefixCache, SmartFRZ
 from smartfrz.adapters.torch.costs import measure_step
@@ -96,6 +96,26 @@ class Task(AnyTask):
                 f"`optimizer` of the task {name} returns {type(optimizer).__name__}; expected a function that takes the "
                 "model and returns a torch.optim.Optimizer."
             )
+        self._check_loss(model, name)
+
+    def _check_loss(self, model: nn.Module, name: str) -> None:
+        number = min(self.batch_size, self.num_samples("train"))
+        with explained(f"`train` of the task {name} cannot be put into batches"):
+            batch = default_collate([self.train[index] for index in range(number)])
+        if not isinstance(batch, (list, tuple)) or len(batch) != 2:
+            received = f"{len(batch)} parts" if isinstance(batch, (list, tuple)) else type(batch).__name__
+            raise RecipeError(
+                f"The samples in `train` of the task {name} have {received}; expected pairs (inputs, target). Inputs may "
+                "be a dict, which is spread over the model's arguments."
+            )
+        with explained(f"`loss` of the task {name} failed on a batch of {number} samples"):
+            value = self.loss(model.train(), *to_device(batch, device_of(model)))
+        if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.requires_grad:
+            received = f"shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise RecipeError(
+                f"`loss` of the task {name} returns {received}; expected a tensor with one number that depends on the "
+                "model's weights, such as a mean over the batch."
+            )
 
     def num_samples(self, part: str) -> int:
         """Number of samples in `train`, `validation` or `test`."""
@@ -142,6 +162,11 @@ def _check_data(data: Any, part: str, name: str) -> None:
             f"The task {name} has a `{part}` of type {type(data).__name__} without a length; expected a data set with "
             "__len__ and __getitem__, whose items are (inputs, target). Streams cannot be compared."
         ) from error
+    if isinstance(data, DataLoader) or not hasattr(data, "__getitem__"):
+        raise RecipeError(
+            f"The task {name} has a `{part}` of type {type(data).__name__}; expected a data set with __len__ and "
+            "__getitem__, whose items are (inputs, target), and not a loader of batches. Give the loader's `dataset`."
+        )
     if not number:
         raise RecipeError(
             f"The task {name} has no samples in `{part}`; expected at least one. Look at how they are read."

@@ -125,6 +125,7 @@ def pace_of(full: Result) -> dict[str, float]:
 def line_of(method: Method, result: Result, pace: Mapping[str, float]) -> dict[str, Any]:
     """What is kept of a finished run, and judged: plain data, ready for JSON."""
     fields = result.to_dict()
-    if fields["last_loss"] is not None and not math.isfinite(fields["last_loss"]):
+    diverged = fields["last_loss"] is not None and not math.isfinite(fields["last_loss"])
+    if diverged:
         fields["last_loss"] = None  # JSON has no NaN
-    return {"kind": kind_of(method), **fields, "pace": dict(pace)}
+    return {"kind": kind_of(method), **fields, "diverged": diverged, "pace": dict(pace)}

@@ -139,8 +139,13 @@ def read_metric(judged: Any, method: str, steps: int) -> tuple[float, dict[str, 
 
 
 @contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Say in one line what failed in the user's code, and where."""
+def explained(what: str, *, only_theirs: bool = False) -> Iterator[None]:
+    """Say in one line what failed in the user's code, and where.
+
+    Args:
+        what: What failed, to begin the message with.
+        only_theirs: Whether to leave an error alone that came up without any code of the user's.
+    """
     try:
         yield
     except SmartFRZError:
@@ -148,6 +153,8 @@ def explained(what: str) -> Iterator[None]:
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if not frame.filename.startswith(_NOT_THE_USERS)]
+        if only_theirs and not own:
+            raise
         last = (own or frames)[-1]
         where = f"{last.filename}, line {last.lineno}"
         if isinstance(error, SyntaxError):

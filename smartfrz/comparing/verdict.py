@@ -187,7 +187,7 @@ def _figures(lines: Sequence[Mapping[str, Any]], full: Mapping[int, Mapping[str,
         Spread.over([_share(line, other) for line in lines]),
         Spread.over([line[clock] for line in lines]),
         Spread.over([len(line["frozen"]) / max(1, len(line["layers"])) for line in lines]) if freezes else None,
-        sum(line.get("last_loss", 0.0) is None for line in lines),
+        sum(line.get("diverged", False) for line in lines),
     )
 
 

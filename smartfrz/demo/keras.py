@@ -121,7 +121,7 @@ def keras_network(weights: Mapping[str, NDArray[Any]], image_size: int, seed: in
     num_classes = weights["_fc.bias"].size
     classifier = keras.layers.Dense(num_classes, name="classifier")
     outputs = classifier(x)
-    classifier.set_weights([weights["_fc.weight"].reshape(num_classes, _HEAD).T.copy(), weights["_fc.bias"]])
+    classifier.set_weights([weights["_fc.weight"].reshape(num_classes, _HEAD).T.copy(), weights["_fc.bias"].copy()])
     return keras.Model(inputs, outputs, name="efficientnet_lite0")
 
 
@@ -163,5 +163,8 @@ def _convolution(
     x = normalization(convolution(x))
     kernel = weights[f"{conv}.weight"].reshape(filters or x.shape[-1], -1, kernel_size, kernel_size)
     convolution.set_weights([kernel.transpose(axes).copy()])
-    normalization.set_weights([weights[f"{norm}.{w}"] for w in ("weight", "bias", "running_mean", "running_var")])
+    statistics = ("weight", "bias", "running_mean", "running_var")
+    normalization.set_weights(
+        [weights[f"{norm}.{name}"].copy() for name in statistics]
+    )  # JAX may keep the array itself
     return keras.layers.Activation("relu6", name=f"{name}_relu6")(x) if activation else x
