@@ -1,4 +1,6 @@
+import gc
 import importlib.util
+import sys
 
 import pytest
 from hypothesis import settings
@@ -19,6 +21,16 @@ if importlib.util.find_spec("torch"):
 def pytest_configure(config):
     if missing():
         raise pytest.UsageError(f"SMARTFRZ_REQUIRED names modules that are not installed: {', '.join(missing())}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_holds_the_compiler():
+    """Fail the module that leaves a hold, not a later one of the same process whose models are not compiled then."""
+    yield
+    compiling = sys.modules.get("smartfrz.adapters.torch.compiling")
+    if compiling is not None and compiling.EagerHold.holders:
+        gc.collect()
+        assert not compiling.EagerHold.holders, "A freezer of this module was neither closed nor dropped."
 
 
 TINY = {"name": "tiny", "tailored_size": 64, "window": 10, "representation": "raw"}

@@ -224,6 +224,16 @@ def test_a_freezer_that_is_dropped_lets_the_compiler_go():
     assert EagerHold.holders == 0
 
 
+def test_a_freezer_that_is_dropped_after_a_backward_pass_but_before_a_step_lets_the_compiler_go():
+    model = Net()
+    freezer = SmartFRZ(model, torch.optim.SGD(model.parameters(), lr=0.01), ScriptedPredictor(), record_every=1)
+    model.eval()(torch.ones(4, 2, 5, 5)).sum().backward()
+    assert EagerHold.holders == 1
+    del freezer, model
+    gc.collect()
+    assert EagerHold.holders == 0
+
+
 def test_compiled_costs_are_profiled_eagerly_and_compiling_goes_on():
     model, run, freezer, optimizer, backend = setup(stages(3, 1), freeze_order="cost_aware")
     train(model, run, freezer, optimizer, 6)

@@ -169,9 +169,11 @@ class SmartFRZ(Freezer[TorchAdapter]):
         self._gradient_hook: GradientWatch | None = None
         trainable = tuple(p for p in self._model.parameters() if p.requires_grad and not is_lazy(p))
         if trainable:
-            self._gradient_hook = GradientWatch(trainable, self._on_gradient)
+            # Weakly, since the garbage collector does not see what an autograd graph's hooks hold.
+            told = weakref.WeakMethod(self._on_gradient)
+            self._gradient_hook = GradientWatch(trainable, lambda gradient: _call(told))
 
-    def _on_gradient(self, gradient: torch.Tensor) -> None:
+    def _on_gradient(self) -> None:
         self._saw_gradient = True
 
     def _before_optimizer_step(self) -> None:
@@ -504,6 +506,12 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
+
+
+def _call(method: "weakref.WeakMethod[Callable[[], None]]") -> None:
+    alive = method()
+    if alive is not None:
+        alive()
 
 
 def _refuse_keras(model: Any) -> None:
