@@ -91,21 +91,38 @@ def resnet20(weights, seed, num_classes=10, head=False):
     return model
 
 
+def compiled(model, steps):
+    """The model, to be trained with SGD and a cosine schedule of as many steps."""
+    import keras
+
+    rate = keras.optimizers.schedules.CosineDecay(0.02, steps)
+    optimizer = keras.optimizers.SGD(rate, momentum=0.9, weight_decay=1e-5)
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+    return model
+
+
+def steps_of(train, epochs):
+    """Steps of full training, 32 samples each."""
+    return round(len(train[1]) // 32 * epochs)
+
+
 def run(backend, seed, epochs, predictor):
     """Yield one line for each method. KERAS_BACKEND must be the backend."""
     from safetensors.numpy import load_file
 
-    from smartfrz.demo import DemoOptions
-    from smartfrz.demo_keras import KerasRun
+    from smartfrz.comparing.keras import Task
 
     folder = Path(os.environ["SMARTFRZ_DATA"])
     splits = clothing()
     weights = load_file(folder.parent / "weights/cifar_resnet/resnet20.safetensors")
-    options = DemoOptions(epochs=epochs, seed=seed, predictor=predictor, learning_rate=0.02)
+    train, test = splits
+    task = Task(
+        lambda seed, steps: compiled(resnet20(weights, seed), steps), train, test, test, steps_of(train, epochs)
+    )
     runs = {}
 
     def start(method):
-        runs[method.name] = KerasRun(method, resnet20(weights, seed), *splits, options)
+        runs[method.name] = task.start(seed)(method)
         return runs[method.name]
 
     def progress(done, text):

@@ -33,7 +33,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
-from smartfrz.demo import DemoOptions, load_data, pretrained_network
+from smartfrz.demo.data import DemoOptions
+from smartfrz.demo.pytorch import load_data, pretrained_network
 from smartfrz.hyperparameters import TrainingSpec
 
 RECIPES = Path(__file__).parent.parent / "recipes"

@@ -1,5 +1,6 @@
 """`smartfrz`: the demo, a comparison on your own task, an estimate of what freezing would save, the zoo, and serving."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -92,22 +93,22 @@ def doctor(context: click.Context) -> None:
 def demo(framework: str, output: Path, **options: Any) -> None:
     """Fine-tune an ImageNet network fully and with SmartFRZ, and compare accuracy and time."""
     try:
-        import torch  # noqa: F401
         from rich.console import Console
         from rich.table import Table
+
+        if framework == "torch":
+            import torch  # noqa: F401
     except ImportError as error:
-        raise not_installed("The demo", error.name, "demo") from error
-    from smartfrz import demo as demo_torch
-    from smartfrz.demo import DemoOptions, save, table
+        extras = ("demo",) if framework == "torch" else ("demo-keras", "tensorflow")
+        raise not_installed("The demo", error.name, *extras) from error
+    from smartfrz.demo.data import DemoOptions
+    from smartfrz.demo.printing import save, sentence, table
 
-    demo_of: Any = demo_torch
-    if framework == "keras":
-        from smartfrz import demo_keras
-
-        demo_of = demo_keras
+    demo_of: Any = importlib.import_module(f"smartfrz.demo.{'pytorch' if framework == 'torch' else 'keras'}")
     chosen = DemoOptions(**options)
     with progress("training both runs") as tell:
         results = demo_of.run_demo(chosen, tell)
+    commands.show(f"{sentence(results, chosen)}\n")
     header, *rows = table(results)
     shown = Table(*header)
     for row in rows:

@@ -1,4 +1,4 @@
-"""`smartfrz.demo_keras` on one backend, in a process of its own; `test_demo_keras.py` looks at what it prints.
+"""`smartfrz.demo.keras` on one backend, in a process of its own; `test_demo_keras.py` looks at what it prints.
 
 python keras_demo_worker.py predictor.onnx output-folder
 """
@@ -12,10 +12,13 @@ import keras
 import numpy as np
 import torch
 
-from smartfrz import demo_keras
 from smartfrz.adapters.keras import SmartFRZ
-from smartfrz.demo import DemoOptions, pretrained_network, save, table
-from smartfrz.demo_keras import KerasRun, keras_network, notes, run_demo
+from smartfrz.comparing import keras as comparing
+from smartfrz.comparing.keras import KerasRun
+from smartfrz.demo.data import DemoOptions
+from smartfrz.demo.keras import keras_network, notes, run_demo
+from smartfrz.demo.printing import save, table
+from smartfrz.demo.pytorch import pretrained_network
 
 # Four steps an epoch, eleven in all: more than a turn.
 SMALL = {"data": "digits", "epochs": 2.75, "num_train": 64, "num_test": 60, "image_size": 32, "batch_size": 16}
@@ -26,7 +29,7 @@ def same_network(size):
     """Largest differences to the PyTorch network, for pictures of this size."""
     torch.manual_seed(0)
     network = pretrained_network(10)
-    model = keras_network(network, size)
+    model = keras_network({name: tensor.numpy() for name, tensor in network.state_dict().items()}, size)
     pictures = np.random.default_rng(0).normal(size=(4, 3, size, size)).astype(np.float32)
     channels_last = np.ascontiguousarray(pictures.transpose(0, 2, 3, 1))
     with torch.no_grad():
@@ -68,7 +71,7 @@ def small_demo(predictor, output):
 
     KerasRun.on_epoch_end = spy
     # In eleven steps no freezing pays for compiling anew.
-    demo_keras.SmartFRZ = functools.partial(SmartFRZ, recompile_steps=0)
+    comparing.SmartFRZ = functools.partial(SmartFRZ, recompile_steps=0)
     options = DemoOptions(**SMALL, predictor=predictor)
     runs = run_demo(options, lambda done, text: shown.append((done, text)))
     files = [path.name for path in save(runs, options, Path(output))]

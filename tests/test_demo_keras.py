@@ -146,6 +146,6 @@ def test_an_unknown_framework_is_a_usage_error():
 
 
 def test_the_demo_on_pytorch_does_not_load_keras():
-    process = run("tensorflow", "-c", "import smartfrz.cli, smartfrz.demo, sys; print(*sys.modules)")
+    process = run("tensorflow", "-c", "import smartfrz.cli, smartfrz.demo.pytorch, sys; print(*sys.modules)")
     assert process.returncode == 0, process.stderr
-    assert {"keras", "tensorflow", "jax", "smartfrz.demo_keras"} & set(process.stdout.split()) == set()
+    assert {"keras", "tensorflow", "jax", "smartfrz.demo.keras"} & set(process.stdout.split()) == set()

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not EXAMPLES.exists(), reason="the examples are 
 
 
 def test_every_example_is_run():
-    elsewhere = {"ddp", "plain_onnxruntime"}  # test_distributed, test_plain_clients
+    elsewhere = {"ddp", "plain_onnxruntime", "compare_digits"}  # test_distributed, test_plain_clients, test_compare
     assert {path.stem for path in EXAMPLES.glob("*.py")} == RUNS.keys() | elsewhere
 
 

@@ -8,7 +8,8 @@ from PIL import Image
 from smartfrz.dataset_builder.class_folders import class_names
 from smartfrz.dataset_builder.pictures import image_folder, image_folders
 from smartfrz.dataset_builder.templates import NewRecipe, recipe_text
-from smartfrz.demo import DemoOptions, load_data
+from smartfrz.demo.data import DemoOptions
+from smartfrz.demo.pytorch import load_data
 from smartfrz.errors import RecipeError
 
 SIZE = 8

@@ -68,6 +68,30 @@ def test_one_seed_confirms_nothing():
     assert "--seeds 3" in verdict.notes[0]
 
 
+def test_the_spread_of_one_seed_is_said_to_be_unknown():
+    assert judge(runs([0.9], seeds=1)).sentence.endswith("loses 5.0 points; the spread over seeds is unknown.")
+    assert "unknown" not in judge(runs([0.9, 0.9, 0.9])).sentence
+
+
+def test_full_training_that_learned_nothing_is_no_measure():
+    sentence = judge(runs([0.9, 0.9, 0.9]), chance=0.95).sentence
+    assert sentence.startswith(
+        "Full training learned nothing: it reaches 90.1 ± 0.1 %, and a model that always gives the"
+    )
+    assert "learned nothing" not in judge(runs([0.9, 0.9, 0.9]), chance=0.5).sentence
+
+
+def test_what_diverged_is_said_to_and_not_chosen():
+    lines = runs([0.9, 0.9, 0.9])
+    for one in lines:
+        one["diverged"] = one["kind"] == "freezing" and one["seed"] == 1
+    assert judge(lines).sentence.startswith(
+        "SmartFRZ diverged in 1 of 3 runs, whose loss was no finite number; training 50"
+    )
+    lines += [line("SmartFRZ threshold=0.7", "freezing", seed, 0.8, 90.0, frozen=8) for seed in range(3)]
+    assert judge(lines).sentence.startswith("SmartFRZ threshold=0.7 loses 10.1 ± 0.1 points")
+
+
 def test_fewer_steps_that_do_as_well_are_said_to():
     sentence = judge(runs([0.9, 0.9, 0.9], fewer=(0.91, 0.91, 0.91))).sentence
     assert sentence.endswith("training 50 % of the steps did at least as well in 50 ± 0 % of the time.")

@@ -1,6 +1,8 @@
 """`smartfrz compare`: whether it helps on a task of your own."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ class Duration(ParamType[float]):
     "smartfrz compare --pictures photos --network resnet18 --budget 20m",
     if_stopped="Finished runs are kept; the same command goes on from there.",
 )
-@click.argument("task", metavar="[MODULE:CALLABLE | FILE.py:CALLABLE]", required=False)
+@click.argument("task", metavar="[MODULE:CALLABLE | FILE.py:CALLABLE | FILE.toml]", required=False)
 @click.option(
     "--pictures",
     type=click.Path(path_type=Path),
@@ -124,15 +126,12 @@ def compare(task: str | None, variants: tuple[str, ...], thresholds: tuple[float
     """Will it help? Train your own task fully, with SmartFRZ, and in fewer steps.
 
     The function that MODULE:CALLABLE names is called without arguments and returns a smartfrz.comparing.pytorch.Task: model,
-    optimizer, data, steps, schedule, loss and metric (docs/compare.md). Modules in the current directory are found.
+    optimizer, data, steps, schedule, loss and metric; or a smartfrz.comparing.keras.Task (docs/compare.md). Modules in the
+    current directory are found. FILE.toml names a PyTorch model, data, optimizer and schedule, as a recipe does.
 
     OUTPUT gets one line for each finished run (runs.jsonl), all figures (compare.json) and a picture (compare.png). The same
     command started again goes on where it was stopped.
     """
-    try:
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise not_installed("The comparison", "torch", "torch") from error
     from smartfrz.comparing import command
     from smartfrz.comparing.variants import methods_of
     from smartfrz.comparing.verdict import text_table
@@ -170,18 +169,35 @@ def _source(task: str | None, ready: dict[str, Any]) -> Any:
     data = {name: ready.pop(name) for name in ("pictures", "texts") if name in ready}
     if (task is not None) + len(data) != 1:
         raise click.UsageError(
-            "Expected one of: MODULE:CALLABLE or FILE.py:CALLABLE, --pictures FOLDER, --texts FILE.csv."
+            "Expected one of: MODULE:CALLABLE or FILE.py:CALLABLE, --pictures FOLDER, --texts FILE.csv, FILE.toml."
         )
     if task is not None:
         if ready:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in ready)
-            raise click.UsageError(f"{names} belong to --pictures and --texts. Set them in the function of your task.")
+            raise click.UsageError(f"{names} belong to --pictures and --texts. Set them in your task.")
+        if task.endswith(".toml"):
+            with _needing_torch(task):
+                from smartfrz.comparing.recipe_tasks import recipe_source
+
+                return recipe_source(Path(task))
         from smartfrz.comparing.own_task import find_task
 
         return find_task(task, Path.cwd())
     if "network" not in ready:
         raise click.UsageError(f"--{next(iter(data))} needs --network NAME as well.")
-    from smartfrz.comparing.ready_tasks import ReadyOptions, picture_source, text_source
+    with _needing_torch(f"--{next(iter(data))}"):
+        from smartfrz.comparing.ready_tasks import ReadyOptions, picture_source, text_source
 
     options = ReadyOptions(**ready)
     return picture_source(data["pictures"], options) if "pictures" in data else text_source(data["texts"], options)
+
+
+@contextmanager
+def _needing_torch(what: str) -> Iterator[None]:
+    """Say what to install if torch is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise not_installed(what, "torch", "torch") from error

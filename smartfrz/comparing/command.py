@@ -9,12 +9,12 @@ from typing import Any
 from smartfrz import __version__
 from smartfrz.comparing.engine import FULL, Progress
 from smartfrz.comparing.lines import matching, read_lines
-from smartfrz.comparing.own_task import Part, Source, build_task, device_name, fit_budget
-from smartfrz.comparing.pytorch import Task, start_run
+from smartfrz.comparing.own_task import Part, Source, build_task, fit_budget
 from smartfrz.comparing.study import finished, run_study
+from smartfrz.comparing.tasks import AnyTask, explained
 from smartfrz.comparing.variants import DEFAULT, PREDICTOR, methods_of
 from smartfrz.comparing.verdict import Verdict, judge
-from smartfrz.errors import MissingDependencyError
+from smartfrz.errors import not_installed
 from smartfrz.files import replacing
 from smartfrz.importing import importable
 
@@ -74,7 +74,7 @@ def run_compare(source: Source, options: CompareOptions, progress: Progress = la
     read_lines(path)  # a damaged file is found before anything is trained
     with importable(source.folder):
         task = build_task(source)
-        device = device_name(task)
+        device, chance = task.device_type(), task.chance()
         facts: dict[str, Any] = {"task": source.name, "version": source.version}
         facts |= {"device": device, "smartfrz": __version__, "budget": options.budget}
         part = Part()
@@ -82,10 +82,12 @@ def run_compare(source: Source, options: CompareOptions, progress: Progress = la
             part = _known_part(path, facts) or fit_budget(task, methods, options.seeds, options.budget)
         facts["part"] = asdict(part)
         known = len(finished(path, facts, methods, seeds))
-        lines = run_study(lambda seed: start_run(part.of(task), seed), methods, seeds, facts, path, progress)
+        with explained(f"Training {source.name} failed", only_theirs=True):
+            lines = run_study(part.of(task).start, methods, seeds, facts, path, progress, turns=task.takes_turns)
     clock = "cpu_seconds" if device == "cpu" else "train_seconds"
-    verdict = judge(lines, task.metric, options.tolerance, clock)
-    verdict = replace(verdict, notes=[*verdict.notes, *_notes(verdict, task, part, options)])
+    verdict = judge(lines, task.metric, options.tolerance, clock, chance)
+    sentence = verdict.sentence if part.share == 1.0 else f"On {part.share:.0%} of the task: {verdict.sentence}"
+    verdict = replace(verdict, sentence=sentence, notes=[*verdict.notes, *_notes(verdict, task, part, options)])
     outcome = Outcome(verdict, lines, known, len(read_lines(path)) - len(matching(read_lines(path), facts)))
     with replacing(options.output / FIGURES) as temporary:
         temporary.write_text(json.dumps(to_dict(outcome), indent=1), "utf-8")
@@ -98,13 +100,15 @@ def _known_part(path: Path, facts: Mapping[str, Any]) -> Part | None:
     return Part(**lines[-1]["part"]) if lines else None
 
 
-def _notes(verdict: Verdict, task: Task, part: Part, options: CompareOptions) -> list[str]:
+def _notes(verdict: Verdict, task: AnyTask, part: Part, options: CompareOptions) -> list[str]:
     notes = []
-    number = len(task.test)  # type: ignore[arg-type]
+    number = task.num_samples("test")
     if verdict.is_share and 1 / number > verdict.tolerance / 2:
         notes.append(
             f"The test data has {number} samples: a single one is {100 / number:.2g} points. More test data would tell more."
         )
+    if task.note:
+        notes.append(task.note)
     if options.budget is not None:
         notes.append(part.trust(options.budget, task))
     return notes
@@ -124,8 +128,6 @@ def draw(outcome: Outcome, title: str, folder: Path) -> Path:
     try:
         from smartfrz.comparing.fronts import save_fronts
     except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            f"No picture was made: {error.name} is not installed. Type: pip install matplotlib, and give the same command."
-        ) from error
+        raise not_installed("The picture of the comparison", error.name, "plots") from error
     save_fronts(outcome.verdict, title, folder / PICTURE)
     return folder / PICTURE

@@ -98,10 +98,17 @@ class Result:
 
 
 class Run(Protocol):
-    """One training of a task by a method, which a framework implements."""
+    """One training of a task by a method, which a framework implements.
+
+    Attributes:
+        result: What it took and reached so far.
+        total_steps: Steps in all.
+        tell: Called after each epoch by a run that cannot be interrupted; whoever wants to follow it sets this.
+    """
 
     result: Result
     total_steps: int
+    tell: Callable[[], None]
 
     def advance(self, steps: int) -> bool:
         """Train up to `steps` more steps, and return whether there are more to come.

@@ -1,34 +1,22 @@
-"""The user's own PyTorch task: found by name, checked, and cut to what a budget of time allows."""
+"""The user's own task: found by name, checked, and cut to what a budget of time allows. No framework is needed here."""
 
 import hashlib
 import inspect
 import math
-import sysconfig
-import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
-from torch import nn
-from torch.utils.data import Subset
-
-from smartfrz.comparing.engine import FULL, Method
-from smartfrz.comparing.pytorch import Task, TorchRun
-from smartfrz.errors import RecipeError, SmartFRZError
+from smartfrz.comparing.engine import Method
+from smartfrz.comparing.tasks import AnyTask, explained
+from smartfrz.errors import RecipeError
 from smartfrz.importing import import_callable, importable
 
 FEWEST_STEPS = 100  # of a task that is cut: a predictor that decides at 60 records a run needs some steps
 PROBED = 8  # steps that are timed
-_NOT_THE_USERS = (
-    "<",
-    str(Path(__file__).parents[1]),
-    *filter(None, (sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))),
-)
 FOLLOWED = 5  # evaluations of a run that is cut
+SomeTask = TypeVar("SomeTask", bound=AnyTask)
 
 
 @dataclass(frozen=True)
@@ -72,7 +60,7 @@ def find_task(text: str, here: Path) -> Source:
             f"{text!r} names no task; expected module:callable or file.py:callable, for example mytask.py:build. It is "
             "called without arguments and returns a smartfrz.comparing.pytorch.Task."
         )
-    with _explained(f"{place} cannot be imported"):
+    with explained(f"{place} cannot be imported"):
         build = import_callable(source, folder, "The task")
     return Source(text, folder, build, _version(build))
 
@@ -85,82 +73,22 @@ def _version(build: Callable[..., Any]) -> str:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12] if file else ""
 
 
-def build_task(source: Source) -> Task:
+def build_task(source: Source) -> AnyTask:
     """Make the task and check it.
 
     Raises:
         RecipeError: If the function fails, returns something else, or returns a task that cannot be trained.
     """
-    with importable(source.folder), _explained(f"{source.name} failed"):
+    with importable(source.folder), explained(f"{source.name} failed"):
         task = source.build()
-    if not isinstance(task, Task):
+    if not isinstance(task, AnyTask):
         raise RecipeError(
-            f"{source.name} returns {type(task).__name__}; expected a smartfrz.comparing.pytorch.Task. Return one; "
-            "docs/compare.md has an example."
+            f"{source.name} returns {type(task).__name__}; expected a smartfrz.comparing.pytorch.Task or a "
+            "smartfrz.comparing.keras.Task. Return one; docs/compare.md has an example."
         )
-    check_task(task, source.name)
+    with importable(source.folder):
+        task.check(source.name)
     return task
-
-
-def check_task(task: Task, name: str) -> None:
-    """Check that a task can be trained.
-
-    Raises:
-        RecipeError: If it cannot; the message says what is wrong.
-    """
-    for part in ("train", "validation", "test"):
-        data = getattr(task, part)
-        try:
-            number = len(data)
-        except TypeError as error:
-            raise RecipeError(
-                f"The task {name} has a `{part}` of type {type(data).__name__} without a length; expected a data set with "
-                "__len__ and __getitem__, whose items are (inputs, target). Streams cannot be compared."
-            ) from error
-        if not number:
-            raise RecipeError(
-                f"The task {name} has no samples in `{part}`; expected at least one. Look at how they are read."
-            )
-    for part in ("steps", "batch_size"):
-        value = getattr(task, part)
-        if not isinstance(value, int) or value < 1:
-            raise RecipeError(f"The task {name} has {part}={value!r}; expected an integer of at least 1.")
-    with _explained(f"`model` of the task {name} failed"):
-        model = task.model(0)
-    if not isinstance(model, nn.Module):
-        raise RecipeError(
-            f"`model` of the task {name} returns {type(model).__name__}; expected a function that takes a seed and returns "
-            "a torch.nn.Module, as in model=lambda seed: Net()."
-        )
-    with _explained(f"`optimizer` of the task {name} failed"):
-        optimizer = task.optimizer(model)
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise RecipeError(
-            f"`optimizer` of the task {name} returns {type(optimizer).__name__}; expected a function that takes the model "
-            "and returns a torch.optim.Optimizer."
-        )
-
-
-@contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Say in one line what failed in the user's code, and where."""
-    try:
-        yield
-    except SmartFRZError:
-        raise
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if not frame.filename.startswith(_NOT_THE_USERS)]
-        last = (own or frames)[-1]
-        where = f"{last.filename}, line {last.lineno}"
-        if isinstance(error, SyntaxError):
-            where = f"{error.filename}, line {error.lineno}"
-        raise RecipeError(f"{what}: {type(error).__name__}: {error} ({where}). Make it run by itself first.") from error
-
-
-def device_name(task: Task) -> str:
-    """Type of the device that the task is trained on, `cpu` or `cuda`."""
-    return next((parameter.device.type for parameter in task.model(0).parameters()), "cpu")
 
 
 def duration(seconds: float) -> str:
@@ -187,20 +115,15 @@ class Part:
     share: float = 1.0
     evaluations: int | None = None
 
-    def of(self, task: Task) -> Task:
+    def of(self, task: SomeTask) -> SomeTask:
         """Cut a task: a part of its training data, chosen at random, and of its steps; epochs stay as many."""
         if self.share == 1.0:
             return task
-        number = max(task.batch_size, round(self.share * len(task.train)))  # type: ignore[arg-type]
-        order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
-        return replace(
-            task,
-            train=Subset(task.train, order[:number].tolist()),
-            steps=max(min(task.steps, FEWEST_STEPS), round(self.share * task.steps)),
-            evaluations=self.evaluations,
-        )
+        number = max(task.batch_size, round(self.share * task.num_samples("train")))
+        steps = max(min(FEWEST_STEPS, task.steps), round(self.share * task.steps))
+        return task.cut(number, steps, self.evaluations)
 
-    def trust(self, seconds: float, task: Task) -> str:
+    def trust(self, seconds: float, task: AnyTask) -> str:
         """Say how far the result of the part can be believed."""
         budget = duration(seconds)
         if self.share == 1.0:
@@ -218,35 +141,28 @@ class Part:
         else:
             worth = "So small a part shows that it runs, and what a step costs. Take no decision from its accuracies."
         return (
-            f"Budget of {budget}: {len(cut.train)} of {len(task.train)} training samples and "  # type: ignore[arg-type]
+            f"Budget of {budget}: {cut.num_samples('train')} of {task.num_samples('train')} training samples and "
             f"{cut.steps} of {task.steps} steps ({self.share:.0%}). {worth}"
         )
 
 
-def fit_budget(task: Task, methods: Sequence[Method], seeds: int, seconds: float) -> Part:
+def fit_budget(task: AnyTask, methods: Sequence[Method], seeds: int, seconds: float) -> Part:
     """Measure what a step and an evaluation take, and choose the part of the task whose runs fit into `seconds`.
 
     Raises:
         RecipeError: If not even the smallest part fits; the message says what would.
     """
-    run = TorchRun(replace(task, evaluations=1), FULL, seed=0)
-    run.advance(1)
-    begin = time.perf_counter()
-    before = run.result.steps
-    run.advance(PROBED)
-    step = (time.perf_counter() - begin) / max(1, run.result.steps - before)
-    begin = time.perf_counter()
-    run.judge(task.validation)
-    look = time.perf_counter() - begin
-    epochs = math.ceil(task.steps / run.steps_per_epoch)
+    step, look, steps_per_epoch, first_step = task.measure(PROBED)
+    epochs = math.ceil(task.steps / steps_per_epoch)
     number = min(FOLLOWED, task.evaluations or epochs)
     runs = seeds * len(methods)
+    begin = runs * first_step
     steps = seeds * sum(method.share for method in methods) * task.steps * step
-    if steps + runs * (task.evaluations or epochs) * look <= seconds:
+    if begin + steps + runs * (task.evaluations or epochs) * look <= seconds:
         return Part()
     if runs * (number + 1) * look > 0.3 * seconds:
         number = 1
-    judging = runs * (number + 1) * look
+    judging = begin + runs * (number + 1) * look
     smallest = min(1.0, FEWEST_STEPS / task.steps)
     share = (seconds - judging) / steps
     if share < smallest:

@@ -6,22 +6,24 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from smartfrz.adapters.torch import PrefixCache, SmartFRZ
 from smartfrz.adapters.torch.costs import measure_step
-from smartfrz.comparing.engine import Method, Point, Result
+from smartfrz.comparing.engine import FULL, Method, Point, Result
+from smartfrz.comparing.tasks import AnyTask, Cost, chance_level, check_numbers, explained, read_metric
 from smartfrz.errors import RecipeError
 from smartfrz.training import Loss, classification_loss, device_of, endless, evaluate, to_device, train_step
 
 LAST_LOSSES = 20  # steps whose mean loss is reported
 JUDGED_AT_ONCE = 250  # samples
+COUNTED = 2000  # samples of which the classes are counted, spread over the test data
 Judge = Callable[[nn.Module, Dataset[Any]], float | tuple[float, dict[str, Any]]]
 
 
@@ -36,7 +38,7 @@ def constant(progress: float) -> float:
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(AnyTask):
     """What is trained, on what, and how.
 
     Attributes:
@@ -71,6 +73,105 @@ class Task:
     evaluations: int | None = None
     metric: str = "accuracy"
 
+    def check(self, name: str) -> None:
+        """Check that the task can be trained.
+
+        Raises:
+            RecipeError: If it cannot; the message says what is wrong.
+        """
+        for part in ("train", "validation", "test"):
+            _check_data(getattr(self, part), part, name)
+        check_numbers(self, name)
+        with explained(f"`model` of the task {name} failed"):
+            model = self.model(0)
+        if not isinstance(model, nn.Module):
+            raise RecipeError(
+                f"`model` of the task {name} returns {type(model).__name__}; expected a function that takes a seed and "
+                "returns a torch.nn.Module, as in model=lambda seed: Net()."
+            )
+        with explained(f"`optimizer` of the task {name} failed"):
+            optimizer = self.optimizer(model)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise RecipeError(
+                f"`optimizer` of the task {name} returns {type(optimizer).__name__}; expected a function that takes the "
+                "model and returns a torch.optim.Optimizer."
+            )
+        self._check_loss(model, name)
+
+    def _check_loss(self, model: nn.Module, name: str) -> None:
+        number = min(self.batch_size, self.num_samples("train"))
+        with explained(f"`train` of the task {name} cannot be put into batches"):
+            batch = default_collate([self.train[index] for index in range(number)])
+        if not isinstance(batch, (list, tuple)) or len(batch) != 2:
+            received = f"{len(batch)} parts" if isinstance(batch, (list, tuple)) else type(batch).__name__
+            raise RecipeError(
+                f"The samples in `train` of the task {name} have {received}; expected pairs (inputs, target). Inputs may "
+                "be a dict, which is spread over the model's arguments."
+            )
+        with explained(f"`loss` of the task {name} failed on a batch of {number} samples"):
+            value = self.loss(model.train(), *to_device(batch, device_of(model)))
+        if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.requires_grad:
+            received = f"shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise RecipeError(
+                f"`loss` of the task {name} returns {received}; expected a tensor with one number that depends on the "
+                "model's weights, such as a mean over the batch."
+            )
+
+    def num_samples(self, part: str) -> int:
+        """Number of samples in `train`, `validation` or `test`."""
+        return len(getattr(self, part))
+
+    def device_type(self) -> str:
+        """Type of the device that the model is on, such as `cpu` or `cuda`."""
+        return device_of(self.model(0)).type
+
+    def chance(self) -> float | None:
+        """Return what a model that has learned nothing may reach; None for a metric of the task's own."""
+        if self.judge is not judge_accuracy:
+            return None
+        number = len(self.test)  # type: ignore[arg-type]
+        return chance_level(int(self.test[index][1]) for index in range(0, number, math.ceil(number / COUNTED)))
+
+    def cut(self, num_train: int, steps: int, evaluations: int | None) -> "Task":
+        """Return the task with fewer training samples, chosen at random but always the same, and fewer steps."""
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+        chosen = Subset(self.train, order[:num_train].tolist())
+        return replace(self, train=chosen, steps=steps, evaluations=evaluations)
+
+    def measure(self, steps: int) -> Cost:
+        """Train for some steps, evaluate once, and return what both take."""
+        run = TorchRun(replace(self, evaluations=1), FULL, seed=0)
+        run.advance(1)
+        begin, before = time.perf_counter(), run.result.steps
+        run.advance(steps)
+        step = (time.perf_counter() - begin) / max(1, run.result.steps - before)
+        begin = time.perf_counter()
+        run.judge(self.validation)
+        return Cost(step, time.perf_counter() - begin, run.steps_per_epoch)
+
+    def start(self, seed: int) -> "Callable[[Method], TorchRun]":
+        """Return what starts the run of a method."""
+        return functools.partial(TorchRun, self, seed=seed)
+
+
+def _check_data(data: Any, part: str, name: str) -> None:
+    try:
+        number = len(data)
+    except TypeError as error:
+        raise RecipeError(
+            f"The task {name} has a `{part}` of type {type(data).__name__} without a length; expected a data set with "
+            "__len__ and __getitem__, whose items are (inputs, target). Streams cannot be compared."
+        ) from error
+    if isinstance(data, DataLoader) or not hasattr(data, "__getitem__"):
+        raise RecipeError(
+            f"The task {name} has a `{part}` of type {type(data).__name__}; expected a data set with __len__ and "
+            "__getitem__, whose items are (inputs, target), and not a loader of batches. Give the loader's `dataset`."
+        )
+    if not number:
+        raise RecipeError(
+            f"The task {name} has no samples in `{part}`; expected at least one. Look at how they are read."
+        )
+
 
 class TorchRun:
     """One training of a task by a method. Implements `smartfrz.comparing.engine.Run`.
@@ -86,6 +187,7 @@ class TorchRun:
 
     def __init__(self, task: Task, method: Method, seed: int, watch: Callable[["TorchRun"], None] = lambda run: None):
         self.task, self.method, self._watch = task, method, watch
+        self.tell: Callable[[], None] = lambda: None  # not called: `advance` does a few steps
         self.result = Result(method.name, full_steps=task.steps, total_flops=0 if method.cache is None else None)
         self.total_steps = method.steps(task.steps)
         torch.manual_seed(seed)
@@ -241,20 +343,7 @@ class TorchRun:
         self.model.eval()
         with self._random_numbers_kept():
             judged = self.task.judge(self.model, data)
-        value, details = judged if isinstance(judged, tuple) else (judged, {})
-        try:
-            number = float(value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise self._no_metric(type(value).__name__) from error
-        if not math.isfinite(number):
-            raise self._no_metric(str(number))
-        return number, details
-
-    def _no_metric(self, received: str) -> RecipeError:
-        return RecipeError(
-            f"The metric of {self.method.name} is {received} after {self.result.steps} steps; expected a finite number, the "
-            "larger the better. Look at what the task's `judge` returns, and whether training diverged."
-        )
+        return read_metric(judged, self.method.name, self.result.steps)
 
     def finish(self) -> Result:
         """Judge the trained model on the test data, release the freezer, and return the result."""
@@ -278,8 +367,3 @@ def kept_gradients(freezer: SmartFRZ) -> list[torch.Tensor]:
         return []
     latest = freezer.adapter.gradient_change_state().get("latest", {})
     return [*freezer.adapter.gradient_state().values(), *latest.values()]
-
-
-def start_run(task: Task, seed: int) -> Callable[[Method], TorchRun]:
-    """What `smartfrz.comparing.engine.compare` starts the runs of a task with."""
-    return functools.partial(TorchRun, task, seed=seed)

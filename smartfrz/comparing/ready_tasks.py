@@ -18,7 +18,7 @@ from smartfrz.comparing.pytorch import Task
 from smartfrz.dataset_builder.class_folders import class_names
 from smartfrz.dataset_builder.pictures import image_folder, image_folders
 from smartfrz.dataset_builder.templates import resolve_name
-from smartfrz.demo import pretrained_network
+from smartfrz.demo.pytorch import pretrained_network
 from smartfrz.errors import RecipeError, not_installed
 from smartfrz.importing import import_callable
 from smartfrz.training import torch_device

@@ -37,6 +37,7 @@ def run_study(
     facts: Mapping[str, Any],
     path: Path,
     progress: Progress = lambda fraction, text: None,
+    turns: bool = True,
 ) -> list[dict[str, Any]]:
     """Train all methods with all seeds; what the file has already is not trained again.
 
@@ -50,6 +51,8 @@ def run_study(
         facts: What a line must have to count as a run of this comparison; every line gets them.
         path: File of JSON lines, one a run, each written as soon as the run is finished.
         progress: Called after each turn with the fraction that is done, and how the runs stand.
+        turns: Whether runs can be interrupted. If not, they come one after the other, and the pace of a full training that
+            is finished is the one that it had.
 
     Returns:
         The lines of all runs.
@@ -59,41 +62,51 @@ def run_study(
     """
     methods = [FULL, *(method for method in methods if method.name != FULL.name)]
     for number, seed in enumerate(seeds):
-        known = {line["method"] for line in finished(path, facts, methods, [seed])}
+        known = {line["method"]: line for line in finished(path, facts, methods, [seed])}
 
         def told(fraction: float, text: str, number: int = number, seed: int = seed) -> None:
             progress((number + fraction) / len(seeds), f"seed {seed} ({number + 1} of {len(seeds)})   {text}")
 
         missing = [method for method in methods if method.name not in known]
-        for line in _train(start(seed), missing, told):
+        pace = None if turns else known.get(FULL.name, {}).get("pace")
+        for line in _train(start(seed), missing, told, pace):
             add_line(path, {**facts, "seed": seed, **line})
     return finished(path, facts, methods, seeds)
 
 
-def _train(start: Start, methods: Sequence[Method], progress: Progress) -> Iterator[dict[str, Any]]:
+def _train(
+    start: Start, methods: Sequence[Method], progress: Progress, pace: Mapping[str, float] | None
+) -> Iterator[dict[str, Any]]:
     """Train the runs of a seed in turns, and yield the line of each as soon as it is finished.
 
-    A line says at which pace full training went meanwhile. Where full training was finished by an earlier start, it takes
-    a turn now and then for that, and is left unfinished.
+    A line says at which pace full training went meanwhile. Where full training was finished by an earlier start and `pace`
+    is None, it takes a turn now and then for that, and is left unfinished.
     """
     runs = [(method, start(method)) for method in methods]
     if not runs:
         return
-    pacemaker = None if methods[0] is FULL else start(FULL)
-    pace = (pacemaker or runs[0][1]).result
+    pacemaker = None if methods[0] is FULL or pace is not None else start(FULL)
+    full = (pacemaker or runs[0][1]).result
     total, results, rounds = sum(run.total_steps for _, run in runs), [run.result for _, run in runs], 0
+
+    def tell() -> None:
+        for method, run in runs:
+            _check_loss(run.result, method)
+        texts = [f"{result.method} {result.curve[-1].accuracy:.4g}" for result in results if result.curve]
+        progress(sum(result.steps for result in results) / total, "   ".join(texts))
+
+    for _, run in runs:
+        run.tell = tell
     while runs:
         if pacemaker is not None and rounds % PACE_EVERY == 0:
             pacemaker.advance(TURN)
         rounds += 1
         for method, run in list(runs):
             more = run.advance(TURN)
-            _check_loss(run.result, method)
+            tell()
             if not more:
                 runs.remove((method, run))
-                yield _line(method, run.finish(), pace)
-            texts = [f"{result.method} {result.curve[-1].accuracy:.4g}" for result in results if result.curve]
-            progress(sum(result.steps for result in results) / total, "   ".join(texts))
+                yield line_of(method, run.finish(), pace or pace_of(full))
 
 
 def _check_loss(result: Result, method: Method) -> None:
@@ -104,9 +117,15 @@ def _check_loss(result: Result, method: Method) -> None:
         )
 
 
-def _line(method: Method, result: Result, full: Result) -> dict[str, Any]:
+def pace_of(full: Result) -> dict[str, float]:
+    """Seconds of a step of full training, by both clocks."""
+    return {clock: getattr(full, clock) / full.steps for clock in ("cpu_seconds", "train_seconds")}
+
+
+def line_of(method: Method, result: Result, pace: Mapping[str, float]) -> dict[str, Any]:
+    """What is kept of a finished run, and judged: plain data, ready for JSON."""
     fields = result.to_dict()
-    if fields["last_loss"] is not None and not math.isfinite(fields["last_loss"]):
+    diverged = fields["last_loss"] is not None and not math.isfinite(fields["last_loss"])
+    if diverged:
         fields["last_loss"] = None  # JSON has no NaN
-    pace = {clock: getattr(full, clock) / full.steps for clock in ("cpu_seconds", "train_seconds")}
-    return {"kind": kind_of(method), **fields, "pace": pace}
+    return {"kind": kind_of(method), **fields, "diverged": diverged, "pace": dict(pace)}

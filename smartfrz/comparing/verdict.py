@@ -63,6 +63,7 @@ class Figures:
         other_time: The same by the other clock.
         seconds: Training time by the clock that counts.
         frozen: Layers that were frozen at the end, as a share of all; None if the method freezes nothing.
+        diverged: Runs whose loss was no finite number at the end.
     """
 
     method: str
@@ -74,6 +75,7 @@ class Figures:
     other_time: Spread
     seconds: Spread
     frozen: Spread | None
+    diverged: int = 0
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ def judge(
     metric: str = "accuracy",
     tolerance: float | None = None,
     clock: str = "cpu_seconds",
+    chance: float | None = None,
 ) -> Verdict:
     """Judge the runs of a comparison.
 
@@ -151,6 +154,7 @@ def judge(
             for 0.5 points, or 1 % of what full training reaches.
         clock: The clock that counts: `cpu_seconds`, which other programs on the machine hardly change, or
             `train_seconds` for what a GPU does.
+        chance: What a model that has learned nothing may reach by luck; None if that is not known.
 
     Raises:
         ValueError: If no seed has a run of full training and another one.
@@ -166,7 +170,7 @@ def judge(
         tolerance = POINTS / 100 if is_share else RELATIVE * abs(figures[0].metric.mean)
     elif is_share:
         tolerance /= 100
-    words = _Words(figures, metric, is_share, tolerance)
+    words = _Words(figures, metric, is_share, tolerance, chance)
     return Verdict(words.sentence(), words.notes(clock), figures, metric, is_share, tolerance, clock)
 
 
@@ -183,6 +187,7 @@ def _figures(lines: Sequence[Mapping[str, Any]], full: Mapping[int, Mapping[str,
         Spread.over([_share(line, other) for line in lines]),
         Spread.over([line[clock] for line in lines]),
         Spread.over([len(line["frozen"]) / max(1, len(line["layers"])) for line in lines]) if freezes else None,
+        sum(line.get("diverged", False) for line in lines),
     )
 
 
@@ -194,13 +199,23 @@ def _share(line: Mapping[str, Any], clock: str) -> float:
 class _Words:
     """Puts figures into words."""
 
-    def __init__(self, figures: Sequence[Figures], metric: str, is_share: bool, tolerance: float):
+    def __init__(self, figures: Sequence[Figures], metric: str, is_share: bool, tolerance: float, chance: float | None):
         self.full, self.metric, self.is_share, self.tolerance = figures[0], metric, is_share, tolerance
         self.freezing = [one for one in figures if one.kind == "freezing"]
         self.fewer = [one for one in figures if one.kind == "fewer"]
-        self.digits = _digits(figures[0].metric.mean, is_share)
+        self.digits, self.chance = _digits(figures[0].metric.mean, is_share), chance
 
     def sentence(self) -> str:
+        if self.is_share and self.chance is not None and self.full.metric.mean <= self.chance:
+            reached = self.full.metric.text(100, self.digits)
+            return (
+                f"Full training learned nothing: it reaches {reached} %, and a model that always "
+                "gives the same answer may reach as much; nothing can be said about freezing before it learns."
+            )
+        said = self._sentence()
+        return said if self.full.metric.seeds > 1 else f"{said.removesuffix('.')}; the spread over seeds is unknown."
+
+    def _sentence(self) -> str:
         chosen = self._chosen()
         if chosen is None:
             return f"{'; '.join(map(self._of_fewer, self.fewer))}; SmartFRZ was not tried."
@@ -217,15 +232,19 @@ class _Words:
 
     def _chosen(self) -> Figures | None:
         """The fastest that keeps the metric; if none does, the one that loses least."""
-        keeping = [one for one in self.freezing if one.difference.mean >= -self.tolerance]
+        sound = [one for one in self.freezing if not one.diverged] or self.freezing
+        keeping = [one for one in sound if one.difference.mean >= -self.tolerance]
         if keeping:
             return min(keeping, key=lambda one: one.time.mean)
-        return max(self.freezing, key=lambda one: one.difference.mean, default=None)
+        return max(sound, key=lambda one: one.difference.mean, default=None)
 
     def _of_freezing(self, one: Figures) -> str:
         time, name = _percent(one.time), one.method
+        if one.diverged:
+            return f"{name} diverged in {one.diverged} of {one.difference.seeds} runs, whose loss was no finite number"
         if one.frozen is not None and not one.frozen.mean:
-            return f"{name} froze nothing here and took {time} of full training's time, so it does not help"
+            why = "so it does not help" if one.time.mean >= 1 else "which is chance: it saves nothing here"
+            return f"{name} froze nothing here and took {time} of full training's time, {why}"
         if one.difference.seeds == 1:
             start = f"With one seed, {name} took {time} of full training's time and {self._ended(one)}"
         elif one.difference.mean - one.difference.margin >= -self.tolerance:
@@ -240,6 +259,8 @@ class _Words:
         return start if one.time.mean < 1 else f"{start}, so it saves no time"
 
     def _of_fewer(self, one: Figures) -> str:
+        if one.diverged:
+            return f"training {one.method} diverged"
         if one.difference.mean < 0:
             return f"training {one.method} loses {self._amount(one.difference)}"
         return f"training {one.method} loses nothing ({self._difference(one)})"

@@ -1,34 +1,63 @@
-"""Data sets from folders of pictures."""
+"""Data sets from folders of pictures: arrays of NumPy, or data sets of PyTorch, which is loaded for these only."""
 
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.utils.data import TensorDataset
 
 from smartfrz.dataset_builder.class_folders import class_names, picture_files
 from smartfrz.errors import RecipeError
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch.utils.data import TensorDataset
 
 _DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I")  # Pillow's names of pictures with more than 8 bits a pixel
 _WHITE = 255
 
 
-def image_folders(folder: Path, image_size: int) -> tuple[TensorDataset, TensorDataset]:
-    """Read the pictures in `folder/train/<class>/` and `folder/test/<class>/`.
+def image_folders(folder: Path, image_size: int) -> "tuple[TensorDataset, TensorDataset]":
+    """Read the pictures in `folder/train/<class>/` and `folder/test/<class>/`, as `image_folder` does.
+
+    Raises:
+        RecipeError: See `read_folders`.
+    """
+    train, test = read_folders(folder, image_size)
+    return _as_tensors(train), _as_tensors(test)
+
+
+def image_folder(folder: Path, image_size: int) -> "TensorDataset":
+    """Read the pictures in `folder/<class>/`, as `read_folder` does.
 
     Returns:
-        Data sets to train on and to test on, as `image_folder` makes them.
+        Items `(float32 [3, image_size, image_size], int64)`; classes are numbered by name.
+
+    Raises:
+        RecipeError: See `read_folder`.
+    """
+    return _as_tensors(read_folder(folder, image_size))
+
+
+Arrays = tuple[NDArray[np.float32], NDArray[np.int64]]
+
+
+def _as_tensors(data: Arrays) -> "TensorDataset":
+    import torch
+    from torch.utils.data import TensorDataset
+
+    images, labels = data
+    return TensorDataset(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels))
+
+
+def read_folders(folder: Path, image_size: int) -> tuple[Arrays, Arrays]:
+    """Read the pictures in `folder/train/<class>/` and `folder/test/<class>/`, as `read_folder` does.
 
     Raises:
         RecipeError: If either cannot be read, or the two have different classes.
     """
-    train, test = (image_folder(folder / split, image_size) for split in ("train", "test"))
+    train, test = (read_folder(folder / split, image_size) for split in ("train", "test"))
     classes, test_classes = class_names(folder / "train"), class_names(folder / "test")
     if classes != test_classes:
         raise RecipeError(
@@ -38,14 +67,14 @@ def image_folders(folder: Path, image_size: int) -> tuple[TensorDataset, TensorD
     return train, test
 
 
-def image_folder(folder: Path, image_size: int) -> TensorDataset:
+def read_folder(folder: Path, image_size: int) -> Arrays:
     """Read the pictures in `folder/<class>/`, resized to a square and scaled to [-1, 1].
 
     Pictures are turned as their EXIF data say. The 65,536 levels of a 16-bit picture are kept. What is transparent becomes
     white, or black in a picture that would be all white. Hidden files and folders are left out.
 
     Returns:
-        Items `(float32 [3, image_size, image_size], int64)`; classes are numbered by name.
+        Pictures `[n, image_size, image_size, 3]` and labels `[n]`; classes are numbered by name.
 
     Raises:
         RecipeError: If there are fewer than two classes with pictures, a class has none, or a picture is damaged or too
@@ -64,9 +93,8 @@ def image_folder(folder: Path, image_size: int) -> TensorDataset:
             "pictures, or remove that folder."
         )
     pixels = np.stack([_read(file, image_size) for pictures in files.values() for file in pictures])
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0
     labels = np.repeat(np.arange(len(files)), [len(pictures) for pictures in files.values()])
-    return TensorDataset(images, torch.from_numpy(labels))
+    return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1.0), labels
 
 
 def _read(file: Path, image_size: int) -> NDArray[Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from smartfrz.control.learned import PATIENCE, RECORDS_PER_STAGE
 from smartfrz.control.quality import TARGETS, Calibration
 from smartfrz.dataset_builder.building import labelled_runs, records_of
 from smartfrz.dataset_builder.costs import judge, prefix_schedule
@@ -15,7 +16,7 @@ from smartfrz.dataset_builder.storage import RecordedRun
 from smartfrz.errors import DatasetFormatError
 from smartfrz.predictor.runtime import Predictor
 from smartfrz.predictor.training.export import with_info
-from smartfrz.predictor.training.judging import PATIENCE, RECORDS_PER_STAGE, first_freezes, score
+from smartfrz.predictor.training.judging import first_freezes, score
 from smartfrz.predictor.training.runs import TrainingOptions
 
 MIN_RUNS = 3
@@ -53,8 +54,8 @@ def simulate(predictor: Predictor, runs: Sequence[RecordedRun]) -> Outcomes:
     runs = [run for run in runs if run.costs is not None]
     if len(runs) < MIN_RUNS:
         raise DatasetFormatError(
-            f"Received {len(runs)} recordings with costs; expected at least {MIN_RUNS}, of different models and data. Record "
-            "them with: smartfrz-build record --costs RECIPE..."
+            f"Received {len(runs)} recordings with costs; expected at least {MIN_RUNS}, of different models and data. "
+            "Record them with: smartfrz-build record --costs RECIPE..."
         )
     info = predictor.info
     options = TrainingOptions(window=info.window, tailored_size=info.tailored_size, min_records=info.min_records)

@@ -72,11 +72,12 @@ class Recipe:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
-def load_recipe(path: str | os.PathLike[str]) -> Recipe:
+def load_recipe(path: str | os.PathLike[str], **defaults: Any) -> Recipe:
     """Read and check a recipe.
 
     Args:
         path: The TOML file.
+        **defaults: Entries of the top level that the file may lack.
 
     Returns:
         The recipe.
@@ -93,15 +94,16 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
         ) from error
     except UnicodeDecodeError as error:
         raise _no_toml(path, error) from error
-    return parse_recipe(text, path)
+    return parse_recipe(text, path, **defaults)
 
 
-def parse_recipe(text: str, path: Path) -> Recipe:
+def parse_recipe(text: str, path: Path, **defaults: Any) -> Recipe:
     """Check the text of a recipe.
 
     Args:
         text: TOML.
         path: The file that it is from or for.
+        **defaults: Entries of the top level that the text may lack.
 
     Returns:
         The recipe.
@@ -114,7 +116,7 @@ def parse_recipe(text: str, path: Path) -> Recipe:
         read = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # also numbers of too many digits, and lists that nest without end
         raise _no_toml(path, error) from error
-    values: dict[str, Any] = {"name": path.stem, "recording": {}} | read
+    values: dict[str, Any] = {"name": path.stem, "recording": {}} | defaults | read
     try:
         for key, spec in sections.items():
             values[key] = _section(path, key, spec, values.get(key))
