@@ -58,9 +58,8 @@ def few_recordings(architectures: Sequence[str]) -> str:
         return ""
     return (
         f"This predictor was made from few recordings: {len(architectures)} of {', '.join(kinds)}. Use it for trainings "
-        "like these only, and compare whole trainings first (smartfrz compare): nothing here says what it is worth on other "
-        "networks. Four recordings or more, two each of two architectures, let the card judge that; smartfrz-base was made "
-        "from 20."
+        "like these only, and compare whole trainings first (smartfrz compare): so few say little about other networks. "
+        "With four recordings or more, two each of two architectures, a card can judge that; smartfrz-base was made from 20."
     )
 
 
