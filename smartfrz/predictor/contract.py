@@ -200,7 +200,9 @@ def find_invalid(confidence: NDArray[np.float32], attention: NDArray[np.float32]
         bool `[layers]`.
     """
     in_range = [((array >= 0) & (array <= 1 + _TOLERANCE)).all(1) for array in (confidence, attention)]
-    valid: NDArray[np.bool_] = in_range[0] & in_range[1] & (abs(confidence.sum(1) - 1) <= _TOLERANCE)
+    with np.errstate(all="ignore"):  # a warning may be an error in the training around it
+        sums_to_one = abs(confidence.sum(1) - 1) <= _TOLERANCE
+    valid: NDArray[np.bool_] = in_range[0] & in_range[1] & sums_to_one
     return ~valid
 
 

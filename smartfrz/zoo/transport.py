@@ -254,6 +254,7 @@ class _CheckedRedirects(urllib.request.HTTPRedirectHandler):
                 f"{req.full_url} redirects to {target!r}, another scheme; that is not followed. Pass the final address."
             )
         urls.check(target)
+        fp.close()  # the base class reads its page, which may have no end
         return super().http_error_302(req, fp, code, msg, headers)
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
