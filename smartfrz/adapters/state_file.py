@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from smartfrz.errors import StateError
-from smartfrz.files import replacing
+from smartfrz.files import open_regular, replacing
 
 _ARRAY = "__array__"
 
@@ -26,7 +26,7 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         StateError: If the file is of another kind, or damaged.
     """
-    with open(os.path.expanduser(path), "rb") as opened:
+    with open_regular(os.path.expanduser(path)) as opened:
         try:
             with np.load(opened, allow_pickle=False) as file:
                 return _require_dict(_unpack(json.loads(str(file["state"])), file))

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smartfrz.errors import MissingDependencyError, PredictionError, PredictorFileError
+from smartfrz.files import open_regular
 from smartfrz.predictor.contract import (
     ATTENTION,
     CONFIDENCE,
@@ -289,7 +290,7 @@ def _reopen(
 
 def _read_file(path: Path, file: str) -> bytes:
     try:
-        with path.open("rb") as opened:
+        with open_regular(path) as opened:
             content = opened.read(MAX_FILE_SIZE + 1)
     except OSError as error:
         raise PredictorFileError(

@@ -6,6 +6,7 @@ The standard library does the http: pooch cannot resume a download, and would br
 import contextlib
 import http.client
 import io
+import os
 import re
 import socket
 import ssl
@@ -18,6 +19,7 @@ from urllib.parse import urljoin, urlsplit
 
 from smartfrz import __version__
 from smartfrz.errors import DownloadError, MissingDependencyError, SmartFRZError, UnreachableError, install_command
+from smartfrz.files import open_regular
 from smartfrz.predictor.deadline import call_within
 from smartfrz.zoo import settings, urls
 
@@ -436,7 +438,8 @@ def _open_file(url: str, offset: int, pace: _Pace) -> Iterator[_Body]:
     local = urls.local_path(url)
     try:
         if local is not None:  # without fsspec, which may not be installed
-            total, file = local.stat().st_size, local.open("rb")
+            file: Any = open_regular(local)
+            total = os.fstat(file.fileno()).st_size
         else:
             fs, path = file_system(url)
             total = pace.bound(lambda: fs.info(path)["size"])
@@ -448,6 +451,8 @@ def _open_file(url: str, offset: int, pace: _Pace) -> Iterator[_Body]:
     except SmartFRZError:
         raise
     except Exception as error:  # httpx, botocore and others have errors of their own, without a common base class
+        if local is not None:  # another attempt would not help
+            raise DownloadError(f"{url} cannot be read ({error}). Check the address.") from error
         raise UnreachableError(f"{url} cannot be reached ({type(error).__name__}: {error}).") from error
 
     def read(count: int) -> bytes:
