@@ -115,7 +115,9 @@ def run(code, folder, **variables):
     return json.loads(looked_up.read_text()), files
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "compare" else []) for name in PROGRAMS]
+)
 def test_nothing_calls_home(name, unshared, tmp_path):
     modules, code = PROGRAMS[name]
     if absent := [module for module in modules if importlib.util.find_spec(module) is None]:
