@@ -193,7 +193,8 @@ class RemotePredictor:
             try:
                 size = output.get("parameters", {}).get("binary_data_size")
                 if size is None:
-                    array = np.array(output["data"], np.float32)
+                    with np.errstate(all="ignore"):  # what float32 cannot hold is infinite, and refused below
+                        array = np.array(output["data"], np.float32)
                 else:
                     array = np.frombuffer(body[start : start + size], "<f4")
                     start += size

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smartfrz.errors import MissingDependencyError, PredictionError, PredictorFileError
+from smartfrz.files import open_regular
 from smartfrz.predictor.contract import (
     ATTENTION,
     CONFIDENCE,
@@ -293,7 +294,7 @@ def _reopen(
 
 def _read_file(path: Path, file: str) -> bytes:
     try:
-        with path.open("rb") as opened:
+        with open_regular(path) as opened:
             content = opened.read(MAX_FILE_SIZE + 1)
     except OSError as error:
         raise PredictorFileError(
@@ -339,7 +340,7 @@ def _has_shape(received: Sequence[int | str], expected: Sequence[int | None]) ->
 
 
 def import_onnxruntime() -> Any:
-    """Import onnxruntime, with its telemetry off unless the user set `ORT_DISABLE_TELEMETRY`.
+    """Import onnxruntime; `smartfrz/__init__.py` has switched off its telemetry, unless the user decided otherwise.
 
     Raises:
         MissingDependencyError: If no build of it is installed, or two are.
@@ -358,8 +359,6 @@ def import_onnxruntime() -> Any:
             'pip uninstall -y onnxruntime onnxruntime-gpu, and then pip install "smartfrz[cpu]" or pip install '
             '"smartfrz[gpu]"'
         )
-    # Without it, ONNX Runtime reports to its makers and keeps a device id in the user's cache. It is read on loading.
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:
