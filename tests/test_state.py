@@ -147,6 +147,7 @@ def test_steps_that_have_not_come_yet_are_refused_under_a_new_digest(place, mess
         (("frozen",), {}, r"\['frozen'\] is \[\]; expected 'a' among these, as its events say"),
         (("events", 0, "action"), "thaw", r"\['frozen'\]\['a'\] is \d; expected None, as its events say"),
         (("num_records",), 7, r"\['num_records'\] is 7; expected at most 6, the steps so far"),
+        (("num_records",), 3, r"\['events'\]\[3\]\['timestamp'\] is 3; expected less than 3, the records so far"),
         (("looked_at",), 7, r"\['looked_at'\] is 7; expected at most 6"),
     ],
 )

@@ -232,6 +232,9 @@ def check_contents(state: Mapping[str, Any]) -> None:
     for index, event in enumerate(state["events"]):
         if event["step"] > state["num_steps"]:
             raise _wrong(f"controller['events'][{index}]['step']", event["step"], f"at most {state['num_steps']}")
+        if event["timestamp"] >= state["num_records"]:
+            where = f"controller['events'][{index}]['timestamp']"
+            raise _wrong(where, event["timestamp"], f"less than {state['num_records']}, the records so far")
     for name in ("num_records", "looked_at"):
         if state[name] > state["num_steps"]:
             raise _wrong(f"controller[{name!r}]", state[name], f"at most {state['num_steps']}, the steps so far")
