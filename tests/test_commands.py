@@ -140,6 +140,7 @@ def test_json_of_commands(tmp_path):
     write_runs(tmp_path / "runs")
     ready = document(build, "label", tmp_path / "runs")["ready"]
     assert 0 < ready["cnn-a"]["layer0"] < 1
+    write_recipe(tmp_path)  # and the module that `new` names
     made = document(build, "new", "tiny_parts:network", "-o", tmp_path / "new.toml")
     assert (tmp_path / "new.toml").read_text() == made["text"]
 

@@ -66,7 +66,7 @@ class RemotePredictor:
     Attributes:
         url: The given address without `/v2/models`.
         info: Facts about the predictor.
-        sha256: Checksum that identifies the predictor.
+        sha256: SHA-256 of the predictor's file on the server.
         positional: True if the predictor reads the positions of layers and the server accepts them.
 
     Raises:

@@ -1,6 +1,7 @@
 """`Predictor`: one predictor file, run by ONNX Runtime. No other module imports onnxruntime."""
 
 import functools
+import hashlib
 import importlib.metadata
 import logging
 import os
@@ -67,6 +68,8 @@ class Predictor:
             The limits of memory are those of the CPU; limit the memory of a GPU through the options of its provider.
 
     Attributes:
+        sha256: SHA-256 of the file, as `sha256sum` and the zoo give it.
+        seal: The checksum inside of the file, `smartfrz.sha256` of docs/format.md: what it was made with.
         device: `"cuda"` if inputs and outputs are bound to the memory of a GPU, else `"cpu"`.
         providers: Names of the execution providers in use.
 
@@ -94,7 +97,8 @@ class Predictor:
         self.path = Path(path).expanduser()
         file = str(path)
         content = _read_file(self.path, file)
-        self.sha256 = check_seal(content, file)
+        self.seal = check_seal(content, file)
+        self.sha256 = hashlib.sha256(content).hexdigest()
         check_onnx(content, file)
         try:
             self._session = call_within(DEADLINE, lambda: open_session(content, file, device, num_threads, providers))

@@ -106,7 +106,7 @@ def zoo() -> None:
 def list_(registries: tuple[str, ...]) -> None:
     """List the predictors of all registries."""
     known = registry.entries(registries)
-    header = ("predictor", "window", "size", "representation", "domains", "AUC", "MB", "where")
+    header = ("predictor", "window", "size", "representation", "domains", "AUC", "MB", "SHA-256", "where")
     table = [header] + [
         (
             str(entry),
@@ -116,6 +116,7 @@ def list_(registries: tuple[str, ...]) -> None:
             ",".join(entry.domains) or "-",
             _number(entry.metrics.get("auc")),
             f"{entry.size / 1e6:.1f}",
+            entry.sha256[:12],
             _where(entry),
         )
         for entry in known
