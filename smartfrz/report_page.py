@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from smartfrz.errors import MissingDependencyError
+from smartfrz.errors import not_installed
 
 _TEMPLATE = Path(__file__).with_name("report_page.html.jinja")
 _WIDE, _NARROW = 30, 17  # characters of a layer's name that fit beside its bar
@@ -91,9 +91,7 @@ def _render(report: Mapping[str, Any], *, whole: bool) -> str:
     try:
         import jinja2
     except ImportError as error:
-        raise MissingDependencyError(
-            'The page of a report needs jinja2, which is not installed. Type: pip install "smartfrz[plots]"'
-        ) from error
+        raise not_installed("The page of a report", "jinja2", "plots") from error
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
