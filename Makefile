@@ -47,7 +47,7 @@ help:
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) pip install -q --disable-pip-version-check "$(TORCH)" -e ".[$(subst $(space),$(comma),$(EXTRAS))]" peft $(KERAS) \
-		"$(TRITON)" "jsonargparse[signatures]" hydra-core pytest pytest-xdist hypothesis "pandas>=2.3" ruff mypy
+		"$(TRITON)" "jsonargparse[signatures]" hydra-core nbclient ipykernel pytest pytest-xdist hypothesis "pandas>=2.3" ruff mypy
 	touch $@
 
 # The JavaScript example is a test as well. Nothing but the package itself is fetched.
