@@ -239,6 +239,8 @@ def _panel(title: str, curves: Mapping[str, Sequence[Any]], steps: int) -> dict[
     # A loss of the first steps, or a step that held an evaluation, would flatten all the rest.
     usual = sorted(values)[int(0.95 * (len(values) - 1))]
     marks = ticks(min(values), usual + min(max(values) - usual, 0.5 * abs(usual)))
+    if max(values) - marks[0] <= 2 * (marks[-1] - marks[0]):  # the rest keeps half of the picture
+        marks = ticks(min(values), max(values))
     if title == _PACE:
         marks = ticks(0.0, marks[-1])
     low, high = marks[0], marks[-1]

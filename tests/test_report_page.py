@@ -134,6 +134,21 @@ def test_a_dry_run_and_a_run_without_a_step_have_pages_too(tmp_path):
     assert "SmartFRZ: no step yet" in saved(tmp_path, Report()).text
 
 
+@pytest.mark.parametrize(
+    ("values", "cut"),
+    [
+        ([2.06, 1.17, 0.77], ""),
+        ([0.1117, 0.0521, 0.01, 0.005, 0.002, 0.002], ""),
+        ([90.0, *[1.0] * 20], "highest value 90, cut off"),
+    ],
+    ids=["three logs", "a little higher", "far out"],
+)
+def test_only_a_peak_that_would_flatten_all_the_rest_is_cut_off(tmp_path, values, cut):
+    text = saved(tmp_path, report(curves={"loss": list(enumerate(values))})).text
+    assert cut in text
+    assert ("cut off" in text) == bool(cut)
+
+
 def test_a_notebook_shows_the_same_without_a_script():
     page = Page(report()._repr_html_())
     assert len(page.rows()) == 4
