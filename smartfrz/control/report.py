@@ -463,8 +463,8 @@ class Report:
         )
         if self.num_compilations:
             lines.append(
-                f"{self.compiler} compiled {self.num_compilations} times in {self.compile_seconds:.1f} s; "
-                f"{self.num_recompilations} times and {self.recompile_seconds:.1f} s of that after layers froze."
+                f"{self.compiler} compiled {_times(self.num_compilations)} in {self.compile_seconds:.1f} s; "
+                f"{_times(self.num_recompilations)} and {self.recompile_seconds:.1f} s of that after layers froze."
             )
         if self.cache is not None:
             lines.append(str(self.cache))
@@ -485,6 +485,10 @@ class Report:
 
 def _shorten(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _times(number: int) -> str:
+    return "once" if number == 1 else f"{number} times"
 
 
 def _thin(items: Sequence[T], most: int) -> list[T]:
