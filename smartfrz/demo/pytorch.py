@@ -13,8 +13,15 @@ from smartfrz.demo.data import DemoOptions, Split, demo_methods, load_arrays, ne
 EXTRA = "demo"
 
 
-def run_demo(options: DemoOptions, progress: Progress = lambda fraction, text: None) -> list[Result]:
+def run_demo(
+    options: DemoOptions, progress: Progress = lambda fraction, text: None, task: Task | None = None
+) -> list[Result]:
     """Fine-tune EfficientNet-Lite0 twice from the same seed.
+
+    Args:
+        options: What is trained, and how long.
+        progress: Called with the fraction that is done, and the accuracies so far.
+        task: `demo_task(options)`, if it has been made.
 
     Returns:
         Results of full training and of SmartFRZ.
@@ -23,7 +30,8 @@ def run_demo(options: DemoOptions, progress: Progress = lambda fraction, text: N
         MissingDependencyError: If a package of the `demo` extra is not installed.
         RecipeError: If the data cannot be found, or is less than a batch.
     """
-    return list(compare(demo_task(options).start(options.seed), demo_methods(options), progress=progress))
+    task = task or demo_task(options)
+    return list(compare(task.start(options.seed), demo_methods(options), progress=progress))
 
 
 def demo_task(options: DemoOptions) -> Task:
