@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from smartfrz.errors import RecipeError
+from smartfrz.errors import MissingDependencyError, RecipeError
 
 
 def import_callable(source: str, folder: Path, what: str) -> Callable[..., Any]:
@@ -70,3 +70,12 @@ def _forget_namesakes(folder: Path) -> None:
         loaded = Path(getattr(sys.modules[name], "__file__", None) or "")
         if loaded.name == f"{name}.py" and loaded.parent != folder and str(loaded.parent) not in sys.path:
             del sys.modules[name]
+
+
+def error_of_import(library: str, error: Exception) -> MissingDependencyError:
+    """Return the error for a library that is installed and cannot be imported, as torchvision beside another PyTorch."""
+    return MissingDependencyError(
+        f"{library} is installed, but its import fails ({type(error).__name__}: {error}). It needs a torchvision of the "
+        "same build as PyTorch. Install both from one index, for CPUs with: pip install --force-reinstall torch torchvision "
+        "--index-url https://download.pytorch.org/whl/cpu. Or name the model as module:callable."
+    )

@@ -87,6 +87,24 @@ def test_missing_libraries_are_named(monkeypatch, name, library):
         resolve_name(name)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "torchvision:resnet18"])
+def test_a_torchvision_of_another_build_than_pytorch_is_explained(tmp_path, monkeypatch, name):
+    (tmp_path / "torchvision").mkdir()
+    raising = 'raise RuntimeError("operator torchvision::nms does not exist")'  # what the real one raises
+    (tmp_path / "torchvision" / "__init__.py").write_text(raising)
+    for library in ("torchvision", "torchvision.models", "timm"):
+        monkeypatch.delitem(sys.modules, library, raising=False)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.syspath_prepend(tmp_path)
+    expected = r"nms does not exist\).*of the same build as PyTorch.*pip install"
+    with pytest.raises(MissingDependencyError, match=expected):
+        resolve_name(name)
+    file = tmp_path / "a.toml"
+    file.write_text(recipe_text(NewRecipe("mymodels:net"), file).replace("mymodels:net", "torchvision:resnet18"))
+    with pytest.raises(MissingDependencyError, match=expected):
+        build_model(load_recipe(file), 0)
+
+
 @pytest.mark.parametrize("library", ["torchvision", "timm"])
 def test_a_recipe_of_a_real_library_is_checked(tmp_path, monkeypatch, library):
     pytest.importorskip(library)

@@ -20,7 +20,7 @@ from smartfrz.dataset_builder.recipes import Recipe
 from smartfrz.dataset_builder.similarity import Grams
 from smartfrz.dataset_builder.storage import reference_file
 from smartfrz.errors import MissingDependencyError, RecipeError, install_command
-from smartfrz.importing import import_callable
+from smartfrz.importing import error_of_import, import_callable
 from smartfrz.predictor.runtime import Device
 from smartfrz.training import torch_device
 
@@ -195,6 +195,10 @@ def _maker(recipe: Recipe) -> Callable[[], Any]:
                 f"Recipe {recipe.name!r} takes its model from {library}, which cannot be imported ({error}). "
                 f"Type: {_install(library)}"
             ) from error
+        except RuntimeError as error:
+            if "torchvision::" not in str(error):
+                raise
+            raise error_of_import(library, error) from error
 
     return make
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from smartfrz.dataset_builder.class_folders import class_names, picture_files
 from smartfrz.dataset_builder.picture_sizes import choose_size
 from smartfrz.errors import MissingDependencyError, RecipeError
+from smartfrz.importing import error_of_import
 
 # Beginnings of model names, and the architecture family that the recipes of smartfrz-base put them into.
 FAMILIES = {
@@ -152,7 +153,7 @@ def has_own_code(source: str) -> bool:
 
 
 def _known_names(libraries: Iterable[str]) -> dict[str, list[str]]:
-    known, absent = {}, []
+    known, absent, broken = {}, [], []
     for library in libraries:
         try:
             if library == "torchvision":
@@ -162,7 +163,12 @@ def _known_names(libraries: Iterable[str]) -> dict[str, list[str]]:
         except ImportError:
             absent.append(library)
             continue
+        except Exception as error:  # torchvision beside another build of PyTorch raises RuntimeError
+            broken.append(error_of_import(library, error))
+            continue
         known[library] = sorted(list_models())
+    if broken and not known:
+        raise broken[0]
     if not known:
         raise MissingDependencyError(
             f"Model names are looked up in {' and '.join(absent)}, which cannot be imported. Install one with: pip install "
