@@ -42,6 +42,16 @@ def test_where_logging_shows_it_the_lines_go_there(capsys, caplog):
     assert "SmartFRZ, step" not in capsys.readouterr().out
 
 
+def test_a_line_does_not_run_into_a_progress_bar(capsys):
+    with pytest.importorskip("tqdm").tqdm(total=10, ascii=True, mininterval=0) as bar:
+        bar.update(3)
+        run(*STAGES)
+    lines = [line for line in capsys.readouterr().err.split("\n") if "SmartFRZ, step" in line]
+    assert len(lines) == 4
+    for line in lines:
+        assert line.rpartition("\r")[2].startswith("SmartFRZ, step")
+
+
 def test_verbose_false_is_silent(capsys):
     run(*STAGES, verbose=False).say_report()
     assert capsys.readouterr() == ("", "")

@@ -1,5 +1,6 @@
 """What a run says by itself: a line at each freezing stage, and at the end why nothing froze."""
 
+import contextlib
 import logging
 import math
 import sys
@@ -24,10 +25,15 @@ _WHY = {
 
 
 def say(text: str) -> None:
-    """Show a text: through the logger if it shows messages of level INFO, else on standard error."""
+    """Show a text: through the logger if it shows messages of level INFO, else on standard error.
+
+    Progress bars of tqdm, such as that of the Trainer of transformers, make room for it.
+    """
     if logger.isEnabledFor(logging.INFO) and logger.hasHandlers():
         logger.info(text)
-    else:
+        return
+    bars = getattr(sys.modules.get("tqdm"), "tqdm", None)  # no bar is shown where nobody has loaded it
+    with bars.external_write_mode(file=sys.stderr) if bars else contextlib.nullcontext():
         print(text, file=sys.stderr, flush=True)
 
 
