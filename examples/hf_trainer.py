@@ -72,7 +72,7 @@ def main():
         report_to="none",
         disable_tqdm=True,
     )
-    callback = SmartFRZCallback()  # the only line that SmartFRZ needs
+    callback = SmartFRZCallback(verbose=False)  # the only line that SmartFRZ needs
     trainer = Trainer(
         model, arguments, train_dataset=train, eval_dataset=test, processing_class=tokenizer, callbacks=[callback]
     )

@@ -62,7 +62,7 @@ def main():
     rate = keras.optimizers.schedules.CosineDecay(options.rate, options.epochs * -(-len(x) // 32))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.AdamW(rate, weight_decay=1e-4), loss, metrics=["accuracy"])
-    freezer = SmartFRZ("smartfrz-base")  # the only line that SmartFRZ needs
+    freezer = SmartFRZ(verbose=False)  # the only line that SmartFRZ needs
     model.fit(preprocess(x), y, 32, options.epochs, verbose=2, callbacks=[freezer])
     _, accuracy = model.evaluate(preprocess(test_x), test_y, verbose=0)
     print(f"test accuracy {accuracy:.1%}")

@@ -50,7 +50,7 @@ def main():
     data = load_digits()
     pictures = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
     train, test = random_split(TensorDataset(pictures, torch.tensor(data.target)), [1500, len(pictures) - 1500])
-    callback = SmartFRZCallback()  # the only line that SmartFRZ needs
+    callback = SmartFRZCallback(verbose=False)  # the only line that SmartFRZ needs
     trainer = Trainer(
         max_epochs=options.epochs,
         logger=False,

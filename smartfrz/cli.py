@@ -55,7 +55,7 @@ def doctor(context: click.Context) -> None:
 
 
 @main.command(
-    short_help="Train a small network with and without freezing: about five minutes.",
+    short_help="Fine-tune a small network with and without freezing: about six minutes.",
     example="smartfrz demo --data digits --epochs 2",
 )
 @click.option(

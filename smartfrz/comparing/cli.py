@@ -64,16 +64,16 @@ class Duration(ParamType[float]):
     help="For --pictures: a name of torchvision or timm, efficientnet-lite0, or MODULE:CALLABLE, called with the number of "
     "classes. For --texts: a model of transformers, its folder or its name.",
 )
-@click.option("--epochs", type=click.FloatRange(min=0, min_open=True), help="Of --pictures and --texts. Default: 5.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Of --pictures and --texts. Default: 32.")
+@click.option("--epochs", type=click.FloatRange(min=0, min_open=True), help="With --pictures or --texts. Default: 5.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="With --pictures or --texts. Default: 32.")
 @click.option(
     "--learning-rate",
     type=click.FloatRange(min=0, min_open=True),
-    help="Of --pictures and --texts. Default: 2e-4, from scratch 1e-3.",
+    help="With --pictures or --texts. Default: 2e-4, from scratch 1e-3.",
 )
-@click.option("--image-size", type=click.IntRange(min=8), help="Of --pictures. Default: 128.")
+@click.option("--image-size", type=click.IntRange(min=8), help="With --pictures. Default: 128.")
 @click.option(
-    "--from-scratch", is_flag=True, default=None, help="Of --pictures and --texts: random weights to start from."
+    "--from-scratch", is_flag=True, default=None, help="With --pictures or --texts: random weights to start from."
 )
 @click.option(
     "--variant",
