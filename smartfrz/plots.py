@@ -102,7 +102,9 @@ def plot_results(results: Sequence[Result], path: Path) -> None:
     for result, colour, style in ((full, FULL, "--"), (freezing, FROZEN, "-")):
         points = [(point.step, 100 * point.accuracy) for point in result.curve]
         label = f"{result.method}: {100 * result.accuracy:.1f} % in {result.train_seconds:.0f} s"
-        bottom.plot(*zip(*points, strict=True), style, color=colour, marker="o", markersize=4, label=label)
+        bottom.plot(
+            *zip(*points, strict=True), style, color=colour, marker="o", markersize=4, label=label, clip_on=False
+        )
     bottom.set_xlabel("training steps")
     bottom.set_ylabel("test accuracy, %")
     bottom.grid(alpha=0.3)

@@ -134,6 +134,7 @@ def test_a_task_that_was_changed_is_trained_anew(tmp_path, eager_predictor):
     result = call(
         write_task(tmp_path, replaced={"EPOCHS = 20": "EPOCHS = 2  # more"}), tmp_path / "out", eager_predictor
     )
+    assert "- Full training has 62 steps. In fewer than about 100 SmartFRZ sees too little" in result.stdout
     assert "3 runs in" in result.stderr
     assert "are left out" in result.stderr
     assert {line["full_steps"] for line in read_lines(tmp_path / "out" / "runs.jsonl")} == {31, 62}

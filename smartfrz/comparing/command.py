@@ -19,6 +19,7 @@ from smartfrz.errors import MissingDependencyError, install_command
 from smartfrz.files import replacing
 from smartfrz.importing import importable
 
+FEW_STEPS = 100  # of full training, below which a note says that they are few
 LINES, FIGURES, PICTURE, PAGE = "runs.jsonl", "compare.json", "compare.png", "report.html"
 
 
@@ -106,6 +107,12 @@ def _known_part(path: Path, facts: Mapping[str, Any]) -> Part | None:
 
 def _notes(verdict: Verdict, task: AnyTask, part: Part, options: CompareOptions) -> list[str]:
     notes = []
+    steps = part.of(task).steps
+    if steps < FEW_STEPS:
+        notes.append(
+            f"Full training has {steps} steps. In fewer than about {FEW_STEPS} SmartFRZ sees too little to judge layers, and "
+            "the first steps of each run weigh on its time. Compare a run as long as those that you do."
+        )
     number = task.num_samples("test")
     if verdict.is_share and 1 / number > verdict.tolerance / 2:
         notes.append(
