@@ -143,6 +143,11 @@ bench: $(VENV)/.installed
 	$(RUN) benchmarks.compare plots --methods tradeoff --pictures benchmarks/pictures
 	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.rates run --tier long --folder $(RUNS)/compare
 	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.compare run --tier long --folder $(RUNS)/compare
+	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.rates run --tier imagenet --folder $(RUNS)/compare
+	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.fronts run --folder $(RUNS)/compare
+	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.fronts run --tier long --cache --folder $(RUNS)/compare
+	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.fronts run --tier imagenet --folder $(RUNS)/compare
+	$(RUN) benchmarks.fronts picture
 	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.compare run --methods sweeps --tasks vgg-cifar10 --folder $(RUNS)/compare
 	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.predictor_tables figure --folder $(RUNS)/compare
 	$(RUN) benchmarks.predictor_tables costs

@@ -21,7 +21,9 @@ from benchmarks.arguments import lines_of
 from benchmarks.frames import ORDERED, by_task, clock_of, frame, frozen_at, mean_of_tasks, tasks_of
 from benchmarks.methods import METHODS, SWEEPS, SWEPT, TRADEOFF, stops_early
 from benchmarks.tasks import TIERS
+from benchmarks.time_to_accuracy import groups_of, headline, points
 from smartfrz.comparing.lines import matching
+from smartfrz.comparing.verdict import POINTS
 from smartfrz.files import replacing
 
 FOLDER = Path(__file__).parent
@@ -280,6 +282,15 @@ def shares_by_clock(lines):
     return markdown(rows)
 
 
+def fronts(lines, details=False):
+    """What `benchmarks.fronts` shows, for each predictor; with `details` each run's time and accuracy, too."""
+    made = []
+    for predictor, groups in groups_of(lines).items():
+        tables = [headline(groups), headline(groups, POINTS / 100), *([points(groups)] if details else [])]
+        made += [f"SmartFRZ with {predictor}:", *map(markdown, tables)]
+    return "\n\n".join(made) or NOTHING
+
+
 def other_predictors(lines, known):
     """SmartFRZ with other predictors, `smartfrz-base` first, and the full runs of the same tasks and seeds."""
     rows = []
@@ -471,16 +482,18 @@ def picture(folder, name, text):
 
 def sections(folder=FOLDER):
     """Name to text of all parts that are made from results."""
-    names = ("cpu", "long", "gpu", "tradeoff", "predictor_tables", "sweeps", "rates", "predictors")
+    names = ("cpu", "long", "gpu", "tradeoff", "predictor_tables", "sweeps", "rates", "predictors", "fronts")
     found = {name: lines_of(folder / "results" / f"{name}.jsonl") for name in names}
     lines, longer, on_gpu = (found[tier] for tier in ("cpu", "long", "gpu"))
     predictor, tried = found["predictor_tables"], found["rates"]
-    machines = sorted({line["machine"] for line in lines + longer + on_gpu})
+    machines = sorted({line["machine"] for line in lines + longer + on_gpu + found["fronts"]})
     made = {
         "summary": "\n\n".join([summary(tasks_of(lines)), NOTES]) if lines else NOTHING,
         "equal-time": picture(folder, "accuracy_against_time", "Accuracy against time saved"),
         "tradeoff": tradeoff([line for line in found["tradeoff"] if line["tier"] == "cpu"] + lines),
         "tradeoff-picture": picture(folder, "tradeoff", "Accuracy against training time"),
+        "fronts": fronts(found["fronts"]),
+        "fronts-picture": picture(folder, "fronts", "Fronts of accuracy over time"),
         "longer": ours(tasks_of(longer)),
         "predictors": other_predictors(found["predictors"], lines + longer),
         "gpu": "\n\n".join([ours(tasks_of(on_gpu)), shares_by_clock(on_gpu)]) if on_gpu else NOTHING,
