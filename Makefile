@@ -40,7 +40,7 @@ help:
 	@echo "make sbom       build the wheel and write the bill of materials of an installation beside it (CycloneDX)"
 	@echo "make release    build and check what is released, install it in fresh environments, and say what is left to do"
 	@echo "make bench      measure everything that benchmarks/README.md says of a CPU, and more: many hours (SMARTFRZ_DATA)"
-	@echo "make bench-gpu  measure the paper's architectures on a GPU, and fill benchmarks/README.md"
+	@echo "make bench-gpu  measure networks at their real size in ten minutes of a GPU, and fill benchmarks/README.md"
 	@echo "make predictor  record its recipes and train smartfrz-base anew (SMARTFRZ_DATA names the data folder)"
 
 $(VENV)/.installed: pyproject.toml
@@ -159,9 +159,9 @@ bench: $(VENV)/.installed
 	$(RUN) benchmarks.keras_fit --backends torch
 	$(RUN) benchmarks.keras_step
 
+# Fits in ten minutes of one GPU; what was cut off goes on where it stopped.
 bench-gpu: $(VENV)/.installed
-	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.compare pretrain --tier gpu --folder $(RUNS)/compare
-	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.compare run --tier gpu --folder $(RUNS)/compare
+	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.full_size run
 	$(RUN) benchmarks.tables
 
 predictor: $(VENV)/.installed
