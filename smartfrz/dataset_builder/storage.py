@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from smartfrz.dataset_builder.costs import FreezeCosts
 from smartfrz.dataset_builder.recipes import MANY, is_name, is_plain
 from smartfrz.errors import DatasetFormatError
-from smartfrz.files import replacing
+from smartfrz.files import open_regular, replacing
 
 FORMAT_VERSION = 1
 _FACTS = b"smartfrz.run"
@@ -211,6 +211,7 @@ def _refuse(path: Path, problems: Iterable[str], again: str) -> None:
 @contextlib.contextmanager
 def _open(path: Path, again: str, **options: Any) -> Iterator[pq.ParquetFile]:
     try:
+        open_regular(path).close()  # pyarrow waits for the other end of a pipe
         with pq.ParquetFile(path, page_checksum_verification=True, **options) as file:
             yield file
     except FileNotFoundError as error:
