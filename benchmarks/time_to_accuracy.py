@@ -219,19 +219,20 @@ def headline(groups, tolerance=0.0):
             row[short(family)] = _cell(ratios[short(family)][-1], samples[short(family)][-1])
         rows.append(row)
     total = {title: "geometric mean", "seeds": "", "best of plain training": ""}
-    total |= {name: _mean(ratios[name], samples[name]) for name in ratios}
+    total |= {name: _mean(ratios[name], samples[name], len(groups)) for name in ratios}
     return [*rows, *([total] if len(groups) > 1 else [])]
 
 
-def _mean(ratios, samples):
-    """The geometric mean over tasks and its interval; how many tasks were reached, if that is not all."""
+def _mean(ratios, samples, tasks):
+    """The geometric mean over tasks and its interval; how many tasks were reached, or measured, if that is not all."""
     reached = sum(map(math.isfinite, ratios))
     if reached < len(ratios):
         return f"reached on {reached} of {len(ratios)}"
+    note = "" if len(ratios) == tasks else f" ({len(ratios)} of {tasks} tasks)"
     if any(values is None for values in samples):
-        return ratio(geometric_mean(ratios))
+        return ratio(geometric_mean(ratios)) + note
     random = np.random.default_rng(0)  # the seeds of one task have nothing to do with those of another
-    return _cell(geometric_mean(ratios), geometric_mean([random.permutation(values) for values in samples]))
+    return _cell(geometric_mean(ratios), geometric_mean([random.permutation(values) for values in samples])) + note
 
 
 def points(groups):

@@ -104,6 +104,11 @@ def test_the_table_says_what_is_not_reached_and_the_mean_of_what_is():
     assert tables.fronts([]) == tables.NOTHING
 
 
+def test_a_mean_over_some_of_the_tasks_says_so():
+    lines = lines_of() + [x for x in lines_of(task="b") if ", x, " not in x["method"]]
+    assert "| 0.62 (1 of 2 tasks) |" in tables.fronts(lines)
+
+
 def test_everything_is_run_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(fronts, "THRESHOLDS", (None, 0.3))
     monkeypatch.setattr(fronts, "SHARES", (100, 50))
