@@ -8,9 +8,9 @@ it is interpolated.
 The figure is *time to the same accuracy*: how long a method takes to the highest accuracy that plain training reaches at
 all, as a share of the shortest time in which plain training reaches that. Both are read off the fronts of means over
 seeds. In brackets is the interval in which 95 % of 2,000 bootstrap samples of the seeds lie. A highest accuracy is in part
-luck; so a second table has the time to half a point less than that, for both sides. `any setting` is the front of all
-settings of SmartFRZ together: what a user finds who tries them all. It has more runs to choose from than plain training,
-and so more luck.
+luck; so a second table has the time to half a point less than that, for both sides. `any setting` is the fastest of
+all settings of SmartFRZ: what a user finds who tries them all. It has more runs to choose from than plain training, and
+so more luck.
 
 Every method, plain training too, is judged with the batch norm statistics of its last batches. Where norms lag behind
 the weights, a network whose norms were frozen would look better for that alone.

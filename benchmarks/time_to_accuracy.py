@@ -87,15 +87,19 @@ class Measured:
         return len(self.times)
 
     def groups(self):
-        """Columns of each family, plain training left out, and of all settings of SmartFRZ together."""
+        """Columns of each family, plain training left out; of all settings of SmartFRZ together those of each setting."""
         found = defaultdict(list)
         for index, family in enumerate(self.families):
             if family != PLAIN:
                 found[family].append(index)
-        settings = [family for family in found if family not in RIVALS]
-        if len(settings) > 1:
-            found[ANY] = sorted(index for family in settings for index in found[family])
-        return dict(found)
+        groups = {family: [columns] for family, columns in found.items()}
+        settings = [columns for family, columns in found.items() if family not in RIVALS]
+        return groups | ({ANY: settings} if len(settings) > 1 else {})
+
+    def time_to_same(self, group, tolerance=0.0, weights=None):
+        """Time of a group to the best of plain training; of several fronts that of the fastest. See `same_accuracy`."""
+        plain = self.front(self.plain, weights)
+        return min(same_accuracy(plain, self.front(columns, weights), tolerance) for columns in group)
 
     def front(self, columns, weights=None):
         """The front of the means over seeds, each seed as often as `weights` say."""
@@ -141,12 +145,12 @@ def _resampled(number):
     return np.stack([(distinct == seed).sum(1) for seed in range(number)], axis=1), often
 
 
-def distribution(found, columns, tolerance=0.0):
+def distribution(found, group, tolerance=0.0):
     """Times to the same accuracy in bootstrap samples of the seeds, sorted, `[DRAWS]`; None for one seed."""
     if found.seeds < 2:
         return None
     weights, often = _resampled(found.seeds)
-    values = [same_accuracy(found.front(found.plain, each), found.front(columns, each), tolerance) for each in weights]
+    values = [found.time_to_same(group, tolerance, each) for each in weights]
     return np.sort(np.repeat(values, often))
 
 
@@ -213,9 +217,9 @@ def headline(groups, tolerance=0.0):
         best = plain.accuracies[-1]
         row = {title: task, "seeds": str(found.seeds)}
         row["best of plain training"] = f"{100 * best:.1f} % in {100 * plain.time_to(best):.0f} % of its time"
-        for family, columns in found.groups().items():
-            ratios[short(family)].append(same_accuracy(plain, found.front(columns), tolerance))
-            samples[short(family)].append(distribution(found, columns, tolerance))
+        for family, group in found.groups().items():
+            ratios[short(family)].append(found.time_to_same(group, tolerance))
+            samples[short(family)].append(distribution(found, group, tolerance))
             row[short(family)] = _cell(ratios[short(family)][-1], samples[short(family)][-1])
         rows.append(row)
     total = {title: "geometric mean", "seeds": "", "best of plain training": ""}
@@ -253,12 +257,13 @@ def curves_of(groups):
     """Task to method to times (%) and accuracies (%) of its runs, and their front; plain training first."""
     made = {}
     for task, found in groups.items():
+        parts = {name: [index for columns in group for index in columns] for name, group in found.groups().items()}
         made[task] = {
             short(name): (
                 100 * found.times[:, columns].mean(0),
                 100 * found.accuracies[:, columns].mean(0),
                 found.front(columns),
             )
-            for name, columns in {PLAIN: found.plain, **found.groups()}.items()
+            for name, columns in {PLAIN: found.plain, **parts}.items()
         }
     return made
