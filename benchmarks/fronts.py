@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 
 from benchmarks.arguments import errors_as_messages, lines_of, seeds
-from benchmarks.compare import RESULTS, Job, machine, versions
+from benchmarks.compare import RESULTS, Job, machine
 from benchmarks.methods import methods_of
 from benchmarks.options import add_job_options, parse_job
 from benchmarks.pictures import front_panels, save
@@ -117,7 +117,7 @@ def run_all(options, predictor, results):
     for name in options.tasks:
         job = Job(options.tier, name, 0, options.settings, predictor, options.folder, options.device, norm_batches)
         facts = job.facts | {"metric": job.benchmark.metric, "norm_batches": norm_batches}
-        about = {"predictor": facts.pop("predictor"), "versions": versions(), "machine": machine(job.device)}
+        about = {"predictor": facts.pop("predictor"), "machine": machine(job.device)}
         del facts["seed"]
         methods: list[Method] = methods_for(job, options.kind, options.cached)
         try:
