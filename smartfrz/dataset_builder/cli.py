@@ -34,7 +34,7 @@ PATH = click.Path(path_type=Path)
 _SECTIONS = {
     "From nothing to a predictor": ("new", "check", "run"),
     "Step by step": ("record", "label", "train", "evaluate"),
-    "Afterwards": ("calibrate", "compact"),
+    "Afterwards": ("calibrate", "compact", "dataset"),
 }
 _KEPT = "Finished recordings are kept; the same command goes on from there."
 
@@ -148,16 +148,21 @@ def label(runs: Path, rule: RuleOptions, plots: Path | None) -> None:
     short_help="Train a predictor on recordings.",
     example="smartfrz-build train runs -o mine.onnx",
 )
-@click.argument("runs", type=FOLDER)
+@click.argument("runs", nargs=-1, required=True, type=PATH)
 @rule_options
 @training_options
-def train(runs: Path, rule: RuleOptions, training: TrainingArguments) -> None:
-    """Train a predictor, evaluate it on held-out runs, export it to ONNX, check parity, write its card."""
+def train(runs: tuple[Path, ...], rule: RuleOptions, training: TrainingArguments) -> None:
+    """Train a predictor, evaluate it on held-out runs, export it to ONNX, check parity, write its card.
+
+    RUNS are folders of recordings, or files: recordings, or datasets made by `smartfrz-build dataset`.
+    """
+    from smartfrz.dataset_builder.datasets import names_in
     from smartfrz.dataset_builder.planning import make_job
     from smartfrz.dataset_builder.storage import run_files
 
-    files = run_files(runs)
-    commands.answer(_train(make_job(training, rule, [path.stem for path in files]), files))
+    files = [path for place in runs for path in (run_files(place) if place.is_dir() else [place])]
+    names = [name for path in files for name in names_in(path)]
+    commands.answer(_train(make_job(training, rule, names), files))
 
 
 @main.command(
@@ -243,6 +248,47 @@ def compact(predictor: Path, output: Path, name: str | None) -> None:
         f"Wrote {output}: {output.stat().st_size / 1000:,.0f} kB instead of {predictor.stat().st_size / 1000:,.0f}, "
         f"confidences differ by at most {difference:.2g} on random histories.",
     )
+
+
+@main.command(
+    short_help="Put many recordings into one small file.", example="smartfrz-build dataset runs -o dataset.parquet"
+)
+@click.argument("runs", type=FOLDER)
+@click.option("--output", "-o", required=True, type=FILE, help="The dataset; its card is written beside it.")
+@click.option(
+    "--records", default=30, type=click.IntRange(4), show_default=True, help="Records per run, as in training."
+)
+@click.option("--tailored-size", default=1024, type=click.IntRange(16), show_default=True, help="Weights in a draw.")
+@click.option("--draws", default=3, type=click.IntRange(1, 1000), show_default=True, help="Draws for each layer.")
+@click.option("--seed", default=0, type=click.IntRange(0), show_default=True, help="Seed of the draws.")
+@click.option("--notes", type=FILE, help="Markdown for the card, such as the licences of the data.")
+def dataset(runs: Path, output: Path, notes: Path | None, **options: Any) -> None:
+    """Make a dataset that predictors can be trained from, some hundred times smaller than the recordings.
+
+    Instead of weights it holds the norms and angles that the representation `trajectory` sees, beside similarities (CKA),
+    losses, learning rates, and the costs of freezing where they were measured.
+    """
+    from smartfrz.dataset_builder.dataset_cards import dataset_card
+    from smartfrz.dataset_builder.datasets import PathOptions, with_paths, write_dataset
+    from smartfrz.dataset_builder.storage import read_run, run_files
+
+    if output.resolve().parent == runs.resolve():
+        raise click.UsageError(
+            f"{str(output)!r} lies among the recordings, and would be taken for one. Choose another folder."
+        )
+    chosen = PathOptions(**options)
+    made = [with_paths(read_run(path), chosen) for path in run_files(runs)]
+    text = notes.read_text("utf-8") if notes else ""
+    write_dataset(output, made, chosen)
+    card = output.with_suffix(".md")
+    with replacing(card) as temporary:
+        temporary.write_text(dataset_card(output, made, chosen, text), encoding="utf-8")
+    without = sorted(run.name for run in made if run.costs is None)
+    size = output.stat().st_size
+    told = f"Wrote {output}, {size / 1000:,.0f} kB of {len(made)} recordings, and {card}."
+    if without:
+        told += f" {len(without)} of them have no costs of freezing: {', '.join(without)}."
+    commands.answer({"dataset": output, "card": card, "bytes": size, "without_costs": without}, told)
 
 
 def _load_recipes(paths: Sequence[Path]) -> Any:
