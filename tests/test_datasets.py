@@ -6,11 +6,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from builder_fixtures import RULE, SMALL, recorded_runs, write_runs
+from builder_fixtures import PLAN, RULE, SMALL, invoke, recorded_run, recorded_runs, write_runs
 
 from smartfrz.dataset_builder.building import labelled_runs
-from smartfrz.dataset_builder.datasets import PathOptions, is_dataset, read_dataset, with_paths, write_dataset
+from smartfrz.dataset_builder.cli import main
+from smartfrz.dataset_builder.datasets import (
+    PathOptions,
+    is_dataset,
+    read_dataset,
+    read_together,
+    with_paths,
+    write_dataset,
+)
+from smartfrz.dataset_builder.storage import write_run
 from smartfrz.errors import DatasetFormatError
+from smartfrz.predictor.runtime import Predictor
 from smartfrz.predictor.training.baselines import compute_statistics, score_weight_change
 from smartfrz.predictor.training.fit import fit
 from smartfrz.predictor.training.judging import score
@@ -76,6 +86,8 @@ def test_training_on_paths_is_training_on_weights(both):
         told = []
         networks.append(fit(runs[1:], runs[:1], options, lambda done, text, told=told: told.append(text)))
         said.append([float(text.split()[1].strip(",")) for text in told])
+    again = fit(both[1][1:], both[1][:1], options).state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in networks[1].state_dict().items())
     assert len(said[0]) == 16
     assert said[0][-1] < said[0][0]
     np.testing.assert_allclose(said[1], said[0], rtol=0, atol=2e-3)
@@ -91,12 +103,14 @@ def test_baselines_see_the_same_changes(both):
 
 
 def test_a_representation_that_reads_weights_is_refused(both):
-    with pytest.raises(ValueError, match=r"'cnn-b' there are paths only, which the representation 'raw' cannot"):
+    with pytest.raises(
+        DatasetFormatError, match=r"Of run 'cnn-b' .* paths only, but the representation 'raw' reads the we"
+    ):
         fit(both[1][1:], both[1][:1], dataclasses.replace(SMALL, representation="raw"))
 
 
 def test_paths_of_another_size_are_refused(both):
-    with pytest.raises(ValueError, match=r"tailored_size=32; expected 16\. Train with that size"):
+    with pytest.raises(DatasetFormatError, match=r"'cnn-b' are of 32 weights; expected 16, .* Use the recordings"):
         fit(both[1][1:], both[1][:1], dataclasses.replace(SMALL, tailored_size=16))
 
 
@@ -210,3 +224,130 @@ def test_a_recording_is_no_dataset_and_a_dataset_no_recording(written, tmp_path)
         read_dataset(recording)
     with pytest.raises(DatasetFormatError, match="no recorded run: it lacks"):
         read_run(written)
+
+
+# The commands
+
+
+def make(folder, *arguments, plan=PLAN, **options):
+    """A dataset by command, of made-up recordings."""
+    runs = write_runs(folder / "runs", plan, **options)
+    result = invoke(main, "dataset", runs, "-o", folder / "made.parquet", "--tailored-size", 32, *arguments)
+    return result, folder / "made.parquet"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "runs").mkdir()
+    notes = folder / "notes.md"
+    notes.write_text("## Licences\n\nMade up.\n")
+    result, path = make(folder, "--notes", notes)
+    assert result.exit_code == 0, result.output
+    return path, result
+
+
+def train(output, *sources, options=SIZES):
+    return invoke(main, "train", *sources, "-o", output, "--no-cross-validate", *options)
+
+
+def test_the_command_tells_which_recordings_have_no_costs(made):
+    assert "4 of them have no costs of freezing: cnn-a, cnn-b, vit-a, vit-b." in " ".join(made[1].output.split())
+
+
+def test_the_card_of_a_dataset_tells_what_it_holds(made):
+    card = made[0].with_suffix(".md").read_text()
+    assert card.startswith("# made.parquet\n\n4 recorded training runs, 24 layers together")
+    assert "| vit-a | transformer | unknown | data_a | 6 | 30 | 0.900, 0.890 | no |" in card
+    assert card.endswith("## Licences\n\nMade up.\n")
+
+
+def test_the_example_in_the_card_gives_the_distances_of_the_recording(made, monkeypatch):
+    path = made[0]
+    monkeypatch.chdir(path.parent)
+    known = {}
+    exec(path.with_suffix(".md").read_text().split("```python")[1].split("```")[0], known)
+    weights = recorded_run("cnn-a", "cnn", seed=0).weights[0][:, spread_samples(48, 32)]
+    np.testing.assert_allclose(known["distance"], np.sqrt(((weights[-1] - weights) ** 2).mean(1)), rtol=1e-3, atol=1e-6)
+    assert (known["run"], known["layer"]) == ("cnn-a", "layer0")
+    assert known["costs"] == dict.fromkeys(PLAN)
+
+
+def test_a_predictor_trained_from_a_dataset_reads_weights(made, tmp_path):
+    options = ("--tailored-size", 32, "--window", 8, "--epochs", 2, "--learning-rate", 2e-3)
+    result = train(tmp_path / "my.onnx", made[0], options=options)
+    assert result.exit_code == 0, result.output
+    predictor = Predictor(tmp_path / "my.onnx", device="cpu")
+    assert sorted(predictor.info.metrics["trained_on"] + predictor.info.metrics["validated_on"]) == sorted(PLAN)
+    held_out = labelled_runs([recorded_run("new", "mlp", seed=100)], RULE, 30)
+    (confidence,) = score(predictor, held_out, SMALL)
+    known = np.isfinite(confidence)
+    assert ((confidence[known] >= 0.5) == held_out[0].labels[known]).mean() > 0.8
+    shown = invoke(main, "evaluate", predictor.path, made[0])
+    assert shown.exit_code == 0, shown.output
+    weights, paths = (
+        score(predictor, labelled_runs(runs, RULE, 30), SMALL)[0]
+        for runs in (recorded_runs(), read_dataset(made[0])[0])
+    )
+    np.testing.assert_allclose(paths, weights, rtol=0, atol=2e-3)
+
+
+def test_own_recordings_are_added_to_a_dataset(made, tmp_path):
+    write_run(tmp_path / "mlp-a.parquet", recorded_run("mlp-a", "mlp", seed=9))
+    runs = read_together([made[0], tmp_path / "mlp-a.parquet"])
+    assert [run.name for run in runs] == [*PLAN, "mlp-a"]
+    assert {(run.require_paths().tailored_size, run.require_paths().scale.shape) for run in runs} == {(32, (3, 6, 30))}
+    (alone,) = read_together([tmp_path / "mlp-a.parquet"])
+    assert alone.paths is None
+
+
+def test_a_recording_that_the_dataset_has_is_refused(made, tmp_path):
+    result = train(tmp_path / "my.onnx", made[0], made[0].parent / "runs")
+    assert "Two recordings are called 'cnn-a'; expected different names" in " ".join(result.output.split())
+    (tmp_path / "own").mkdir()
+    (run,) = recorded_runs({"cnn-a": "cnn"})
+    run.facts["name"] = "renamed"
+    write_run(tmp_path / "own" / "renamed.parquet", run)
+    result = train(tmp_path / "my.onnx", made[0], tmp_path / "own")
+    assert "The recordings 'cnn-a' and 'renamed' have the same values" in " ".join(result.output.split())
+    assert not (tmp_path / "my.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((*SIZES, "--representation", "raw"), "the representation 'raw' reads the weights. Use the recordings"),
+        (("--window", 8), "are of 32 weights; expected 1024, the tailored size"),
+    ],
+)
+def test_what_a_dataset_cannot_train_is_refused(made, tmp_path, options, message):
+    result = train(tmp_path / "my.onnx", made[0], options=options)
+    assert result.exit_code == 1
+    assert message in " ".join(result.output.split())
+
+
+def test_more_records_than_a_dataset_has_are_refused(tmp_path):
+    (tmp_path / "runs").mkdir()
+    _, path = make(tmp_path, "--records", 10)
+    assert labelled_runs(read_dataset(path)[0], RULE, 5)[0].paths.moved.shape[2] == 5
+    result = train(tmp_path / "my.onnx", path)
+    assert (
+        "has every 3. of 30 timestamps of 'cnn-a', but 30 records a run need every 1. Choose other --records"
+        in " ".join(result.output.split())
+    )
+
+
+def test_a_dataset_is_not_written_among_the_recordings(tmp_path):
+    runs = write_runs(tmp_path, {"a": "cnn"})
+    result = invoke(main, "dataset", runs, "-o", runs / "made.parquet", "--tailored-size", 32)
+    assert "lies among the recordings" in " ".join(result.output.split())
+    assert [path.name for path in runs.iterdir()] == ["a.parquet"]
+
+
+def test_recordings_with_too_small_a_pool_are_refused(tmp_path):
+    (tmp_path / "runs").mkdir()
+    result, path = make(tmp_path, plan={"a": "cnn"}, pool=20)
+    assert "'a' cannot be used: The pool has 20 weights a layer, which is less than tailored_size=32" in " ".join(
+        result.output.split()
+    )
+    assert not path.exists()

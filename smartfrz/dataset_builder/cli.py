@@ -158,9 +158,8 @@ def train(runs: tuple[Path, ...], rule: RuleOptions, training: TrainingArguments
     """
     from smartfrz.dataset_builder.datasets import names_in
     from smartfrz.dataset_builder.planning import make_job
-    from smartfrz.dataset_builder.storage import run_files
 
-    files = [path for place in runs for path in (run_files(place) if place.is_dir() else [place])]
+    files = _files_in(runs)
     names = [name for path in files for name in names_in(path)]
     commands.answer(_train(make_job(training, rule, names), files))
 
@@ -202,30 +201,31 @@ def run(
 
 @main.command(short_help="Judge a predictor on recordings.", example="smartfrz-build evaluate mine.onnx runs")
 @click.argument("predictor", type=FILE)
-@click.argument("runs", type=FOLDER)
+@click.argument("runs", type=PATH)
 def evaluate(predictor: Path, runs: Path) -> None:
-    """Judge a predictor on recorded runs, next to the weight-change baseline."""
-    from smartfrz.dataset_builder.storage import run_files
+    """Judge a predictor on recorded runs, next to the weight-change baseline.
 
-    commands.answer(_evaluate(predictor, run_files(runs)))
+    RUNS is a folder of recordings, or a dataset.
+    """
+    commands.answer(_evaluate(predictor, _files_in([runs])))
 
 
 @main.command(
     short_help="Find what its thresholds cost.", example="smartfrz-build calibrate mine.onnx runs -o mine.onnx"
 )
 @click.argument("predictor", type=FILE)
-@click.argument("runs", type=FOLDER)
+@click.argument("runs", type=PATH)
 @click.option("--output", "-o", required=True, type=FILE, help="May be the predictor itself.")
 def calibrate(predictor: Path, runs: Path, output: Path) -> None:
     """Find out which thresholds cost no, little and some accuracy, and write that into a predictor's file.
 
-    The recordings need costs (record --costs), and should be of runs that the predictor was not trained on. Nothing is
-    trained. Users then choose with `quality="same"`, `"balanced"` or `"fast"`.
+    RUNS is a folder of recordings, or a dataset. They need costs (record --costs), and should be of runs that the predictor
+    was not trained on. Nothing is trained. Users then choose with `quality="same"`, `"balanced"` or `"fast"`.
     """
+    from smartfrz.dataset_builder.datasets import read_together
     from smartfrz.dataset_builder.qualities import calibrate_file
-    from smartfrz.dataset_builder.storage import read_run, run_files
 
-    found = calibrate_file(predictor, [read_run(path) for path in run_files(runs)], output)
+    found = calibrate_file(predictor, read_together(_files_in([runs])), output)
     lines = [
         f"{name:<9} threshold {one.threshold:.3f}: {one.points:+.2f} points (spread {one.spread:.2f}) at "
         f"{one.computation:.0%} of the computation, over {one.runs} runs, each with thresholds chosen without it"
@@ -289,6 +289,13 @@ def dataset(runs: Path, output: Path, notes: Path | None, **options: Any) -> Non
     if without:
         told += f" {len(without)} of them have no costs of freezing: {', '.join(without)}."
     commands.answer({"dataset": output, "card": card, "bytes": size, "without_costs": without}, told)
+
+
+def _files_in(places: Sequence[Path]) -> list[Path]:
+    """Return the recordings in folders, and files as they are."""
+    from smartfrz.dataset_builder.storage import run_files
+
+    return [path for place in places for path in (run_files(place) if place.is_dir() else [place])]
 
 
 def _load_recipes(paths: Sequence[Path]) -> Any:
@@ -414,12 +421,12 @@ def _train(job: Any, files: Sequence[Path]) -> dict[str, Any]:
 def _evaluate(predictor: Path, files: Sequence[Path]) -> dict[str, Any]:
     """Judge, and print the tables."""
     from smartfrz.dataset_builder.building import evaluation_text, judge_predictor, labelled_runs, records_of
+    from smartfrz.dataset_builder.datasets import read_together
     from smartfrz.dataset_builder.labels import LabelRule
-    from smartfrz.dataset_builder.storage import read_run
     from smartfrz.predictor.runtime import Predictor
 
     loaded = Predictor(predictor, device="cpu")
-    recorded = [read_run(path) for path in files]
+    recorded = read_together(files)
     rule = LabelRule(**loaded.info.metrics.get("label_rule", {}))
     judged = judge_predictor(loaded, labelled_runs(recorded, rule, records_of(loaded.info)))
     commands.show(evaluation_text(loaded.info, judged))

@@ -419,8 +419,8 @@ def _without_paths(path: Path, facts: dict[str, Any], columns: Mapping[str, NDAr
         "layer": np.repeat(np.array(layers, object), timestamps),
         "timestamp": np.tile(np.arange(timestamps), len(layers)),
     }
-    series = {name: columns[name][:timestamps] for name in _SERIES}
-    expected |= {name: np.tile(values, len(layers)) for name, values in series.items()}
+    step, progress, loss, learning_rate = (columns[name][:timestamps] for name in _SERIES)
+    expected |= {name: np.tile(columns[name][:timestamps], len(layers)) for name in _SERIES}
     for name, values in expected.items():
         if not np.array_equal(columns[name], values):
             _check(
@@ -428,7 +428,7 @@ def _without_paths(path: Path, facts: dict[str, Any], columns: Mapping[str, NDAr
             )
     costs = take_costs(path, facts, _AGAIN)
     cka = columns["cka"].reshape(len(layers), timestamps)
-    run = RecordedRun(facts, layers, *series.values(), cka, _no_weights(cka), costs)
+    run = RecordedRun(facts, layers, step, progress, loss, learning_rate, cka, _no_weights(cka), costs)
     refuse(path, problems_of_values(run), _AGAIN)
     return run
 

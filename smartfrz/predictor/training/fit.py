@@ -14,7 +14,7 @@ from smartfrz.control.learned import RECORDS_PER_STAGE
 from smartfrz.predictor.contract import UNKNOWN_POSITION
 from smartfrz.predictor.training.judging import mean_auc, score
 from smartfrz.predictor.training.model import FreezePredictor, describe_path, real_rows
-from smartfrz.predictor.training.paths import Paths
+from smartfrz.predictor.training.paths import check_paths
 from smartfrz.predictor.training.runs import (
     LabelledRun,
     TrainingOptions,
@@ -157,9 +157,9 @@ def check_runs(runs: Sequence[LabelledRun], validation: Sequence[LabelledRun], o
         options: How to train.
 
     Raises:
-        ValueError: If there are no runs, a pool is smaller than the tailored size, there are paths of another tailored
-            size or for `raw`, weights of some runs and paths of others, or no validation run has both labels at the
-            freezing stages.
+        ValueError: If there are no runs, a pool is smaller than the tailored size, there are weights of some runs and paths
+            of others, or no validation run has both labels at the freezing stages.
+        DatasetFormatError: If `check_paths` refuses the paths of a run.
     """
     if not runs or not validation:
         raise ValueError(
@@ -168,7 +168,7 @@ def check_runs(runs: Sequence[LabelledRun], validation: Sequence[LabelledRun], o
         )
     for run in (*runs, *validation):
         if run.paths is not None:
-            _check_paths(run.name, run.paths, options)
+            check_paths(run.name, run.paths, options.representation, options.tailored_size)
         elif run.weights.shape[2] < options.tailored_size:
             raise ValueError(
                 f"run {run.name!r} was recorded with pool_size={run.weights.shape[2]}, which is less than "
@@ -184,19 +184,6 @@ def check_runs(runs: Sequence[LabelledRun], validation: Sequence[LabelledRun], o
         raise ValueError(
             f"No validation run has both labels: received {[run.name for run in validation]}; expected layers that "
             "are ready and layers that are not. Change the tolerance, or record longer runs."
-        )
-
-
-def _check_paths(name: str, paths: Paths, options: TrainingOptions) -> None:
-    if options.representation != "trajectory":
-        raise ValueError(
-            f"Of run {name!r} there are paths only, which the representation {options.representation!r} cannot be trained "
-            "from, since it reads the weights. Train on the recordings, or with --representation trajectory."
-        )
-    if paths.tailored_size != options.tailored_size:
-        raise ValueError(
-            f"The paths of run {name!r} were made with tailored_size={paths.tailored_size}; expected "
-            f"{options.tailored_size}. Train with that size, or on the recordings."
         )
 
 

@@ -10,8 +10,9 @@ from sklearn.metrics import roc_auc_score
 
 from smartfrz.control.learned import PATIENCE, RECORDS_PER_STAGE
 from smartfrz.predictor.runtime import Predictor
+from smartfrz.predictor.training.export import restore
 from smartfrz.predictor.training.model import FreezePredictor, describe_path, real_rows
-from smartfrz.predictor.training.paths import spread_samples
+from smartfrz.predictor.training.paths import Paths, check_paths, spread_samples
 from smartfrz.predictor.training.runs import (
     LabelledRun,
     Scores,
@@ -42,8 +43,14 @@ def score(
         One float32 `[num_layers, timestamps]` per run, NaN where nothing is decided.
 
     Raises:
-        ValueError: If a predictor file, which reads weights, is to judge a run of which there are paths only.
+        DatasetFormatError: If `check_paths` refuses the paths of a run.
+        PredictorFileError: If the network cannot be read out of a predictor file, as paths demand.
     """
+    found = {run.name: run.paths for run in runs if run.paths is not None}
+    if found:
+        model = restore(model.path) if isinstance(model, Predictor) else model  # a file reads weights
+        for name, paths in found.items():
+            check_paths(name, paths, model.representation, options.tailored_size)
     return [_score_run(model, run, options, every) for run in runs]
 
 
@@ -61,8 +68,8 @@ def _score_run(
         length = min(timestamp + 1, options.window)
         lengths = np.full(len(layers), length, np.int64)
         position = None if places is None else places[layers]
-        if run.paths is not None:
-            told = _ask_about_paths(model, run, layers, timestamp, lengths, position)
+        if run.paths is not None and isinstance(model, FreezePredictor):
+            told = _ask_about_paths(model, run.paths, layers, timestamp, lengths, position)
         else:
             rows = run.weights[layers, timestamp + 1 - length : timestamp + 1][:, :, samples]
             told = _ask(model, np.ascontiguousarray(rows), lengths, position)
@@ -71,25 +78,21 @@ def _score_run(
 
 
 def _ask_about_paths(
-    model: FreezePredictor | Predictor,
-    run: LabelledRun,
+    model: FreezePredictor,
+    paths: Paths,
     layers: NDArray[np.int64],
     timestamp: int,
     lengths: NDArray[np.int64],
     position: NDArray[np.float32] | None,
 ) -> NDArray[np.float32]:
     """Ask a network about the first draw, which has the weights that are asked about where there are weights."""
-    if isinstance(model, Predictor) or run.paths is None:
-        raise ValueError(
-            f"Of run {run.name!r} there are paths only, and a predictor file reads weights; expected a recording."
-        )
     rows = slice(timestamp + 1 - int(lengths[0]), timestamp + 1)
-    moved = torch.from_numpy(run.paths.moved[0, layers, rows])
-    evenness = torch.from_numpy(run.paths.evenness[0, layers, timestamp, rows])
+    moved = torch.from_numpy(paths.moved[0, layers, rows])
+    evenness = torch.from_numpy(paths.evenness[0, layers, timestamp, rows])
     known = torch.from_numpy(lengths)
     real = real_rows(moved, known)
     with torch.no_grad():
-        seen = describe_path(torch.from_numpy(run.paths.start[0, layers]), moved, evenness, real)
+        seen = describe_path(torch.from_numpy(paths.start[0, layers]), moved, evenness, real)
         logits, _ = model.eval().judge(seen, real, known, None if position is None else torch.from_numpy(position))
     answer: NDArray[np.float32] = logits.softmax(-1).numpy()
     return answer

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from smartfrz.errors import DatasetFormatError
+
 
 @dataclass(frozen=True)
 class Paths:
@@ -117,6 +119,24 @@ def make_paths(
     scale = np.abs(steps).max(-1).astype(np.float32)
     scaled = np.divide(steps, scale[..., None], out=np.zeros_like(steps), where=scale[..., None] > 0)
     return PackedPaths(scale, scaled.astype(np.float16), evenness, tailored_size, every)
+
+
+def check_paths(name: str, paths: Paths, representation: str, tailored_size: int) -> None:
+    """Refuse paths that a network cannot be trained or judged on.
+
+    Raises:
+        DatasetFormatError: If the network reads weights, or another number of weights.
+    """
+    if representation != "trajectory":
+        raise DatasetFormatError(
+            f"Of run {name!r} the dataset has paths only, but the representation {representation!r} reads the weights. Use "
+            "the recordings, or a predictor with the representation 'trajectory'."
+        )
+    if paths.tailored_size != tailored_size:
+        raise DatasetFormatError(
+            f"The paths of run {name!r} are of {paths.tailored_size} weights; expected {tailored_size}, the tailored size "
+            "of the predictor. Use the recordings, or a predictor with that tailored size."
+        )
 
 
 def spread_samples(pool: int, tailored_size: int) -> NDArray[np.int64]:
