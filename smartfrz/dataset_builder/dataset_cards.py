@@ -34,10 +34,11 @@ def dataset_card(path: Path, runs: Sequence[RecordedRun], options: PathOptions, 
         notes: More Markdown, such as the licences of the data.
     """
     layers = sum(len(run.layers) for run in runs)
+    counted = "1 recorded training run" if len(runs) == 1 else f"{len(runs)} recorded training runs"
     lines = [
         f"# {path.name}",
         "",
-        f"{len(runs)} recorded training runs, {layers} layers together: how the layers moved, how similar they were to "
+        f"{counted}, {layers} layers together: how the layers moved, how similar they were to "
         "those of a finished model, and what freezing them cost. Freeze predictors are trained from it:",
         "",
         "```",
