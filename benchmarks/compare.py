@@ -106,7 +106,7 @@ class Job(NamedTuple):
     @property
     def facts(self):
         """What tells its lines from those of other jobs."""
-        known = {"name": self.predictor.info.name, "sha256": self.predictor.sha256}
+        known = {"name": self.predictor.info.name, "sha256": self.predictor.seal}
         facts = {"tier": self.tier, "task": self.name, "seed": self.seed, "settings": self.settings}
         facts["training"] = dataclasses.asdict(self.benchmark.training)  # a line of another rate is another task's
         return facts | {"predictor": known, "device": self.device}

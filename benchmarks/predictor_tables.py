@@ -213,7 +213,7 @@ def costs(options):
         made = untrained("raw", like.info, folder)
         files = {like.info.name: (like, path), "raw, untrained": (made, Path(folder) / "raw.onnx")}
         for name, (predictor, file) in files.items():
-            facts = {"table": "costs", "predictor": name, "sha256": predictor.sha256}
+            facts = {"table": "costs", "predictor": name, "sha256": predictor.seal}
             if not matching(lines_of(options.results), facts):
                 add_line(options.results, facts | costs_of(predictor, file))
 

@@ -11,7 +11,7 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
 OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md", "smartfrz/zoo/*.md")
-OUTSIDE += ("benchmarks/pictures/*.png", "examples/*.*", "requirements/*.txt")
+OUTSIDE += ("benchmarks/pictures/*.png", "examples/*.*", "examples/serving/*", "requirements/*.txt")
 LINK = re.compile(r"(\]\()((?:\.\./)*)([^):#\s]*)")
 
 

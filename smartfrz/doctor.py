@@ -13,10 +13,9 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from smartfrz import __version__, zoo
 from smartfrz.zoo import fetch, registry, signatures, urls
@@ -27,6 +26,7 @@ VARIABLES = (
     "SMARTFRZ_ALLOW_HTTP",
     "SMARTFRZ_ALLOW_PRIVATE",
     "SMARTFRZ_CACHE",
+    "SMARTFRZ_LIGHTNING",
     "SMARTFRZ_LOCK",
     "SMARTFRZ_OFFLINE",
     "SMARTFRZ_ZOO",
@@ -238,7 +238,10 @@ def _registries(problem: Problem) -> dict[str, str]:
         except Exception as error:
             found[name] = "cannot be read"
             key = location.partition("#minisign=")[2]
-            problem(str(error).replace(key, "...") if key else error, "Correct SMARTFRZ_ZOO, or the registry")
+            # An error may write a secret in another way, for example with %40 for @.
+            hidden = any(sign in location for sign in "@?;")
+            what = f"{location} cannot be read: {type(error).__name__}" if hidden else error
+            problem(str(what).replace(key, "...") if key else what, "Correct SMARTFRZ_ZOO, or the registry")
     return found
 
 
@@ -280,23 +283,22 @@ def _without_secrets(value: str) -> str:
         home = str(Path.home())
         if len(home) > 1:
             value = re.sub(rf"{re.escape(home)}(?![\w.-])", "~", value)
-    return " ".join(_safe_words(value))
+    # Addresses may be divided by any blank, or by other characters; each begins with its scheme.
+    return "".join(map(_safe, re.split(r"(\s+|(?<![\w+.-])(?=\w[\w+.-]*:/))", value)))
 
 
-def _safe_words(value: str) -> Iterator[str]:
-    for word in value.split(" "):
-        begin = re.search(r"\w[\w+.-]*://", word)
-        if begin is None:
-            yield re.sub(r"#minisign=[\w+/=]+", "#minisign=...", word)
-            continue
-        before, url = word[: begin.start()], word[begin.start() :]
-        try:
-            parts = urlsplit(url)
-        except ValueError:
-            yield f"{before}{begin[0]}..."
-            continue
-        host = parts.netloc.rpartition("@")[2]
-        host = f"...@{host}" if "@" in parts.netloc else host
-        query = "..." if parts.query else ""
-        fragment = re.sub("=.*", "=...", parts.fragment)
-        yield before + urlunsplit((parts.scheme, host, parts.path, query, fragment))
+def _safe(word: str) -> str:
+    """Take the secrets out of a text that holds one address at most."""
+    word = re.sub(r"#minisign=[\w+/=]+", "#minisign=...", word)
+    begin = re.match(r"\w[\w+.-]*:[/\\]+", word)
+    if begin is None:
+        return re.sub(r"\S*:\S*@", "...@", word)  # an address whose scheme was forgotten
+    rest, question, _ = word[begin.end() :].partition("?")
+    fragment = "".join(re.findall(r"#minisign=\.\.\.", word)[:1]) if question else ""
+    host, slash, path = rest.partition("/")
+    if begin[0].lower().startswith("http"):  # a password may hold a slash; elsewhere @ is before a revision
+        host, slash, path = ("...@" + rest.rpartition("@")[2], "", "") if "@" in rest else (host, slash, path)
+    elif "@" in host:
+        host = "...@" + host.rpartition("@")[2]
+    path = re.sub(";[^/#]*", ";...", host + slash + path)
+    return begin[0] + re.sub("#(?!minisign)[^=]*=.*", "#...", path) + ("?..." if question else "") + fragment

@@ -26,8 +26,17 @@ import importlib.metadata
 import importlib.util
 
 
+def printable(text: str) -> str:
+    """Return a text without the characters that a terminal obeys, which files and servers could send to it."""
+    return "".join(character for character in text if character in "\n\t" or character.isprintable())
+
+
 class SmartFRZError(Exception):
     """Base of all errors below."""
+
+    def __str__(self) -> str:
+        """Return the message, which may quote a file or a server, without what a terminal obeys."""
+        return printable(super().__str__())
 
 
 class PredictorFileError(SmartFRZError):

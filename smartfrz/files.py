@@ -1,17 +1,34 @@
 """Write files so that a reader never sees half of one."""
 
 import contextlib
+import errno
 import os
 import re
 import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a file to read it, links followed. A pipe could have us wait for ever, and a device read without end.
+
+    Raises:
+        OSError: If it cannot be opened, or is anything but a regular file.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(handle)
+        number, text = (errno.EISDIR, "Is a directory") if stat.S_ISDIR(mode) else (errno.EINVAL, "Is no regular file")
+        raise OSError(number, text, os.fspath(path))
+    return os.fdopen(handle, "rb")
 
 
 @contextlib.contextmanager

@@ -199,13 +199,21 @@ def _panels(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return one picture for each kind of number, loss and accuracy first, the pace last."""
     groups: dict[str, dict[str, Sequence[Any]]] = {}
     for name, points in report["curves"].items():
-        if any(value is not None for _, value in points):
-            groups.setdefault(_SPLIT.sub("", name), {})[name] = points
+        drawn = [(step, _drawable(value)) for step, value in points]
+        if any(value is not None for _, value in drawn):
+            groups.setdefault(_SPLIT.sub("", name), {})[name] = drawn
     order = sorted(groups, key=lambda name: ("loss" not in name.lower(), "acc" not in name.lower(), name))
     if report["measured_seconds"]["steps"]:
         groups[_PACE] = {_PACE: report["measured_seconds"]["steps"]}
         order = [*order, _PACE]
     return [_panel(name, groups[name], report["num_steps"]) for name in order]
+
+
+def _drawable(value: float | None) -> float | None:
+    """Return a value that a scale of floats can hold: a loss may diverge up to their limits, or underflow."""
+    if value is None or abs(value) > 1e300:
+        return None
+    return value if abs(value) > 1e-300 else 0.0
 
 
 def _panel(title: str, curves: Mapping[str, Sequence[Any]], steps: int) -> dict[str, Any]:

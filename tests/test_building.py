@@ -9,7 +9,7 @@ import torch
 from builder_fixtures import PLAN, RULE, SMALL, labelled, recorded_runs
 
 from smartfrz.dataset_builder.building import Material, Plan, build_predictor, dataset_of, evaluate_predictor
-from smartfrz.dataset_builder.cards import mean_quality
+from smartfrz.dataset_builder.cards import few_recordings, mean_quality
 from smartfrz.predictor.runtime import Predictor
 from smartfrz.predictor.training.baselines import Regression, score_weight_change
 from smartfrz.predictor.training.judging import Quality, score
@@ -154,6 +154,28 @@ def test_runs_of_one_architecture_cannot_be_cross_validated(tmp_path):
     with pytest.raises(ValueError, match="Holding out an architecture needs at least two"):
         build(tmp_path / "p.onnx", runs)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("architectures", "few"),
+    [
+        (["cnn"] * 2, "2 of cnn"),
+        (["cnn"] * 4, "4 of cnn"),  # a family
+        (["cnn", "cnn", "cnn", "transformer"], "4 of cnn, transformer"),
+        (["cnn", "mlp", "transformer"], "3 of cnn, mlp, transformer"),
+        (["cnn", "cnn", "transformer", "transformer"], ""),
+    ],
+)
+def test_few_recordings_are_told(architectures, few):
+    told = few_recordings(architectures)
+    assert f"was made from few recordings: {few}. " in told if few else told == ""
+
+
+def test_a_predictor_of_few_recordings_says_so_in_its_card(tmp_path, built):
+    plan = {"cnn-a": "cnn", "cnn-b": "cnn"}
+    card = build(tmp_path / "few.onnx", recorded_runs(plan), cross_validate=False)
+    assert f"**{few_recordings(['cnn', 'cnn'])}**" in card.splitlines()
+    assert "few recordings" not in built[1]
 
 
 def test_labels_of_one_kind_are_refused_before_anything_is_trained(tmp_path, recorded):

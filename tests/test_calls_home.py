@@ -46,13 +46,35 @@ for _ in range(60):
     optimizer.step()
     freezer.step()
 print(freezer.report())
+freezer.report().save("run.html")
 """
+DOCTOR = """
+import json
+from smartfrz import doctor
+doctor._IMPORTS = {"onnxruntime": doctor._IMPORTS["onnxruntime"]}  # the other programs import the frameworks
+print(json.dumps(doctor.examine()))
+"""
+TASK = """
+import torch
+from smartfrz.comparing.pytorch import Task
+def network(seed):
+    return torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+def task():
+    data = torch.utils.data.TensorDataset(torch.randn(64, 8), torch.randint(0, 2, (64,)))
+    sgd = lambda model: torch.optim.SGD(model.parameters(), 0.05)
+    return Task(model=network, optimizer=sgd, train=data, validation=data, test=data, steps=40, batch_size=8)
+"""
+COMPARE = f"open('mine.py', 'w').write({TASK!r})\n" + CLI.format(
+    arguments=["compare", "mine.py:task", "--fewer-steps", "", "-o", "compared"]
+)
 DEMO = ["demo", "--data", "digits", "--num-train", "64", "--num-test", "10", "--epochs", "1", "-o", "out"]
 # name: (modules that it needs, code)
 PROGRAMS = {
     "load": ((), LOAD),
     "train": (("torch",), TRAIN),
     "demo": (("torch", "sklearn"), CLI.format(arguments=DEMO)),
+    "compare": (("torch", "sklearn", "matplotlib"), COMPARE),
+    "doctor": ((), DOCTOR),
     "serve": (("kserve",), SERVE.format(tests=str(TESTS))),
     "zoo list": ((), CLI.format(arguments=["zoo", "list"])),
     "zoo verify": ((), CLI.format(arguments=["zoo", "verify"])),
@@ -93,7 +115,9 @@ def run(code, folder, **variables):
     return json.loads(looked_up.read_text()), files
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "compare" else []) for name in PROGRAMS]
+)
 def test_nothing_calls_home(name, unshared, tmp_path):
     modules, code = PROGRAMS[name]
     if absent := [module for module in modules if importlib.util.find_spec(module) is None]:

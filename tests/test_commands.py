@@ -140,6 +140,7 @@ def test_json_of_commands(tmp_path):
     write_runs(tmp_path / "runs")
     ready = document(build, "label", tmp_path / "runs")["ready"]
     assert 0 < ready["cnn-a"]["layer0"] < 1
+    write_recipe(tmp_path)  # and the module that `new` names
     made = document(build, "new", "tiny_parts:network", "-o", tmp_path / "new.toml")
     assert (tmp_path / "new.toml").read_text() == made["text"]
 
@@ -390,6 +391,46 @@ def test_the_doctor_names_what_is_wrong_and_no_secrets(tmp_path, monkeypatch):
     assert problems["SMARTFRZ_CASHE is set, which SmartFRZ does not know."] == "Set SMARTFRZ_CACHE instead"
     assert any("cannot be written" in what for what in problems)
     assert any("it is no valid JSON" in what for what in problems)
+
+
+@pytest.mark.parametrize(
+    "addresses",
+    [
+        "https://h.example/a\nhttps://bob:hunter2@h.example/z",
+        "https://h.example/a\thttps://bob:hunter2@h.example/z",
+        "https://h.example/a\u00a0https://bob:hunter2@h.example/z",
+        "https://h.example/a,https://bob:hunter2@h.example/z",
+        "https://bob:x/hunter2@h.example/z",
+        "https://bob:x#hunter2@h.example/z",
+        "https:/bob:hunter2@h.example/z",
+        "HTTPS:\\\\bob:hunter2@h.example/z",
+        "bob:hunter2@h.example/z",
+        "https://h.example/z;token=hunter2",
+        "https://h.example/z?a=1#x@hunter2",
+        "https://h.example/z#token=hunter2",
+        "s3://bob:hunter2@bucket/z",
+    ],
+)
+def test_the_doctor_hides_passwords_wherever_they_are(addresses, monkeypatch):
+    monkeypatch.setenv("SMARTFRZ_ZOO", addresses)
+    problems = []
+
+    def problem(what, fix):
+        problems.append(doctor._without_secrets(str(what)) + fix)
+
+    text = json.dumps([doctor._variables(problem), doctor._registries(problem), problems])
+    assert "hunter2" not in text
+    assert "h.example" in text or "bucket" in text
+
+
+def test_the_doctor_knows_every_variable_and_shows_what_is_no_secret(monkeypatch):
+    plain = "hf://me/zoo@v1 /zoo/registry.json"
+    monkeypatch.setenv("SMARTFRZ_ZOO", plain)
+    monkeypatch.setenv("SMARTFRZ_LIGHTNING", "1")
+    problems = []
+    found = doctor._variables(lambda *said: problems.append(said))
+    assert (found["SMARTFRZ_ZOO"], found["SMARTFRZ_LIGHTNING"]) == (plain, "1")
+    assert not [said for said in problems if "LIGHTNING" in said[0]]
 
 
 def test_the_doctor_survives_what_it_looks_at(monkeypatch):

@@ -27,6 +27,7 @@ OUT_OF_RANGE = [
     {"window": "1048577"},  # times tailored_size, more memory than a decision may take
 ]
 UNREADABLE = [{"window": "ten"}, {"threshold": ""}, {"metrics": "{"}, {"metrics": "[]"}, {"metrics": "[" * 10**5}]
+UNREADABLE += [{"metrics": '{"a":' + "[" * depth + "]" * depth + "}"} for depth in (60, 600, 900)]
 NEEDED = [
     "name",
     "tailored_size",

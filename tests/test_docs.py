@@ -147,7 +147,10 @@ COMMANDS = list(commands())
 
 
 def options_of(command):
-    return {name for parameter in command.params for name in [*parameter.opts, *parameter.secondary_opts]} | {"--help", "-h"}
+    return {name for parameter in command.params for name in [*parameter.opts, *parameter.secondary_opts]} | {
+        "--help",
+        "-h",
+    }
 
 
 @pytest.mark.parametrize("program", ["smartfrz", "smartfrz-build"])

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from smartfrz.files import replacing
+from smartfrz.files import open_regular, replacing
 
 HOLDS = """
 import sys, time
@@ -179,3 +179,22 @@ def test_a_path_that_ends_in_a_slash_is_no_file(tmp_path):
     with pytest.raises(OSError, match="/out/' ends as the path of a folder; expected the path of a file"):
         write(f"{tmp_path}/out/")
     assert list(tmp_path.iterdir()) == []
+
+
+@posix
+def test_a_pipe_and_a_device_are_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    for name in ("pipe", "zeros"):
+        with pytest.raises(OSError, match=f"Is no regular file.*{name}"):
+            open_regular(tmp_path / name)
+    with pytest.raises(IsADirectoryError, match=tmp_path.name):
+        open_regular(tmp_path)
+
+
+@posix
+def test_a_link_to_a_file_is_read(tmp_path):
+    (tmp_path / "file").write_bytes(b"content")
+    (tmp_path / "link").symlink_to("file")
+    with open_regular(tmp_path / "link") as file:
+        assert file.read() == b"content"

@@ -11,6 +11,7 @@ from smartfrz.predictor.inspection import (
     EXTERNAL_DATA,
     FORBIDDEN,
     MAX_FILE_SIZE,
+    MAX_METADATA,
     MAX_NODES,
     MESSAGES,
     NODE_DOMAIN,
@@ -188,6 +189,14 @@ def test_a_graph_of_too_many_nodes(model):
 def test_a_metadata_property_that_is_there_twice(model):
     model.metadata_props.add(key="smartfrz.threshold", value="0.01")
     with pytest.raises(PredictorFileError, match=r"has the metadata property 'smartfrz\.threshold' twice"):
+        check_onnx(model.SerializeToString(), "x.onnx")
+
+
+@pytest.mark.parametrize("parts", [1, 100])
+def test_metadata_that_would_take_minutes_to_read(parts, model):
+    for number in range(parts):
+        model.metadata_props.add(key=f"k{number}", value="[]," * (MAX_METADATA // parts // 3 + 1))
+    with pytest.raises(PredictorFileError, match=rf"more than {MAX_METADATA >> 10} KiB of metadata; expected"):
         check_onnx(model.SerializeToString(), "x.onnx")
 
 

@@ -80,7 +80,7 @@ def test_costs_are_measured(results, capsys):
     base, raw = read_lines(results)
     known = zoo.load(zoo.DEFAULT)
     assert base["file_bytes"] == known.path.stat().st_size
-    assert base["sha256"] == known.sha256
+    assert base["sha256"] == known.seal
     # three MLPs over 30 records and one query's, two operations a weight
     mlp = 1024 * 256 + 256 * 256 + 256 * 64
     assert raw["flops_per_layer"] == pytest.approx(2 * mlp * (30 + 30 + 1), rel=0.02)

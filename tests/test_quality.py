@@ -73,6 +73,7 @@ def test_the_file_keeps_the_qualities():
         {"same": SAME.to_dict() | {"threshold": "0.5"}},
         {"same": SAME.to_dict() | {"points": float("nan")}},
         {"same": SAME.to_dict() | {"runs": 0}},
+        {"same": SAME.to_dict() | {"runs": 10**400}},  # no float is as large
         {"same": SAME.to_dict() | {"computation": True}},
     ],
 )

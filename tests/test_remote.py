@@ -144,6 +144,9 @@ ANSWERS = {
     "without end": lambda h, n, w: h.answer(200, b" " * (8 * 2**20)),
     "NaN": lambda h, n, w: h.tensors(np.full((n, 2), np.nan), np.zeros((n, w))),
     "no confidence": lambda h, n, w: h.tensors(confident(n) * 7, np.zeros((n, w))),
+    "beyond float32": lambda h, n, w: h.tensors(confident(n) * 1e300, np.zeros((n, w))),
+    "a sum beyond float32": lambda h, n, w: h.tensors(np.full((n, 2), 3e38), np.zeros((n, w))),
+    "what a terminal obeys": lambda h, n, w: h.answer(400, b"\x1b[2J\x07no"),
     "another shape": lambda h, n, w: h.tensors(confident(n + 1), np.zeros((n, w))),
     "no outputs": lambda h, n, w: h.answer(200, b'{"outputs": null}'),
     "outputs of another kind": lambda h, n, w: h.answer(200, b'{"outputs": [1, {"name": []}]}'),
@@ -171,6 +174,9 @@ FAILURES = {
     "without end": "answers with more than 4 MiB",
     "NaN": "with values from 0 to 1",
     "no confidence": "with values from 0 to 1",
+    "beyond float32": "with values from 0 to 1",
+    "a sum beyond float32": "with values from 0 to 1",
+    "what a terminal obeys": r"with status 400: \[2Jno",
     "another shape": r"answers with {'confidence': \(4, 2\).*expected {'confidence': \(3, 2\)",
     "no outputs": r"answers with {}; expected",
     "outputs of another kind": "answers with a tensor that cannot be read",
@@ -283,9 +289,10 @@ def test_a_server_that_fails(impostor, mode):
     predictor = RemotePredictor(impostor.url, timeout=0.6, retries=1)
     impostor.mode = mode
     begin = time.monotonic()
-    with pytest.raises(ServerError, match=FAILURES[mode]):
+    with pytest.raises(ServerError, match=FAILURES[mode]) as error:
         predictor.predict(*histories(3, 4, 8))
     assert time.monotonic() - begin < 3
+    assert str(error.value).isprintable()
 
 
 @pytest.mark.parametrize("mode", ["drips headers", "continues without end"])

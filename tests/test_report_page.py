@@ -224,6 +224,12 @@ def test_nothing_is_claimed_that_was_not_measured():
     assert measure_saving(intervals((1, 10, 0.1, 0), (9, 10, 0.1, 2)), 0.0) is None
 
 
+@pytest.mark.parametrize("values", [(5e-324, 5e-324), (0.0, 5e-324), (-1e308, 1e308), (1.7e308, 1.0), (1e308, 1e308)])
+def test_numbers_at_the_limits_of_floats_have_a_page(values, tmp_path):
+    page = saved(tmp_path, report(curves={"loss": list(enumerate(values))}))
+    assert page.data["steps"]
+
+
 def test_curves_are_noted_and_thinned():
     curves = Curves()
     for step in range(20_000):

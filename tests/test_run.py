@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -135,6 +136,29 @@ def test_from_a_name_to_a_predictor_that_goes_on_from_the_default_one(tmp_path, 
     base = zoo.load("smartfrz-base", device="cpu").info.metrics
     assert info.metrics["base"]["trained_on"] == base["trained_on"]
     assert info.metrics["base"]["validated_on"] == base["validated_on"]
+
+
+def test_a_family_becomes_a_predictor_that_says_it_is_of_few_recordings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_digit_recipes(tmp_path)
+    result = invoke(
+        build, "new", "digit_parts:perceptron", "--data", "digit_parts:digits", "--family", "-o", "mine.toml"
+    )
+    assert result.exit_code == 0, result.output
+    program, *arguments = shlex.split(result.stdout.splitlines()[-1])
+    assert program == "smartfrz-build"
+    for path in tmp_path.glob("mine-*.toml"):  # a shorter run than what is usual
+        text = path.read_text()
+        for old, new in (("epochs = 10", "epochs = 4"), ("records = 60", "records = 16"), ("= 2048", "= 64")):
+            assert old in text
+            text = text.replace(old, new)
+        path.write_text(text)
+
+    result = invoke(build, *arguments, *SMALL, "--epochs", 1)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.splitlines()[-1].startswith("This predictor was made from few recordings: 4 of perceptron. ")
+    assert "**This predictor was made from few recordings: 4 of perceptron. " in (tmp_path / "my.md").read_text()
+    assert len(Predictor("my.onnx").info.metrics["trained_on"]) == 3
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):

@@ -1,4 +1,5 @@
 import contextlib
+import hashlib
 import importlib.metadata
 import logging
 import os
@@ -90,7 +91,8 @@ def test_what_a_file_says_of_itself(predictor, tiny_info, predictor_file):
     assert predictor.info == tiny_info
     assert predictor.path == predictor_file
     assert predictor.device == "cpu"
-    assert predictor.sha256.encode() in predictor_file.read_bytes()
+    assert predictor.seal.encode() in predictor_file.read_bytes()
+    assert predictor.sha256 == hashlib.sha256(predictor_file.read_bytes()).hexdigest()
     assert repr(predictor) == "Predictor('tiny', window=10, tailored_size=64, threshold=0.5, device='cpu')"
 
 

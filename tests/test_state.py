@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy_adapter import ScriptedPredictor
 from test_controller import controller_of, run
 
-from smartfrz.control.state import sealed
+from smartfrz.control.state import check_extent, sealed
 from smartfrz.errors import StateError
 
 
@@ -206,3 +206,33 @@ def test_what_a_later_version_adds_is_left_alone(place, name):
     controller.load_state_dict(sealed(state))
     assert same(controller.state_dict(), STATE)
     run(controller, adapter, 3)
+
+
+def endless(kind):
+    value = []
+    if kind == "holds itself":
+        value.append({"a": [value]})
+        return value
+    rows = [value]
+    for _ in range(40 if kind == "shared" else 60):
+        value = [value, value] if kind == "shared" else [value]
+        rows.append(value)
+    return rows if kind == "known before it is deep" else value
+
+
+@pytest.mark.parametrize("kind", ["holds itself", "shared", "deep", "known before it is deep"])
+def test_what_unfolds_without_end_is_refused(kind):
+    for state in (endless(kind), {"started": endless(kind)}, {"controller": {"later": endless(kind)}}):
+        with pytest.raises(StateError, match="hold themselves, that are nested more than 50 deep, or"):
+            check_extent(state)
+    check_extent(STATE)
+
+
+@pytest.mark.parametrize("kind", ["holds itself", "shared"])
+def test_pytorch_reads_what_unfolds_without_end_and_it_is_refused(kind, tmp_path):
+    torch = pytest.importorskip("torch")
+    from smartfrz.adapters.torch.saved import check_saved
+
+    torch.save({"started": True, "later": endless(kind)}, tmp_path / "state.pt")
+    with pytest.raises(StateError, match="hold themselves"):
+        check_saved(torch.load(tmp_path / "state.pt", weights_only=True))

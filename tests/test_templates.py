@@ -1,5 +1,6 @@
 """`smartfrz-build new`: recipes from model names."""
 
+import re
 import sys
 import types
 
@@ -151,6 +152,126 @@ def test_names_with_quotes_stay_text(tmp_path):
 def test_a_folder_without_classes_is_refused(tmp_path):
     with pytest.raises(RecipeError, match=r"holds 0 folders; expected at least two, one a class\. Pass as --data"):
         recipe_text(NewRecipe("parts:net", data=str(tmp_path)), tmp_path / "x.toml")
+
+
+@pytest.mark.parametrize(
+    ("model", "pictures", "expected"),
+    [
+        ("parts:net", (30, 28), 28),  # nobody knows what the network takes
+        ("parts:net", (640, 480), 224),
+        ("keras:MobileNetV2", (100, 90), 96),  # halved five times
+        ("keras:MobileNetV2", (20, 16), 32),
+    ],
+)
+def test_the_size_of_the_pictures_is_filled_in(tmp_path, model, pictures, expected):
+    write_pictures(tmp_path / "pictures")
+    for file in (tmp_path / "pictures" / "train").rglob("*.png"):
+        Image.new("RGB", pictures).save(file)
+    (tmp_path / "pictures" / "train" / "class0" / "0.png").write_bytes(b"damaged")
+    path = tmp_path / "new.toml"
+    path.write_text(recipe_text(NewRecipe(model, data=str(tmp_path / "pictures")), path))
+    recipe = load_recipe(path)
+    assert recipe.data.image_size == expected
+    if model.startswith("keras"):
+        assert recipe.model.arguments == {"classes": 3, "input_shape": [expected, expected, 3]}
+    assert recipe.training.epochs == 120  # 24 pictures are one step
+    path.write_text(recipe_text(NewRecipe(model, image_size=50), path))  # the folder `pictures` beside it
+    assert load_recipe(path).data.image_size == 50
+
+
+def test_the_size_of_a_real_timm_network_is_filled_in(tmp_path):
+    pytest.importorskip("timm")
+    write_pictures(tmp_path / "pictures")
+    sizes = {}
+    for model in ("timm:vit_tiny_patch16_224", "timm:resnet18"):
+        path = tmp_path / "new.toml"
+        path.write_text(recipe_text(NewRecipe(model), path))
+        sizes[model] = load_recipe(path).data.image_size
+        assert load_recipe(path).model.arguments["num_classes"] == 3
+    assert list(sizes.values()) == [224, 32]  # the pictures have 16
+
+
+def new(*arguments):
+    result = invoke(build, "new", *arguments)
+    return result.exit_code, result.output
+
+
+def test_one_recipe_says_that_it_takes_two(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_digit_recipes(tmp_path)
+    code, text = new("digit_parts:cnn", "--data", "digit_parts:digits", "-o", "mine.toml")
+    assert code == 0, text
+    assert text.startswith("Wrote mine.toml.\nA predictor takes at least two recipes")
+    assert text.endswith("  smartfrz-build check mine.toml\n  smartfrz-build run mine.toml another.toml -o my.onnx\n")
+    code, text = new("keras:MobileNetV2")
+    assert "Still to do: put pictures into pictures/train/<class>/ and test/<class>/, or change [data]." in text
+
+
+def test_a_family_differs_in_order_and_rate(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_digit_recipes(tmp_path)
+    arguments = ("digit_parts:cnn", "--data", "digit_parts:digits", "--family", "-o", "my net.toml")
+    code, text = new(*arguments)
+    assert code == 0, text
+    names = ["my net-high-1", "my net-high-2", "my net-low-1", "my net-low-2"]
+    recipes = [load_recipe(f"{name}.toml") for name in names]
+    assert [recipe.name for recipe in recipes] == names
+    assert [(r.seed, r.recording.seed, r.training.learning_rate) for r in recipes] == [
+        (0, 1, 0.05), (2, 3, 0.05), (0, 1, 0.015), (2, 3, 0.015)
+    ]  # fmt: skip
+    assert len({recipe.architecture for recipe in recipes}) == 1
+    assert "at least two" not in text
+    command = text.splitlines()[-1].strip()
+    assert command == f"smartfrz-build run {' '.join(repr(n + '.toml') for n in names)} -o my.onnx"
+    (tmp_path / "my net-high-1.toml").unlink()
+    assert "'my net-high-2.toml' exists, and is left as it is" in new(*arguments)[1]
+    assert not (tmp_path / "my net-high-1.toml").exists()  # all four or none
+
+
+MODULE = """
+import torch
+
+def net(width=3):
+    return torch.nn.Linear(width, 2)
+
+def with_width(width, *, depth):
+    return torch.nn.Linear(width, depth)
+
+def fails():
+    raise ValueError("no weights here")
+
+def text():
+    return "no model"
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "message"),
+    [
+        ("own_nets:nett", "", r"model\.source names 'nett', .*Did you mean 'net'\?"),
+        ("own_netz:net", "", r"model\.source names module 'own_netz', which cannot be imported.*Put own_netz\.py into"),
+        ("own_nets:net", "own_nets:pictures", r"data\.source names 'pictures', which module 'own_nets' does not have"),
+        ("own_nets:fails", "", r"own_nets:fails cannot be built: it raises ValueError: no weights here\. Expected"),
+        ("own_nets:text", "", r"own_nets:text returns str; expected a callable that returns a PyTorch or Keras model"),
+        ("own_broken:net", "", r"Module 'own_broken' cannot be imported: it raises ZeroDivisionError: .*Correct that"),
+    ],
+)
+def test_what_the_user_names_is_tried(tmp_path, monkeypatch, model, data, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_nets.py").write_text(MODULE)
+    (tmp_path / "own_broken.py").write_text("1 / 0\n")
+    code, text = new(model, *(["--data", data] if data else []), "-o", "x.toml")
+    assert code == 1
+    assert re.search(message, text)
+    assert not (tmp_path / "x.toml").exists()
+
+
+def test_arguments_to_fill_in_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_nets.py").write_text(MODULE)
+    code, text = new("own_nets:with_width", "-o", "x.toml")
+    assert code == 0, text
+    assert "Still to do: model.arguments of own_nets:with_width: width, depth." in text
 
 
 # check

@@ -423,3 +423,12 @@ def test_metrics_with_characters_that_a_terminal_obeys_are_refused(metrics):
     ) as error:
         registry.parse(json.dumps(document).encode(), "https://example.org/registry.json")
     assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("depth", [60, 600, 900])
+def test_metrics_that_are_nested_without_need_are_refused(depth):
+    content = registry.serialise(registry.embedded()).replace(
+        b'"metrics": {', b'"metrics": {"a":' + b"[" * depth + b"]" * depth + b",", 1
+    )
+    with pytest.raises(RegistryError, match="in entry 1, lists and objects are nested more than 50 deep"):
+        registry.parse(content, "https://example.org/registry.json")

@@ -184,6 +184,17 @@ def test_an_encrypted_download_through_a_proxy(tmp_path, monkeypatch):
     assert asked == [["CONNECT", "zoo.example.org:443"]]
 
 
+def test_the_page_of_a_redirect_is_not_read(server):
+    with pytest.raises(DownloadError, match="302"):
+        fetched(f"{server.url}/flood", deadline=30, attempts=1)
+
+
+def test_an_error_does_not_repeat_what_a_terminal_obeys(server):
+    with pytest.raises(DownloadError, match=r"404 .*gone\. Check the address") as error:
+        fetched(f"{server.url}/reason", attempts=1)
+    assert str(error.value).isprintable()
+
+
 def test_a_redirect_into_a_private_network_is_not_followed(server, monkeypatch):
     monkeypatch.setenv("SMARTFRZ_ALLOW_HTTP", "1")
     with pytest.raises(DownloadError, match=r"169\.254\.169\.254, inside of a private network"):

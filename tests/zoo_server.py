@@ -21,6 +21,8 @@ It prints its port, then a line for each request: method, path and Range header.
     /busy/FILE        503 for the first request only
     /redirect?to=X    to X
     /circle           to itself
+    /flood            to itself, with a page that never ends
+    /reason           404, with a reason that a terminal obeys
     /status-N         that status
 """
 
@@ -68,6 +70,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(302, Location=parse_qs(parts.query)["to"][0])
         elif mode == "circle":
             self.answer(302, Location="/circle?again" if first else "/circle")
+        elif mode == "flood":
+            self.answer_without_end(b"HTTP/1.1 302 Found\r\nLocation: /flood?\r\n\r\n", bytes(2**20), 0)
+        elif mode == "reason":
+            self.send_response(404, "\x1b[2J\x07gone")
+            self.end_headers()
         elif mode == "status":
             self.answer(int(number))
         elif mode == "busy" and first:

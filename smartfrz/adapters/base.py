@@ -20,7 +20,7 @@ from smartfrz.control.policy import Policy
 from smartfrz.control.protocols import Adapter
 from smartfrz.control.report import Report, ReportedLayer
 from smartfrz.control.saying import describe_stage, say
-from smartfrz.control.state import Check, check_run, sealed
+from smartfrz.control.state import Check, check_extent, check_run, sealed
 from smartfrz.errors import StateError
 from smartfrz.predictor.runtime import Device, Providers
 
@@ -355,6 +355,7 @@ def require_state(state: Any, layer: type, more: Mapping[str, Check] | None = No
     Raises:
         StateError: If it is such a state.
     """
+    check_extent(state)
     if not isinstance(state, Mapping) or "started" not in state:
         received = (
             f"a dict with keys {sorted(map(str, state))[:5]}" if isinstance(state, Mapping) else repr(state)[:100]

@@ -2,12 +2,13 @@
 
 import json
 import os
-from typing import Any
+import zipfile
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from smartfrz.errors import StateError
-from smartfrz.files import replacing
+from smartfrz.files import open_regular, replacing
 
 _ARRAY = "__array__"
 
@@ -26,10 +27,12 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         StateError: If the file is of another kind, or damaged.
     """
-    with open(os.path.expanduser(path), "rb") as opened:
+    with open_regular(os.path.expanduser(path)) as opened:
         try:
+            _require_plain(opened)
             with np.load(opened, allow_pickle=False) as file:
-                return _require_dict(_unpack(json.loads(str(file["state"])), file))
+                arrays = {name: file[name] for name in file.files}
+            return _require_dict(_unpack(json.loads(str(arrays.pop("state"))), arrays))
         except Exception as error:  # zipfile, each of its decompressors, NumPy and json have errors of their own
             raise StateError(
                 f"{os.fspath(path)} holds no state of SmartFRZ ({error}); expected a file that SmartFRZ wrote."
@@ -52,13 +55,34 @@ def from_json(text: str) -> dict[str, Any]:
     """
     try:
         content = json.loads(text)
-        arrays = {name: np.array(v, dtype).reshape(shape) for name, (v, dtype, shape) in content["arrays"].items()}
+        arrays = {
+            name: np.array(values, _numbers(dtype)).reshape(shape)
+            for name, (values, dtype, shape) in content["arrays"].items()
+        }
         return _require_dict(_unpack(content["state"], arrays))
     except Exception as error:  # of json and NumPy, for a text that was damaged or made by somebody else
         raise StateError(
             f"The text holds no state of SmartFRZ ({error}); expected one that SmartFRZ wrote. Resume from "
             "another checkpoint."
         ) from error
+
+
+def _require_plain(file: BinaryIO) -> None:
+    """Refuse an archive that unfolds to more than its size: `write_state` compresses nothing."""
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("its content is compressed")
+    if sum(entry.file_size for entry in entries) > file.seek(0, os.SEEK_END):
+        raise ValueError("its parts are larger than the file")
+    file.seek(0)
+
+
+def _numbers(name: str) -> np.dtype[Any]:
+    dtype = np.dtype(name)
+    if dtype.kind not in "biufc":  # text could be of any length
+        raise ValueError(f"an array is of {name!r:.50}")
+    return dtype
 
 
 def _require_dict(state: Any) -> dict[str, Any]:
@@ -83,6 +107,6 @@ def _pack(value: Any, arrays: dict[str, Any]) -> Any:
 def _unpack(value: Any, arrays: Any) -> Any:
     if isinstance(value, dict):
         if value.keys() == {_ARRAY}:
-            return arrays[value[_ARRAY]]
+            return arrays.pop(value[_ARRAY])  # each is there once
         return {k: _unpack(v, arrays) for k, v in value.items()}
     return [_unpack(v, arrays) for v in value] if isinstance(value, list) else value

@@ -1,6 +1,5 @@
 """`Calibration`: how much accuracy a run may pay for the time that it saves, and what that was seen to mean."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -32,7 +31,8 @@ class Calibration:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not -(2**63) <= value < 2**63:  # NaN is in no range; math.isfinite takes no large integer
                 raise ValueError(f"{field.name} is {value!r:.100}; expected a finite number")
         in_range = 0 < self.threshold <= 1 and self.spread >= 0 and 0 <= self.computation <= 1 and self.runs >= 1
         if not in_range or abs(self.points) > 100 or not isinstance(self.runs, int):

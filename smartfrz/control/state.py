@@ -13,6 +13,8 @@ from smartfrz.control.ordering import FreezeOrder
 from smartfrz.errors import StateError
 
 _DIGEST = "sha256"
+_MAX_VALUES = 50_000_000  # a run of 10,000 freezing stages and 200 layers saves 18 million
+_MAX_DEPTH = 50  # of lists and dicts in one another; a state has 6
 Check = Callable[[Any, str], None]  # raises StateError for a value that is wrong; the text says where it is
 
 
@@ -173,6 +175,35 @@ _STATE = _record(
     layer_changes=_list(_change),
     history=_by_layer(_NUMBERS),
 )
+
+
+def check_extent(state: Any) -> None:
+    """Check that a state has an end: lists in a pickle may hold themselves, or be shared until they unfold without end.
+
+    Raises:
+        StateError: If lists and dicts are nested too deep, or hold more values than a run saves.
+    """
+    _measure(state, {}, 0)
+
+
+def _measure(value: Any, known: dict[int, tuple[int, int]], depth: int) -> tuple[int, int]:
+    """Return how many values there are in a value, and how many lists and dicts in one another."""
+    if not isinstance(value, Mapping | list | tuple):
+        return 1, 0
+    if id(value) not in known:
+        values, height = 1, 1
+        if depth <= _MAX_DEPTH:
+            for part in value.values() if isinstance(value, Mapping) else value:
+                more, deep = _measure(part, known, depth + 1)
+                values, height = values + more, max(height, deep + 1)
+        if depth > _MAX_DEPTH or height > _MAX_DEPTH or values > _MAX_VALUES:
+            raise StateError(
+                "The saved state is damaged: it holds lists or dicts that hold themselves, that are nested more than "
+                f"{_MAX_DEPTH} deep, or that hold more than {_MAX_VALUES} values. Resume from another checkpoint, or start "
+                "without a state."
+            )
+        known[id(value)] = values, height
+    return known[id(value)]
 
 
 def sealed(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import numpy as np
 from smartfrz.dataset_builder.storage import RecordedRun
 from smartfrz.predictor.contract import PredictorInfo
 from smartfrz.predictor.training.baselines import Judged
+from smartfrz.predictor.training.cross_validation import can_hold_out
 from smartfrz.predictor.training.judging import Quality, Reliability, reliability_table
 from smartfrz.predictor.training.runs import TrainingOptions
 
@@ -46,6 +47,22 @@ def pooled(methods: dict[str, dict[str, list[Judged]]]) -> dict[str, Reliability
     return found
 
 
+def few_recordings(architectures: Sequence[str]) -> str:
+    """Return what to say of a predictor that was made from few recordings; "" if there are enough.
+
+    Args:
+        architectures: The architecture of each recording.
+    """
+    kinds = sorted(set(architectures))
+    if len(architectures) >= 4 and can_hold_out(architectures):
+        return ""
+    return (
+        f"This predictor was made from few recordings: {len(architectures)} of {', '.join(kinds)}. Use it for trainings "
+        "like these only, and compare whole trainings first (smartfrz compare): so few say little about other networks. "
+        "With four recordings or more, two each of two architectures, a card can judge that; smartfrz-base was made from 20."
+    )
+
+
 def write_card(
     info: PredictorInfo,
     recorded: Sequence[RecordedRun],
@@ -56,6 +73,7 @@ def write_card(
 ) -> str:
     """Return the card of a predictor, Markdown."""
     rule = info.metrics["label_rule"]
+    few = "" if "base" in info.metrics else few_recordings([run.architecture for run in recorded])
     lines = [
         f"# {info.name}",
         "",
@@ -63,6 +81,7 @@ def write_card(
         f"{round(1 / info.record_fraction)} records per run, as `{info.representation}`. Freezes a layer at a confidence of "
         f"{info.threshold:.3f} or more. License: {info.license}.",
         "",
+        *([f"**{few}**", ""] if few else []),
         f"Labels: CKA to a finished reference model, `{rule['kind']}` rule, tolerance {rule['tolerance']}. Threshold: "
         f"the lowest at which {options.precision:.0%} of the freezes of the validation runs are right. PyTorch and ONNX "
         f"Runtime differ by at most {difference:.1g}.",

@@ -1,6 +1,8 @@
 """`smartfrz-build check`: take two training steps and one record, and estimate what a recording will take."""
 
+import contextlib
 import dataclasses
+import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +20,9 @@ from smartfrz.dataset_builder.models import build_data, build_model, is_keras
 from smartfrz.dataset_builder.recipes import Recipe
 from smartfrz.dataset_builder.similarity import layer_grams, probe_batch
 from smartfrz.dataset_builder.storage import reference_file
+from smartfrz.dataset_builder.templates import has_own_code
 from smartfrz.errors import RecipeError
+from smartfrz.importing import import_callable
 from smartfrz.predictor.runtime import Device
 from smartfrz.training import arguments, evaluate, forward, to_device, torch_device, train, training_loader
 
@@ -107,6 +111,62 @@ def check_recipe(recipe: Recipe, runs: Path, device: Device = "auto") -> Check:
         losses=losses,
         init_missing=init_missing,
     )
+
+
+def check_callables(recipe: Recipe, data_given: bool) -> tuple[str, ...]:
+    """Import the functions of the user that a recipe names, and build the model where that takes no arguments.
+
+    Args:
+        recipe: The recipe.
+        data_given: Whether `data.source` is the user's; else it is a placeholder that may not exist.
+
+    Returns:
+        What is left to fill in.
+
+    Raises:
+        RecipeError: If a module cannot be imported, lacks the callable, or building fails or gives no model.
+    """
+    if data_given and recipe.data.source:
+        _import(recipe, "data.source", recipe.data.source)
+    source = recipe.model.source
+    if not has_own_code(source):
+        return ()
+    make = _import(recipe, "model.source", source)
+    with contextlib.suppress(ValueError, TypeError):  # some callables have no signature: then try
+        missing = [
+            name
+            for name, parameter in inspect.signature(make).parameters.items()
+            if parameter.default is parameter.empty
+            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            and name not in recipe.model.arguments
+        ]
+        if missing:
+            return (f"model.arguments of {source}: {', '.join(missing)}",)
+    try:
+        model = build_model(recipe, recipe.seed)
+    except Exception as error:  # it is the user's code
+        raise RecipeError(
+            f"{source} cannot be built: it raises {type(error).__name__}: {error}. Expected a callable that returns a "
+            "PyTorch or Keras model when it is called with model.arguments."
+        ) from error
+    if not isinstance(model, nn.Module) and not is_keras(model):
+        raise RecipeError(
+            f"{source} returns {type(model).__name__}; expected a callable that returns a PyTorch or Keras model. Name the "
+            "function that builds the network."
+        )
+    return ()
+
+
+def _import(recipe: Recipe, entry: str, source: str) -> Callable[..., Any]:
+    try:
+        return import_callable(source, recipe.folder, f"Recipe {recipe.name!r}: {entry}")
+    except RecipeError:
+        raise
+    except Exception as error:  # it is the user's code
+        raise RecipeError(
+            f"Module {source.partition(':')[0]!r} cannot be imported: it raises {type(error).__name__}: {error}. Correct "
+            "that first."
+        ) from error
 
 
 def _waits_for_init(recipe: Recipe, runs: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,6 +37,10 @@ _SECTIONS = {
     "Step by step": ("record", "label", "train", "evaluate"),
     "Afterwards": ("calibrate", "compact", "dataset"),
 }
+_ONE_RECIPE = (
+    "A predictor takes at least two recipes, one to train on and one to validate on, and gets better with more. --family "
+    "writes four of one model; other networks and data teach more."
+)
 _KEPT = "Finished recordings are kept; the same command goes on from there."
 
 
@@ -47,7 +52,7 @@ def main() -> None:
 
 @main.command(
     short_help="Write a recipe: what to train and record.",
-    example="smartfrz-build new torchvision:resnet18 --data photos -o mine.toml",
+    example="smartfrz-build new torchvision:resnet18 --data photos --family",
 )
 @click.argument("model")
 @click.option("--output", "-o", type=FILE, help="The recipe. Default: the model's name, with .toml.")
@@ -56,27 +61,73 @@ def main() -> None:
 @click.option("--name", default="", help="Default: the output file's name.")
 @click.option("--architecture", default="", help="Family. Default: a guess from the model's name.")
 @click.option(
-    "--image-size", default=64, type=click.IntRange(8), show_default=True, help="Size of a folder's pictures."
+    "--image-size", type=click.IntRange(8), help="Default: the network's own size, or the pictures' if smaller."
 )
-def new(model: str, output: Path | None, **others: Any) -> None:
-    """Write a commented recipe.
+@click.option(
+    "--family", is_flag=True, help="Write four recipes: two orders of the data, each with two learning rates."
+)
+def new(model: str, output: Path | None, family: bool, **others: Any) -> None:
+    """Write a commented recipe, or with --family four of them: a predictor takes at least two.
 
     MODEL is torchvision:NAME, timm:NAME, transformers:NAME_OR_FOLDER, keras:NAME, keras_hub:PRESET, module:callable, the
-    bare name of a torchvision or timm model, or organisation/name on the Hugging Face hub.
+    bare name of a torchvision or timm model, or organisation/name on the Hugging Face hub. What module:callable names is
+    imported and, if it needs no arguments, built.
     """
+    from smartfrz.dataset_builder import templates
     from smartfrz.dataset_builder.recipes import parse_recipe
-    from smartfrz.dataset_builder.templates import NewRecipe, default_file, recipe_text
 
-    path = output or default_file(model)
-    if path.exists():
-        raise RecipeError(
-            f"{str(path)!r} exists, and is left as it is. Choose another file with --output, or remove it."
-        )
-    text = recipe_text(NewRecipe(model, **others), path)
-    parse_recipe(text, path)
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    commands.answer({"recipe": path, "text": text}, f"Wrote {path}. Fill in [data], then: smartfrz-build check {path}")
+    path, asked = output or templates.default_file(model), templates.NewRecipe(model, **others)
+    wanted = templates.family(asked, path) if family else {path: asked}
+    for file in wanted:
+        if file.exists():
+            raise RecipeError(
+                f"{str(file)!r} exists, and is left as it is. Choose another file with --output, or remove it."
+            )
+    texts = {file: templates.recipe_text(recipe, file) for file, recipe in wanted.items()}
+    recipes = [parse_recipe(text, file) for file, text in texts.items()]
+    left = _left_to_do(recipes[0], bool(others["data"]))
+    for file, text in texts.items():
+        with replacing(file) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    files = list(texts)
+    commands_to_type = _commands_to_type(files)
+    commands.answer(
+        {"recipe": files[0], "text": texts[files[0]], "recipes": files, "left": left, "commands": commands_to_type},
+        "\n".join(
+            [
+                f"Wrote {', '.join(map(str, files))}.",
+                *(f"Still to do: {what}." for what in left),
+                *([_ONE_RECIPE] if len(files) == 1 else []),
+                "Now type:",
+                *(f"  {line}" for line in commands_to_type),
+            ]
+        ),
+    )
+
+
+def _left_to_do(recipe: Any, data_given: bool) -> list[str]:
+    """Check what a new recipe names, and return what the user still has to do."""
+    from smartfrz.dataset_builder.templates import has_own_code
+
+    left: list[str] = []
+    if has_own_code(recipe.model.source) or (data_given and recipe.data.source):
+        from smartfrz.dataset_builder.checking import check_callables  # loads PyTorch
+
+        left += check_callables(recipe, data_given)
+    if not data_given:
+        folder = recipe.folder / recipe.data.folder
+        if recipe.data.source:
+            left.append(f"write {recipe.data.source} beside the recipe, or name other data in [data]")
+        elif not folder.is_dir():
+            left.append(f"put pictures into {recipe.data.folder}/train/<class>/ and test/<class>/, or change [data]")
+    return left
+
+
+def _commands_to_type(files: Sequence[Path]) -> list[str]:
+    names = [shlex.quote(str(file)) for file in files]
+    others = [] if len(names) > 1 else ["another.toml"]
+    predictor = shlex.quote(str(files[0].with_name("my.onnx")))
+    return [f"smartfrz-build check {names[0]}", f"smartfrz-build run {' '.join(names + others)} -o {predictor}"]
 
 
 @main.command(short_help="Try a recipe, and say how long it will take.", example="smartfrz-build check mine.toml")
@@ -161,7 +212,9 @@ def train(runs: tuple[Path, ...], rule: RuleOptions, training: TrainingArguments
 
     files = _files_in(runs)
     names = [name for path in files for name in names_in(path)]
-    commands.answer(_train(make_job(training, rule, names), files))
+    document = _train(make_job(training, rule, names), files)
+    commands.answer(document)
+    _note_few(document)
 
 
 @main.command(
@@ -197,6 +250,7 @@ def run(
         document = _train(job, files)
         document["evaluation"] = _evaluate(job.output, files)
         commands.answer({"recordings": [str(path) for path in files], **document})
+        _note_few(document)
 
 
 @main.command(short_help="Judge a predictor on recordings.", example="smartfrz-build evaluate mine.onnx runs")
@@ -411,11 +465,17 @@ def _train(job: Any, files: Sequence[Path]) -> dict[str, Any]:
             bars.update(task, completed=fraction, what=what)
             tell(fraction, what)
 
-        card = job.run(files, progress)
+        card, remark = job.run(files, progress)
     commands.show(card)
     place = job.output.with_suffix(".md")
     commands.show(f"Wrote {job.output} and {place}.")
-    return {"predictor": job.output, "card": place}
+    return {"predictor": job.output, "card": place, "remark": remark}
+
+
+def _note_few(document: dict[str, Any]) -> None:
+    """Say last of all that a predictor was made from few recordings."""
+    if document["remark"]:
+        commands.note(document["remark"])
 
 
 def _evaluate(predictor: Path, files: Sequence[Path]) -> dict[str, Any]:

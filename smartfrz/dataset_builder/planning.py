@@ -10,6 +10,7 @@ import click
 from smartfrz import zoo
 from smartfrz.dataset_builder import building
 from smartfrz.dataset_builder.building import Base, Material, Plan, records_of
+from smartfrz.dataset_builder.cards import few_recordings
 from smartfrz.dataset_builder.datasets import read_together
 from smartfrz.dataset_builder.labels import LabelRule
 from smartfrz.dataset_builder.options import FURTHER_LEARNING_RATE, PULL, RuleOptions, TrainingArguments, given
@@ -62,8 +63,11 @@ class Job:
                 "on. Add another, for instance the same with another name and seed."
             )
 
-    def run(self, files: Sequence[Path], progress: Callable[[float, str], None]) -> str:
-        """Train on recordings, or on datasets of them, export the predictor, and return its card.
+    def run(self, files: Sequence[Path], progress: Callable[[float, str], None]) -> tuple[str, str]:
+        """Train on recordings, or on datasets of them, and export the predictor.
+
+        Returns:
+            The predictor's card, and what to say if it was made from few recordings, else "".
 
         Raises:
             click.ClickException: If the runs are too few or too small.
@@ -72,26 +76,18 @@ class Job:
         everything = read_together([*files, *self.old_files])
         num_new = len(everything) - len(self.old_files)
         new, old = everything[:num_new], everything[num_new:]
-        plan = replace(plan, cross_validate=self._decide_cross_validation([run.architecture for run in new]))
+        architectures = [run.architecture for run in new]
+        chosen = self.cross_validate
+        plan = replace(plan, cross_validate=can_hold_out(architectures) if chosen is None else chosen)
         try:
             runs, old_runs = (building.labelled_runs(some, plan.rule, plan.records) for some in (new, old))
             if plan.base:
                 plan = replace(plan, base=replace(plan.base, runs=old_runs))
             material = Material([*new, *old], runs, _digest({*files, *self.old_files}))
-            return building.build_predictor(material, plan, self.output, progress)
+            card = building.build_predictor(material, plan, self.output, progress)
         except ValueError as error:
             raise click.ClickException(str(error)) from error
-
-    def _decide_cross_validation(self, architectures: list[str]) -> bool:
-        if self.cross_validate is not None:
-            return self.cross_validate
-        enough = can_hold_out(architectures)
-        if not enough:
-            click.echo(
-                "There are too few runs to hold out each architecture in turn, so the card cannot judge new ones.",
-                err=True,
-            )
-        return enough
+        return card, "" if plan.base else few_recordings(architectures)
 
 
 def make_job(arguments: TrainingArguments, rule: RuleOptions, new_names: Sequence[str]) -> Job:

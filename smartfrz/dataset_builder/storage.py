@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from smartfrz.dataset_builder.costs import FreezeCosts
 from smartfrz.dataset_builder.recipes import MANY, is_name, is_plain
 from smartfrz.errors import DatasetFormatError
-from smartfrz.files import replacing
+from smartfrz.files import open_regular, replacing
 from smartfrz.predictor.training.paths import PackedPaths
 
 FORMAT_VERSION = 1
@@ -238,6 +238,7 @@ def open_parquet(path: Path, again: str, **options: Any) -> Iterator[pq.ParquetF
         DatasetFormatError: If it is missing, or damaged, also where it is read in the block; the message ends with `again`.
     """
     try:
+        open_regular(path).close()  # pyarrow waits for the other end of a pipe
         with pq.ParquetFile(path, page_checksum_verification=True, **options) as file:
             yield file
     except FileNotFoundError as error:

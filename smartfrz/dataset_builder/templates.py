@@ -2,13 +2,15 @@
 
 import difflib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from smartfrz.dataset_builder.class_folders import class_names
+from smartfrz.dataset_builder.class_folders import class_names, picture_files
+from smartfrz.dataset_builder.picture_sizes import choose_size
 from smartfrz.errors import MissingDependencyError, RecipeError
 
 # Beginnings of model names, and the architecture family that the recipes of smartfrz-base put them into.
@@ -31,6 +33,10 @@ FAMILIES = {
     "plain-cnn": ("vgg", "alexnet", "squeezenet"),
 }
 _IMAGE_DATA = "pictures"
+# What the recipes of `--family` differ in, by what is added to the name: seed, and a factor of the learning rate.
+_VARIANTS = {"-high-1": (0, 1.0), "-high-2": (2, 1.0), "-low-1": (0, 0.3), "-low-2": (2, 0.3)}
+_USUAL_SIZE = 64  # of networks whose data are no folder
+_MIN_STEPS = 120  # two for each of the 60 records
 _TEMPLATE = """\
 # Written by smartfrz-build new. docs/recipes.md explains every entry; what is not here has its default.
 #   smartfrz-build check {file}     # two steps: layers, memory, time
@@ -38,7 +44,7 @@ _TEMPLATE = """\
 
 name = {name}                  # the recording is <name>.parquet
 architecture = {architecture}  # a guess from the model's name; recipes of one family are held out together
-seed = 0                       # initial weights, and data order of the reference
+seed = {seed}                  # initial weights, and data order of the reference
 
 [model]
 source = {source}
@@ -55,12 +61,12 @@ arguments = {arguments}
 records = 60                   # timestamps; training a predictor thins them to its own
 pool_size = 2048               # sampled weights a layer, at least the predictor's tailored size
 probe_size = 96                # test examples on which CKA is taken
-seed = 1                       # data order of the recorded run
+seed = {recording_seed}        # data order of the recorded run
 reinitialize = false           # true: record from other initial weights than the reference's; for training from scratch
 """
 _FOLDER = """\
 folder = {folder}              # folder/train/<class>/ and folder/test/<class>/, .png or .jpg
-image_size = {image_size}
+image_size = {image_size}      # {reason}
 # source = "my_data:pictures"  # instead: my_data.py beside this file, whose function returns (train, test) datasets of
 #                              # (inputs, target)"""
 _FUNCTION = """\
@@ -68,18 +74,18 @@ source = {data_source}         # module:callable, looked up beside this file fir
 #                              # (inputs, target); a dict as inputs is passed to the model as keyword arguments
 # arguments = {{ num_train = 3000 }}"""
 _FROM_SCRATCH = """\
-epochs = 10                    # may be a fraction
+epochs = {epochs}              # may be a fraction{why_epochs}
 batch_size = 64
 optimizer = "SGD"              # SGD, Adam, AdamW, RMSprop, Adagrad
-learning_rate = 0.05
+learning_rate = {rate:g}
 momentum = 0.9
 weight_decay = 5e-4
 schedule = "cosine"            # cosine, linear, constant, step"""
 _FINE_TUNING = """\
-epochs = 3                     # may be a fraction
+epochs = {epochs}              # may be a fraction{why_epochs}
 batch_size = 32
 optimizer = "AdamW"            # SGD, Adam, AdamW, RMSprop, Adagrad
-learning_rate = 5e-5
+learning_rate = {rate:g}
 weight_decay = 0.01
 schedule = "linear"            # cosine, linear, constant, step
 warmup = 0.1                   # fraction of the run"""
@@ -96,7 +102,9 @@ class NewRecipe:
         num_classes: Of the model's head; 0 to count the classes in the folder, or else 10.
         name: Of the recipe; empty for one from the model's name.
         architecture: Family; empty for a guess.
-        image_size: Of the pictures in a folder.
+        image_size: Of the pictures in a folder; None to choose one, see `choose_size`.
+        seed: Of the initial weights and of the order of the data in the reference; the recorded run has the next one.
+        rate: Factor of the usual learning rate.
     """
 
     model: str
@@ -104,7 +112,9 @@ class NewRecipe:
     num_classes: int = 0
     name: str = ""
     architecture: str = ""
-    image_size: int = 64
+    image_size: int | None = None
+    seed: int = 0
+    rate: float = 1.0
 
 
 def resolve_name(model: str) -> str:
@@ -134,6 +144,11 @@ def resolve_name(model: str) -> str:
         if wanted in names or (found == "timm" and wanted.partition(".")[0] in names):
             return f"{found}:{wanted}"
     raise _unknown(wanted, " nor ".join(known), [n for names in known.values() for n in names])
+
+
+def has_own_code(source: str) -> bool:
+    """Return whether a `model.source` names code of the user, and no model of a library."""
+    return source.partition(":")[0] not in ("torchvision", "timm", "transformers", "keras", "keras_hub")
 
 
 def _known_names(libraries: Iterable[str]) -> dict[str, list[str]]:
@@ -191,12 +206,15 @@ def recipe_text(new: NewRecipe, file: Path) -> str:
     library, _, model_name = source.partition(":")
     short = model_name.rstrip("/").rpartition("/")[2]
     architecture = new.architecture or _family(short)
-    is_text = library == "transformers"
-    classes = new.num_classes
-    data = new.data or ("my_data:texts" if is_text else _IMAGE_DATA)
+    data = new.data or ("my_data:texts" if library == "transformers" else _IMAGE_DATA)
+    classes, image_size, reason = new.num_classes, new.image_size, "as you asked for"
     if new.data and ":" not in new.data:
-        classes = classes or _count_classes(Path(new.data))
         data = os.path.relpath(new.data, file.parent)
+    if ":" not in data:
+        folder = Path(os.path.normpath(file.parent / data))
+        classes = classes or (_count_classes(folder) if new.data or folder.exists() else 0)
+        if not image_size:
+            image_size, reason = choose_size(source, folder)
     heads = {
         "torchvision": "{{ num_classes = {} }}",
         "timm": "{{ num_classes = {}, pretrained = false }}  # true: start from weights of the timm hub",
@@ -207,18 +225,47 @@ def recipe_text(new: NewRecipe, file: Path) -> str:
     section = (
         _FUNCTION.format(data_source=_quoted(data))
         if ":" in data
-        else _FOLDER.format(folder=_quoted(data), image_size=new.image_size)
+        else _FOLDER.format(folder=_quoted(data), image_size=image_size, reason=reason)
     )
+    num_pictures = 0 if ":" in data else _count_pictures(file.parent / data)
     text = _TEMPLATE.format(
         file=file.name,
         name=_quoted(new.name or file.stem),
         architecture=_quoted(architecture),
         source=_quoted(source),
-        arguments=heads.get(library, "{{}}").format(classes or 10, new.image_size),
+        arguments=heads.get(library, "{{}}").format(classes or 10, image_size or _USUAL_SIZE),
+        seed=new.seed,
+        recording_seed=new.seed + 1,
         data=section,
-        training=_FINE_TUNING if architecture == "transformer" else _FROM_SCRATCH,
+        training=_training(architecture, num_pictures, new.rate),
     )
     return _aligned(text)
+
+
+def family(new: NewRecipe, file: Path) -> dict[Path, NewRecipe]:
+    """Return four recipes of one model and their files: two orders of the data, each with two learning rates.
+
+    Args:
+        new: What they have in common.
+        file: Its name, and the name in `new`, get an ending for each of the four.
+    """
+    return {
+        file.with_name(file.stem + ending + file.suffix): replace(
+            new, name=new.name and new.name + ending, seed=seed, rate=rate
+        )
+        for ending, (seed, rate) in _VARIANTS.items()
+    }
+
+
+def _training(architecture: str, num_pictures: int, rate: float) -> str:
+    """Return the entries of `[training]`, with as many epochs as records need, if the number of pictures is known."""
+    fine_tuning = architecture == "transformer"
+    template, epochs, batch_size, usual_rate = (
+        (_FINE_TUNING, 3, 32, 5e-5) if fine_tuning else (_FROM_SCRATCH, 10, 64, 0.05)
+    )
+    needed = math.ceil(_MIN_STEPS / max(1, num_pictures // batch_size)) if num_pictures else 0
+    why = f"; {num_pictures} pictures need so many for two steps a record" if needed > epochs else ""
+    return template.format(epochs=max(epochs, needed), why_epochs=why, rate=usual_rate * rate)
 
 
 def _aligned(text: str) -> str:
@@ -253,6 +300,11 @@ def _count_classes(folder: Path) -> int:
             "that holds train/<class>/ and test/<class>/, or module:callable."
         )
     return len(classes)
+
+
+def _count_pictures(folder: Path) -> int:
+    train = folder / "train"
+    return sum(len(picture_files(train / name)) for name in class_names(train))
 
 
 def _quoted(text: str) -> str:

@@ -39,6 +39,7 @@ UNKNOWN_POSITION = -1.0
 MAX_HISTORY = 2**20  # values in the history of one layer, window * tailored_size; the shipped predictors read 30,720
 MIN_RECORD_FRACTION = 1e-4  # a stage at every few steps of a long run would hold training up
 _MAX_NAME = 200
+_MAX_DEPTH = 50  # of lists and objects in one another; the shipped predictors have 4
 _TOLERANCE = 1e-3  # of float32 sums
 _NO_HASH = b"0" * 64
 _HASH = re.compile(rb"smartfrz\.sha256\x12\x40([0-9a-f]{64})")
@@ -116,6 +117,7 @@ class PredictorInfo:
                 min_records=int(metadata.get(PREFIX + "min_records", "4")),
                 qualities=parse_qualities(json.loads(metadata.get(PREFIX + "qualities", "{}"))),
             )
+            unprintable = find_unprintable(info.metrics)
         except (KeyError, ValueError, RecursionError) as error:
             raise PredictorFileError(
                 f"{file!r} has a missing or unreadable metadata property ({error}). Export it again."
@@ -138,7 +140,7 @@ class PredictorInfo:
                 f"{MAX_HISTORY}, and a name of at most {_MAX_NAME} characters. Export it again."
             )
         texts = {key: getattr(info, key) for key in ("name", "dataset_sha256", "license")}
-        for key, text in {**texts, "metrics": find_unprintable(info.metrics) or ""}.items():
+        for key, text in {**texts, "metrics": unprintable or ""}.items():
             if len(text) > _MAX_NAME or not text.isprintable():
                 raise PredictorFileError(
                     f"{file!r} has the metadata property {key!r} with {text[:80]!a}, {len(text)} characters; expected "
@@ -154,15 +156,24 @@ def _parse_object(text: str) -> dict[str, Any]:
     return value
 
 
-def find_unprintable(value: Any) -> str | None:
+def find_unprintable(value: Any, depth: int = 0) -> str | None:
     """Return the first text with control characters or lone surrogates in a JSON value, keys included, or None.
 
     A terminal obeys such characters.
+
+    Args:
+        value: The value.
+        depth: In how many lists and objects it is.
+
+    Raises:
+        ValueError: If it is in more than `_MAX_DEPTH` of them, which Python could read, but not write.
     """
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"lists and objects are nested more than {_MAX_DEPTH} deep")
     if isinstance(value, str):
         return None if value.isprintable() else value
     parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
-    return next((found for part in parts if (found := find_unprintable(part)) is not None), None)
+    return next((found for part in parts if (found := find_unprintable(part, depth + 1)) is not None), None)
 
 
 def find_fault(arrays: Mapping[str, NDArray[Any]], num_layers: int, num_records: int) -> str | None:
@@ -189,7 +200,9 @@ def find_invalid(confidence: NDArray[np.float32], attention: NDArray[np.float32]
         bool `[layers]`.
     """
     in_range = [((array >= 0) & (array <= 1 + _TOLERANCE)).all(1) for array in (confidence, attention)]
-    valid: NDArray[np.bool_] = in_range[0] & in_range[1] & (abs(confidence.sum(1) - 1) <= _TOLERANCE)
+    with np.errstate(all="ignore"):  # a warning may be an error in the training around it
+        sums_to_one = abs(confidence.sum(1) - 1) <= _TOLERANCE
+    valid: NDArray[np.bool_] = in_range[0] & in_range[1] & sums_to_one
     return ~valid
 
 

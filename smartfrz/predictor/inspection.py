@@ -17,6 +17,7 @@ from smartfrz.predictor.shapes import check_shapes
 
 MAX_FILE_SIZE = 256 * 2**20  # bytes; smartfrz-base has 1 MiB
 MAX_NODES = 1000  # smartfrz-base has 208
+MAX_METADATA = 2**20  # bytes of all properties; smartfrz-base has 11,000, and Python takes seconds for many MiB of JSON
 _MAX_FIELDS = 1_000_000  # smartfrz-base has 2,186; without a limit a file of empty nodes takes minutes
 # What the exporter writes, and what other versions of it write for the same network. None of them branches, loops,
 # draws random numbers, or keeps a state, and none takes time for a tensor of no elements, as Trilu does.
@@ -146,12 +147,13 @@ def check_onnx(content: bytes, file: str) -> None:
 
     Raises:
         PredictorFileError: If the file has data in other files, operators that are not in `OPERATORS`, subgraphs,
-            functions, text in tensors, more than `MAX_NODES` nodes, shapes that `check_shapes` refuses, or a metadata
-            property twice or not in UTF-8; or if it is no protobuf message.
+            functions, text in tensors, more than `MAX_NODES` nodes, shapes that `check_shapes` refuses, more than
+            `MAX_METADATA` bytes of metadata, or a property twice or not in UTF-8; or if it is no protobuf message.
     """
     operators: Counter[str] = Counter()
     domains, forbidden = set(), set()
     properties: Counter[str] = Counter()
+    metadata = 0
     view = memoryview(content)
     try:
         for place, value in _fields(view):
@@ -170,6 +172,12 @@ def check_onnx(content: bytes, file: str) -> None:
             elif place in FORBIDDEN:
                 forbidden.add(FORBIDDEN[place])
             elif place == PROPERTY:
+                metadata += len(text)
+                if metadata > MAX_METADATA:
+                    raise PredictorFileError(
+                        f"{file!r} has more than {MAX_METADATA >> 10} KiB of metadata; expected a few KiB. Export it "
+                        "again with smartfrz-build train."
+                    )
                 for part, where in _fields(text, PROPERTY_KEY[0]):
                     words = str(text[where.start : where.stop], "utf-8")
                     properties[words] += part == PROPERTY_KEY

@@ -66,7 +66,7 @@ class RemotePredictor:
     Attributes:
         url: The given address without `/v2/models`.
         info: Facts about the predictor.
-        sha256: Checksum that identifies the predictor.
+        sha256: SHA-256 of the predictor's file on the server.
         positional: True if the predictor reads the positions of layers and the server accepts them.
 
     Raises:
@@ -193,7 +193,8 @@ class RemotePredictor:
             try:
                 size = output.get("parameters", {}).get("binary_data_size")
                 if size is None:
-                    array = np.array(output["data"], np.float32)
+                    with np.errstate(all="ignore"):  # what float32 cannot hold is infinite, and refused below
+                        array = np.array(output["data"], np.float32)
                 else:
                     array = np.frombuffer(body[start : start + size], "<f4")
                     start += size

@@ -1,6 +1,7 @@
 """`Predictor`: one predictor file, run by ONNX Runtime. No other module imports onnxruntime."""
 
 import functools
+import hashlib
 import importlib.metadata
 import logging
 import os
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smartfrz.errors import MissingDependencyError, PredictionError, PredictorFileError
+from smartfrz.files import open_regular
 from smartfrz.predictor.contract import (
     ATTENTION,
     CONFIDENCE,
@@ -67,6 +69,8 @@ class Predictor:
             The limits of memory are those of the CPU; limit the memory of a GPU through the options of its provider.
 
     Attributes:
+        sha256: SHA-256 of the file, as `sha256sum` and the zoo give it.
+        seal: The checksum inside of the file, `smartfrz.sha256` of docs/format.md: what it was made with.
         device: `"cuda"` if inputs and outputs are bound to the memory of a GPU, else `"cpu"`.
         providers: Names of the execution providers in use.
 
@@ -94,7 +98,8 @@ class Predictor:
         self.path = Path(path).expanduser()
         file = str(path)
         content = _read_file(self.path, file)
-        self.sha256 = check_seal(content, file)
+        self.seal = check_seal(content, file)
+        self.sha256 = hashlib.sha256(content).hexdigest()
         check_onnx(content, file)
         try:
             self._session = call_within(DEADLINE, lambda: open_session(content, file, device, num_threads, providers))
@@ -289,7 +294,7 @@ def _reopen(
 
 def _read_file(path: Path, file: str) -> bytes:
     try:
-        with path.open("rb") as opened:
+        with open_regular(path) as opened:
             content = opened.read(MAX_FILE_SIZE + 1)
     except OSError as error:
         raise PredictorFileError(
@@ -335,7 +340,7 @@ def _has_shape(received: Sequence[int | str], expected: Sequence[int | None]) ->
 
 
 def import_onnxruntime() -> Any:
-    """Import onnxruntime, with its telemetry off unless the user set `ORT_DISABLE_TELEMETRY`.
+    """Import onnxruntime; `smartfrz/__init__.py` has switched off its telemetry, unless the user decided otherwise.
 
     Raises:
         MissingDependencyError: If no build of it is installed, or two are.
@@ -354,8 +359,6 @@ def import_onnxruntime() -> Any:
             'pip uninstall -y onnxruntime onnxruntime-gpu, and then pip install "smartfrz[cpu]" or pip install '
             '"smartfrz[gpu]"'
         )
-    # Without it, ONNX Runtime reports to its makers and keeps a device id in the user's cache. It is read on loading.
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:

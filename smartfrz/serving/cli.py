@@ -115,7 +115,8 @@ from smartfrz.serving.options import ServeOptions
     type=click.IntRange(0, 3600),
     help="How long requests in flight may take after SIGTERM.",
 )
-def serve(names: tuple[str, ...], **options: Any) -> None:
+@click.option("--example", is_flag=True, help="Start nothing; print a request for curl to a server with these options.")
+def serve(names: tuple[str, ...], example: bool, **options: Any) -> None:
     """Serve decisions over the Open Inference Protocol, REST and gRPC, until Ctrl-C or SIGTERM.
 
     NAME is a name in the zoo, the path of a file, or an address; the predictor is served under the name in its file, or
@@ -123,6 +124,9 @@ def serve(names: tuple[str, ...], **options: Any) -> None:
 
     With --json, one document with the addresses is printed when the server is ready.
     """
+    if example:
+        _print_examples(names, ServeOptions(**options))
+        return
     if importlib.util.find_spec("kserve") is None:
         raise not_installed("Serving", "kserve", "serve")
     import asyncio  # --help does without it
@@ -148,6 +152,24 @@ def serve(names: tuple[str, ...], **options: Any) -> None:
         asyncio.run(run(predictors, chosen, announce))
     except OSError as error:
         raise click.ClickException(f"{error}.") from error
+
+
+def _print_examples(names: tuple[str, ...], options: ServeOptions) -> None:
+    """Print for each predictor a command that asks a running server about two made-up layers."""
+    from smartfrz.serving.example import curl_command
+
+    if not options.port:
+        raise click.UsageError("--port is 0, so the address is not known. Pass the port that the server printed.")
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)
+    address = f"http://{_in_url(host)}:{options.port}/v2/models"
+    with progress("reading") as tell:
+        predictors = _load_predictors(names, options, tell)
+    made = {name: curl_command(loaded.info, f"{address}/{name}/infer") for name, loaded in predictors.items()}
+    commands.answer({"commands": made}, "\n\n".join(made.values()))
+    commands.note(
+        "This asks about two made-up layers: the first one stands still, the second one moves. The answer holds for each "
+        "of them two confidences: keep training, freeze."
+    )
 
 
 @contextlib.contextmanager

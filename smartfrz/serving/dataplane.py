@@ -18,6 +18,18 @@ from smartfrz.serving.model import PredictorModel
 
 logger = logging.getLogger("smartfrz")
 _MAX_MESSAGE = 450
+_DESCRIPTION = (
+    "Freeze predictors: they say which layers of a neural network need no more training. Ask them over the Open Inference "
+    "Protocol v2."
+)
+_LINKS = {
+    "live": "/v2/health/live",
+    "ready": "/v2/health/ready",
+    "metadata": "/v2",
+    "models": "/v2/models",
+    "metrics": "/metrics",
+    "openapi": "/openapi.json",
+}
 
 
 class Failure(NamedTuple):
@@ -69,6 +81,24 @@ class DataPlane(KserveDataPlane):  # type: ignore[misc]
     def metadata(self) -> dict[str, Any]:
         """Describe the server."""
         return {"name": "smartfrz", "version": __version__, "extensions": ["binary_tensor_data"]}
+
+    async def overview(self) -> dict[str, Any]:
+        """Say what this server is, which predictors it has, and where to go on. Addresses are paths of this server."""
+        about = {key: value for key, value in self.metadata().items() if key in ("name", "version")}
+        paths = {name: f"/v2/models/{name}" for name in self.model_registry.get_models()}
+        models = [
+            {
+                "name": name,
+                "version": model.version,
+                "sha256": model.sha256,
+                "predictor": model.info.name,
+                "metadata": paths[name],
+                "ready": f"{paths[name]}/ready",
+                "infer": f"{paths[name]}/infer",
+            }
+            for name, model in self.model_registry.get_models().items()
+        ]
+        return about | {"description": _DESCRIPTION, "models": models, "links": _LINKS}
 
     async def ready(self) -> bool:
         """Return whether the server takes new requests."""

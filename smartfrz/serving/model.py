@@ -27,14 +27,15 @@ class PredictorModel(Model):  # type: ignore[misc]
 
     Attributes:
         info: Facts about the predictor.
-        version: The beginning of the predictor's SHA-256; a file does not know its version in the zoo.
+        sha256: SHA-256 of the predictor's file, as `smartfrz zoo list` gives it.
+        version: The beginning of it; a file does not know its version in the zoo.
     """
 
     def __init__(self, name: str, predictor: Predictor, options: ServeOptions):
         super().__init__(name)
         self.info = predictor.info
         self.version = predictor.sha256[:12]
-        self._sha256 = predictor.sha256
+        self.sha256 = predictor.sha256
         self._max_layers = options.max_batch
         # One body at a time and off the event loop: lists of numbers take many times the memory of their text.
         self._reader = ThreadPoolExecutor(1, "smartfrz-read")
@@ -51,7 +52,7 @@ class PredictorModel(Model):  # type: ignore[misc]
     @property
     def properties(self) -> dict[str, str]:
         """What a client needs to know: the metadata of the predictor file, its checksum, and the limit of layers."""
-        facts = {PREFIX + "sha256": self._sha256, PREFIX + "max_layers": str(self._max_layers)}
+        facts = {PREFIX + "sha256": self.sha256, PREFIX + "max_layers": str(self._max_layers)}
         return self.info.to_metadata() | facts
 
     def get_input_types(self) -> list[dict[str, Any]]:
@@ -118,7 +119,7 @@ class PredictorModel(Model):  # type: ignore[misc]
             self.name,
             [_make_output(name, getattr(answer, name), payload) for name in wanted],
             model_version=self.version,
-            parameters={PREFIX + "sha256": self._sha256},
+            parameters={PREFIX + "sha256": self.sha256},
             use_binary_outputs=payload.use_binary_outputs,
             requested_outputs=payload.request_outputs,
         )

@@ -151,6 +151,7 @@ def _rest_application(dataplane: DataPlane) -> ASGIApp:
         methods=["POST"],
         openapi_extra={"requestBody": {"content": schema, "required": True}},
     )
+    app.add_api_route("/", dataplane.overview, methods=["GET"])
     app.include_router(router)
     app.add_api_route("/metrics", metrics_handler, methods=["GET"], include_in_schema=False)
     for kind in (*EXPECTED_FAILURES, Exception):

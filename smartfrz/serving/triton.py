@@ -56,7 +56,7 @@ def config(info: PredictorInfo, sha256: str, name: str, max_layers: int = MAX_LA
 
     Args:
         info: The predictor's metadata.
-        sha256: The predictor's checksum, `Predictor.sha256`.
+        sha256: SHA-256 of the predictor's file.
         name: Name of the model and of its folder.
         max_layers: Maximum number of layers in a batch, and so in a request. 0 for no batching.
 

@@ -15,7 +15,7 @@ import click
 from smartfrz import commands
 from smartfrz.commands import Group
 from smartfrz.completing import PREDICTOR
-from smartfrz.errors import DownloadError, MissingDependencyError, PredictorFileError, SmartFRZError
+from smartfrz.errors import DownloadError, MissingDependencyError, PredictorFileError, SmartFRZError, printable
 from smartfrz.files import replacing
 from smartfrz.predictor.runtime import Predictor
 from smartfrz.progress import progress
@@ -106,7 +106,7 @@ def zoo() -> None:
 def list_(registries: tuple[str, ...]) -> None:
     """List the predictors of all registries."""
     known = registry.entries(registries)
-    header = ("predictor", "window", "size", "representation", "domains", "AUC", "MB", "where")
+    header = ("predictor", "window", "size", "representation", "domains", "AUC", "MB", "SHA-256", "where")
     table = [header] + [
         (
             str(entry),
@@ -116,6 +116,7 @@ def list_(registries: tuple[str, ...]) -> None:
             ",".join(entry.domains) or "-",
             _number(entry.metrics.get("auc")),
             f"{entry.size / 1e6:.1f}",
+            entry.sha256[:12],
             _where(entry),
         )
         for entry in known
@@ -331,8 +332,7 @@ def _card(entry: Entry) -> str:
     if not entry.address:
         return (embedded_folder() / entry.card).read_text("utf-8")
     text = transport.read(urls.sibling(entry.address, entry.card), _CARD_SIZE).decode("utf-8", "replace")
-    # Text from elsewhere must not control the terminal.
-    return "".join(c for c in text if c in "\n\t" or c.isprintable())
+    return printable(text)
 
 
 def _signatures(location: str | None) -> Iterator[tuple[str, Callable[[], str]]]:

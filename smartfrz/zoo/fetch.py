@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
 from smartfrz.errors import ChecksumError, DownloadError, PredictorFileError, RegistryError, UnreachableError
+from smartfrz.files import open_regular
 from smartfrz.predictor.contract import PredictorInfo
 from smartfrz.predictor.inspection import MAX_FILE_SIZE
 from smartfrz.predictor.runtime import Predictor
@@ -77,7 +78,7 @@ def sha256_of(path: Path, *, cached: bool = False) -> str | None:
         cached: Whether it is in the cache, where others may write as well: links are not followed.
     """
     try:
-        with cache.open_plain(path) if cached else path.open("rb") as file:
+        with cache.open_plain(path) if cached else open_regular(path) as file:
             return _sha256_of_open(file)
     except OSError:
         return None
@@ -267,9 +268,10 @@ def _download_checked(source: Source, path: Path, progress: Progress | None, unt
 
 def _sha256_of_open(file: BinaryIO) -> str:
     file.seek(0)  # writes what is buffered
-    digest = hashlib.sha256()
-    while chunk := file.read(2**20):
+    digest, left = hashlib.sha256(), MAX_FILE_SIZE + 1  # a file of more is none of ours, whatever its digest
+    while chunk := file.read(min(2**20, left)):
         digest.update(chunk)
+        left -= len(chunk)
     return digest.hexdigest()
 
 

@@ -117,7 +117,7 @@ def parse(content: bytes, registry: str, *, exact: bool = False) -> list[Entry]:
     for number, value in enumerate(document["predictors"], 1):
         try:
             entries.append(_entry(value, registry, exact))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             _refuse(registry, f"in entry {number}, {error}")
     seen = set()
     for entry in entries:

@@ -6,6 +6,7 @@ The standard library does the http: pooch cannot resume a download, and would br
 import contextlib
 import http.client
 import io
+import os
 import re
 import socket
 import ssl
@@ -18,6 +19,7 @@ from urllib.parse import urljoin, urlsplit
 
 from smartfrz import __version__
 from smartfrz.errors import DownloadError, MissingDependencyError, SmartFRZError, UnreachableError, install_command
+from smartfrz.files import open_regular
 from smartfrz.predictor.deadline import call_within
 from smartfrz.zoo import settings, urls
 
@@ -254,6 +256,7 @@ class _CheckedRedirects(urllib.request.HTTPRedirectHandler):
                 f"{req.full_url} redirects to {target!r}, another scheme; that is not followed. Pass the final address."
             )
         urls.check(target)
+        fp.close()  # the base class reads its page, which may have no end
         return super().http_error_302(req, fp, code, msg, headers)
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
@@ -435,7 +438,8 @@ def _open_file(url: str, offset: int, pace: _Pace) -> Iterator[_Body]:
     local = urls.local_path(url)
     try:
         if local is not None:  # without fsspec, which may not be installed
-            total, file = local.stat().st_size, local.open("rb")
+            file: Any = open_regular(local)
+            total = os.fstat(file.fileno()).st_size
         else:
             fs, path = file_system(url)
             total = pace.bound(lambda: fs.info(path)["size"])
@@ -447,6 +451,8 @@ def _open_file(url: str, offset: int, pace: _Pace) -> Iterator[_Body]:
     except SmartFRZError:
         raise
     except Exception as error:  # httpx, botocore and others have errors of their own, without a common base class
+        if local is not None:  # another attempt would not help
+            raise DownloadError(f"{url} cannot be read ({error}). Check the address.") from error
         raise UnreachableError(f"{url} cannot be reached ({type(error).__name__}: {error}).") from error
 
     def read(count: int) -> bytes:

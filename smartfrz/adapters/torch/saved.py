@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map
 
 from smartfrz.adapters.base import require_state
 from smartfrz.adapters.torch.layers import Layer
-from smartfrz.control.state import ARRAYS, COUNT_OR_NONE, FLAG, PARTS_OF_ARRAYS, sealed
+from smartfrz.control.state import ARRAYS, COUNT_OR_NONE, FLAG, PARTS_OF_ARRAYS, check_extent, sealed
 
 # What the callbacks add.
 ANNOUNCED = "announced"
@@ -46,6 +46,7 @@ def check_saved(state: Any) -> dict[str, Any]:
     Raises:
         StateError: If `SmartFRZ.state_dict`, or a callback, did not return it, or a value is one that no run has.
     """
+    check_extent(state)
     found: Any = to_arrays(state)
     more = {"gradients": ARRAYS, "gradient_changes": PARTS_OF_ARRAYS, "reentrant": FLAG}
     if isinstance(found, Mapping) and "controller" in found:
