@@ -8,9 +8,10 @@ TORCH_OLDEST ?= torch==2.9.0
 VENV_OLDEST ?= .venv-oldest
 VENV_TOOLS ?= .venv-tools
 VENV_DOCS ?= .venv-docs
-# The tests of the adapters, the zoo and what they are built on. Exporting needs newer versions, and its tests are skipped.
-TESTS_OLDEST := $(addprefix tests/test_,accelerate.py baselines.py controller.py costs.py files.py hf.py lightning.py options.py runtime.py \
-	state.py) $(wildcard tests/test_torch_*.py tests/test_zoo*.py)
+# The tests of the adapters, the commands, the zoo and what they are built on. Exporting needs newer versions, and its tests are skipped.
+TESTS_OLDEST := $(addprefix tests/test_,accelerate.py baselines.py cli.py commands.py controller.py costs.py estimate.py files.py hf.py \
+	lightning.py options.py quality.py remote.py report_logs.py report_page.py runtime.py saying.py state.py state_file.py watching.py) \
+	$(wildcard tests/test_torch_*.py tests/test_zoo*.py)
 # What the wheel is installed with for `make sbom`.
 SBOM_EXTRAS ?= cpu,zoo
 # What a wheel may have: four predictors take most of it.
@@ -34,7 +35,7 @@ RECIPES := $(filter-out %-long.toml %-halves.toml %-pairs.toml,$(wildcard recipe
 help:
 	@echo "make demo       fine-tune a pretrained network fully and with SmartFRZ, and compare (about 6 minutes)"
 	@echo "make test       run all tests"
-	@echo "make oldest     run the adapters' tests with the oldest versions that we claim (requirements/oldest.txt)"
+	@echo "make oldest     run the adapters', the commands' and the zoo's tests with the oldest versions that we claim (requirements/oldest.txt)"
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       build the documentation into site/, with all links checked but those to other hosts"
 	@echo "make lock       write requirements/development.txt anew: every package but PyTorch, with hashes"
@@ -48,7 +49,7 @@ help:
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) pip install -q --disable-pip-version-check "$(TORCH)" -e ".[$(subst $(space),$(comma),$(EXTRAS))]" peft $(KERAS) \
-		"$(TRITON)" "jsonargparse[signatures]" hydra-core pytest pytest-xdist hypothesis "pandas>=2.3" ruff mypy
+		"$(TRITON)" "jsonargparse[signatures]" hydra-core nbclient ipykernel pytest pytest-xdist hypothesis "pandas>=2.3" ruff mypy
 	touch $@
 
 # The JavaScript example is a test as well. Nothing but the package itself is fetched.

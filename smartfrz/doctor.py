@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from smartfrz import __version__, zoo
+from smartfrz.errors import install_command
 from smartfrz.zoo import fetch, registry, signatures, urls
 
 PACKAGES = ("numpy", "torch", "keras", "tensorflow", "jax", "transformers", "lightning", "onnx", "kserve")
@@ -188,7 +189,7 @@ def _predictors(runtimes: dict[str, str], problem: Problem) -> dict[str, str]:
     if not runtimes:
         problem(
             "ONNX Runtime is not installed, so that no predictor can decide on this machine.",
-            'pip install "smartfrz[cpu]", or name a server: predictor="http://host:port/NAME"',
+            f'{install_command()}, or name a server: predictor="http://host:port/NAME"',
         )
     elif len(runtimes) > 1:
         problem(

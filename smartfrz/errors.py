@@ -130,7 +130,11 @@ def _runtime_extra() -> tuple[str, ...]:
         except importlib.metadata.PackageNotFoundError:
             continue
         return (extra,)
-    return () if importlib.util.find_spec("onnxruntime") else ("cpu",)
+    try:
+        found = importlib.util.find_spec("onnxruntime")
+    except ImportError:  # of a finder that keeps it from being imported
+        found = None
+    return () if found else ("cpu",)
 
 
 def not_installed(user: str, package: object, *extras: str, more: str = "") -> MissingDependencyError:

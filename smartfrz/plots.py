@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from smartfrz.comparing.engine import Result
 from smartfrz.control.report import Report
-from smartfrz.errors import MissingDependencyError
+from smartfrz.errors import not_installed
 from smartfrz.report_page import shorten
 
 try:
@@ -22,9 +22,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 except ImportError as error:
-    raise MissingDependencyError(
-        'smartfrz.plots needs matplotlib, which is not installed. Type: pip install "smartfrz[plots]"'
-    ) from error
+    raise not_installed("smartfrz.plots", "matplotlib", "plots") from error
 
 ACTIVE, FROZEN, FULL = "#f2b134", "#2f6690", "#7d8597"
 _MOST_NAMES, _NAME_LENGTH = 60, 32

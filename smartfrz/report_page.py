@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from smartfrz.errors import MissingDependencyError
+from smartfrz.errors import not_installed
 
-_TEMPLATE = Path(__file__).with_name("report_page.html.jinja")
+_TEMPLATES = Path(__file__).parent
 _WIDE, _NARROW = 30, 17  # characters of a layer's name that fit beside its bar
 _SPARKS = 150  # points of the line of confidences in a bar
 _ROWS = 60
@@ -49,12 +49,44 @@ def page(report: Mapping[str, Any]) -> str:
     Raises:
         MissingDependencyError: If jinja2 is not installed.
     """
-    return _render(report, whole=True)
+    return render("report_page.html.jinja", _view(report), data=_for_script(report))
 
 
 def fragment(report: Mapping[str, Any]) -> str:
     """Return the same without a script, for a notebook that shows it among other cells; see `page`."""
-    return _render(report, whole=False)
+    return render("report_page.html.jinja", _view(report), whole=False)
+
+
+def render(
+    template: str,
+    view: Mapping[str, Any],
+    *,
+    whole: bool = True,
+    data: Mapping[str, Any] | None = None,
+) -> str:
+    """Fill in a template that extends `page.html.jinja`. All text is escaped.
+
+    Args:
+        template: Path of the template in this package.
+        view: What the template shows, with a `title`.
+        whole: Whether to return a page, or a part of one.
+        data: What the template's script reads; a page without it may run no script.
+
+    Raises:
+        MissingDependencyError: If jinja2 is not installed.
+    """
+    try:
+        import jinja2
+    except ImportError as error:
+        raise not_installed("The page of a report", "jinja2", "plots") from error
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template(template).render(whole=whole, data=data, **view)
 
 
 def shorten(name: str, most: int) -> str:
@@ -67,7 +99,7 @@ def shorten(name: str, most: int) -> str:
         >>> shorten("vit.encoder.layer.10.attention.attention.query", 30)
         'v.e.l.10.a.attention.query'
         >>> shorten("vit.encoder.layer.10.attention.attention.query", 15)
-        '…10.a.a.query'
+        '…l.10.a.a.query'
     """
     separator = "/" if "/" in name else "."
     parts = name.split(separator)
@@ -85,20 +117,6 @@ def shorten(name: str, most: int) -> str:
         return short
     end = (most - 1) // 2
     return short[: most - 1 - end] + "…" + short[len(short) - end :]
-
-
-def _render(report: Mapping[str, Any], *, whole: bool) -> str:
-    try:
-        import jinja2
-    except ImportError as error:
-        raise MissingDependencyError(
-            'The page of a report needs jinja2, which is not installed. Type: pip install "smartfrz[plots]"'
-        ) from error
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    template = environment.from_string(_TEMPLATE.read_text("utf-8"))
-    return template.render(whole=whole, data=_for_script(report) if whole else None, **_view(report))
 
 
 def _view(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,10 +238,10 @@ def _panel(title: str, curves: Mapping[str, Sequence[Any]], steps: int) -> dict[
     values = [value for points in curves.values() for _, value in points if value is not None]
     # A loss of the first steps, or a step that held an evaluation, would flatten all the rest.
     usual = sorted(values)[int(0.95 * (len(values) - 1))]
-    ticks = _ticks(min(values), usual + min(max(values) - usual, 0.5 * abs(usual)))
+    marks = ticks(min(values), usual + min(max(values) - usual, 0.5 * abs(usual)))
     if title == _PACE:
-        ticks = _ticks(0.0, ticks[-1])
-    low, high = ticks[0], ticks[-1]
+        marks = ticks(0.0, marks[-1])
+    low, high = marks[0], marks[-1]
     cut = max(values) > high
     lines = []
     for name, points in curves.items():
@@ -243,12 +261,12 @@ def _panel(title: str, curves: Mapping[str, Sequence[Any]], steps: int) -> dict[
                 else "",
             }
         )
-    digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
+    digits = max(0, -math.floor(math.log10(marks[1] - marks[0]) + 1e-9))
     return {
         "title": title,
         "cut": f"highest value {max(values):.4g}, cut off" if cut else "",
         "lines": lines,
-        "ticks": [(round(100 - _percent(tick - low, high - low), 2), f"{tick:.{digits}f}") for tick in ticks],
+        "ticks": [(round(100 - _percent(tick - low, high - low), 2), f"{tick:.{digits}f}") for tick in marks],
     }
 
 
@@ -353,8 +371,13 @@ def _percent(part: float, whole: float) -> float:
     return round(100 * part / whole, 3) if whole else 0.0
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Return about four round numbers that enclose these values."""
+def ticks(low: float, high: float) -> list[float]:
+    """Return about four round numbers that enclose these values.
+
+    Example:
+        >>> ticks(0.0, 5.0)
+        [0.0, 2.0, 4.0, 6.0]
+    """
     if high - low < 1e-9 * max(abs(high), 1e-9):
         low, high = low - (abs(low) or 1.0) / 20, high + (abs(high) or 1.0) / 20
     size = _round_size((high - low) / 3)

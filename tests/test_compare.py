@@ -1,5 +1,6 @@
 """`smartfrz compare` on real tasks: the one of docs/compare.md with fewer epochs, and broken ones."""
 
+import html
 import json
 import os
 import re
@@ -7,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 from builder_fixtures import invoke
 
 from smartfrz import progress
@@ -18,8 +21,10 @@ from smartfrz.comparing import study
 from smartfrz.comparing.engine import FULL, Result
 from smartfrz.comparing.lines import read_lines
 from smartfrz.comparing.own_task import FEWEST_STEPS, Part, build_task, find_task, fit_budget
+from smartfrz.comparing.page import save_page
 from smartfrz.comparing.recipe_tasks import recipe_source
 from smartfrz.comparing.variants import fewer_steps, variant
+from smartfrz.comparing.verdict import judge
 from smartfrz.errors import RecipeError
 
 PAGE = Path(__file__).parent.parent / "docs" / "compare.md"
@@ -70,6 +75,7 @@ def test_the_verdict_the_table_and_the_files(done):
     assert sorted(path.name for path in (folder / "out").iterdir() if not path.name.startswith(".")) == [
         "compare.json",
         "compare.png",
+        "report.html",
         "runs.jsonl",
     ]
     figures = json.loads((folder / "out" / "compare.json").read_text())
@@ -174,6 +180,79 @@ def test_without_matplotlib_there_is_no_picture_and_all_the_rest(done, eager_pre
     assert result.stdout == first.stdout
     assert "No picture was made: matplotlib" in result.stderr
     assert "compare.png" not in result.stderr
+
+
+def test_the_page_has_the_verdict_both_fronts_and_what_was_run(done):
+    folder, task, result = done
+    text = (folder / "out" / "report.html").read_text("utf-8")
+    figures = json.loads((folder / "out" / "compare.json").read_text())
+    shown = html.unescape(text).replace("\N{NO-BREAK SPACE}", " ")
+    assert f"<h1>{figures['sentence']}</h1>" in shown
+    assert all(f"<li>{note}</li>" in shown for note in figures["notes"])
+    rows = [row.strip() for row in result.stdout.splitlines()[3:7]]
+    cells = re.findall(r"<tr>(<td><svg.*)</tr>", shown)
+    assert [re.sub(r"<[^>]*>", "", row).replace(" ", "") for row in cells] == [row.replace(" ", "") for row in rows]
+    for size in ("wide", "narrow"):
+        front = re.search(rf'<svg class="front {size}".*?</svg>', text, re.DOTALL)[0]
+        assert len(re.findall(r'class="dot (?:full|fewer|freezing)"', front)) == 4
+        assert front.count('class="between fewer"') == front.count('class="between freezing"') == 1
+    assert f"<th>Task</th><td>{task}, version " in shown
+    assert "<th>Seeds</th><td>0, 1</td>" in shown
+    assert "<th>Full training</th><td>62 steps of 32 samples</td>" in shown
+    assert f"torch {torch.__version__}" in shown
+    assert "onnxruntime" in figures["ran"]["Versions"]
+
+
+def test_the_page_loads_nothing_and_names_do_no_harm(done, tmp_path):
+    evil = "</title><script>alert(1)</script><img src=https://example.com/x.png onerror=alert(2)>"
+    lines = read_lines(done[0] / "out" / "runs.jsonl")
+    hostile = [
+        {**line, "method": f"{line['method']}{evil}" if line["kind"] == "freezing" else line["method"]}
+        for line in lines
+    ]
+    save_page(judge(hostile, metric=evil), {evil: evil}, evil, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text("utf-8")
+    assert evil not in text
+    parser, tags, names = HTMLParser(), set(), set()
+    parser.handle_starttag = lambda tag, attrs: (tags.add(tag), names.update(name for name, _ in attrs))
+    parser.feed(text)
+    assert {"html", "svg", "table"} <= tags
+    assert {"script", "img", "link", "iframe", "object", "a"}.isdisjoint(tags)
+    assert [name for name in names if name in ("src", "href") or name.startswith("on")] == []
+    assert "default-src 'none'; style-src 'unsafe-inline'\"" in text
+    assert "url(" not in text
+
+
+def test_without_jinja2_there_is_no_page_and_all_the_rest(done, eager_predictor, monkeypatch):
+    folder, task, first = done
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    result = call(task, folder / "out", eager_predictor, "--seeds", 2, "--threshold", "0.5")
+    assert result.exit_code == 0
+    assert result.stdout == first.stdout
+    assert 'No page was made: jinja2 is not installed. Type: pip install "smartfrz[plots,cpu]"' in result.stderr
+    assert "report.html" not in result.stderr
+
+
+def test_names_of_points_that_lie_together_do_not_cover_each_other(done, tmp_path):
+    lines = read_lines(done[0] / "out" / "runs.jsonl")
+    near = [
+        {**line, "method": f"SmartFRZ threshold=0.{index}", "accuracy": line["accuracy"] - index / 500}
+        for line in lines
+        if MINE.sub("", line["method"]) == "SmartFRZ"
+        for index in range(6)
+    ]
+    verdict = judge([line for line in lines if line["kind"] != "freezing"] + near)
+    save_page(verdict, {}, "near", tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text("utf-8")
+    for front in re.findall(r'<svg class="front.*?</svg>', text, re.DOTALL):
+        names = re.findall(r'<text class="f\w+" x="(.*?)" y="(.*?)" text-anchor="(\w+)">(.*?)</text>', front)
+        assert len(names) == len(verdict.figures) > 8
+        places = [
+            (float(x) - (6 * len(name) if side == "end" else 0), float(y), 6 * len(name)) for x, y, side, name in names
+        ]
+        for index, (x, y, width) in enumerate(places):
+            for other_x, other_y, other_width in places[:index]:
+                assert abs(y - other_y) > 9 or x + width < other_x or other_x + other_width < x, names
 
 
 def test_ctrl_c_ends_quietly(tmp_path, eager_predictor, monkeypatch):

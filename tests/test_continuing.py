@@ -1,5 +1,6 @@
 """Training a predictor further: its weights back out of the file, the pull, old runs mixed in."""
 
+import copy
 import dataclasses
 import shutil
 
@@ -168,9 +169,13 @@ def test_a_folder_of_old_runs_is_mixed_in_by_the_command(base_file, tmp_path, re
     (old / "vit-b.parquet").unlink()
     shutil.copy(old / "cnn-a.parquet", old / "stranger.parquet")
     for run in recorded:
-        # 30 records as those of the base, else there is nothing to thin to
-        run.facts["recipe"]["recording"]["records"] = 30
-        write_run(new / f"{run.name}.parquet", run)
+        # 30 records as those of the base, else there is nothing to thin to: one at each of so few steps
+        step = np.arange(1, len(run.step) + 1)
+        facts = copy.deepcopy(run.facts)
+        facts["recipe"]["recording"]["records"] = 30
+        write_run(
+            new / f"{run.name}.parquet", dataclasses.replace(run, facts=facts, step=step, progress=step / len(step))
+        )
     result = invoke(
         build, "train", new, "-o", output, "--base", base_file, "--base-runs", old, "--epochs", 2, "--seed", 1
     )  # fmt: skip

@@ -163,7 +163,7 @@ def test_without_jinja2_the_error_names_the_extra_and_a_notebook_shows_the_text(
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(MissingDependencyError, match=r'pip install "smartfrz\[plots\]"'):
+    with pytest.raises(MissingDependencyError, match=r'pip install "smartfrz\[plots[,\]]'):
         report().save(tmp_path / "run.html")
     assert list(tmp_path.iterdir()) == []
     assert report()._repr_html_() is None

@@ -141,6 +141,23 @@ def test_steps_that_have_not_come_yet_are_refused_under_a_new_digest(place, mess
     assert_refused_without_a_change(state)
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("frozen",), {}, r"\['frozen'\] is \[\]; expected 'a' among these, as its events say"),
+        (("events", 0, "action"), "thaw", r"\['frozen'\]\['a'\] is \d; expected None, as its events say"),
+        (("num_records",), 7, r"\['num_records'\] is 7; expected at most 6, the steps so far"),
+        (("num_records",), 3, r"\['events'\]\[3\]\['timestamp'\] is 3; expected less than 3, the records so far"),
+        (("looked_at",), 7, r"\['looked_at'\] is 7; expected at most 6"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_under_a_new_digest(place, value, message):
+    state = sealed(changed(place, lambda container, key: container.__setitem__(key, value)))
+    with pytest.raises(StateError, match=message):
+        new_controller()[0].load_state_dict(state)
+    assert_refused_without_a_change(state)
+
+
 @pytest.mark.parametrize("bit", [0, 7, 77, 200])
 def test_a_flipped_bit_of_the_history_is_noticed(bit):
     state = copy.deepcopy(STATE)

@@ -129,8 +129,8 @@ def compare(task: str | None, variants: tuple[str, ...], thresholds: tuple[float
     optimizer, data, steps, schedule, loss and metric; or a smartfrz.comparing.keras.Task (docs/compare.md). Modules in the
     current directory are found. FILE.toml names a PyTorch model, data, optimizer and schedule, as a recipe does.
 
-    OUTPUT gets one line for each finished run (runs.jsonl), all figures (compare.json) and a picture (compare.png). The same
-    command started again goes on where it was stopped.
+    OUTPUT gets one line for each finished run (runs.jsonl), all figures (compare.json), a picture (compare.png) and a page
+    to look at (report.html). The same command started again goes on where it was stopped.
     """
     from smartfrz.comparing import command
     from smartfrz.comparing.variants import methods_of
@@ -147,10 +147,11 @@ def compare(task: str | None, variants: tuple[str, ...], thresholds: tuple[float
     with progress("training") as tell:
         outcome = command.run_compare(source, chosen, tell)
     written = [chosen.output / name for name in (command.LINES, command.FIGURES)]
-    try:
-        written.append(command.draw(outcome, source.name, chosen.output))
-    except MissingDependencyError as error:
-        commands.note(str(error))
+    for show in (command.draw, command.write_page):
+        try:
+            written.append(show(outcome, source.name, chosen.output))
+        except MissingDependencyError as error:
+            commands.note(str(error))
     remarks = "".join(f"\n- {remark}" for remark in outcome.verdict.notes)
     commands.answer(
         command.to_dict(outcome),

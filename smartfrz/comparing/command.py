@@ -1,7 +1,7 @@
 """What `smartfrz compare` does: trains the runs that are missing, judges all, and writes what came out."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,16 +9,17 @@ from typing import Any
 from smartfrz import __version__
 from smartfrz.comparing.engine import FULL, Progress
 from smartfrz.comparing.lines import matching, read_lines
-from smartfrz.comparing.own_task import Part, Source, build_task, fit_budget
+from smartfrz.comparing.own_task import Part, Source, build_task, duration, fit_budget
+from smartfrz.comparing.page import save_page
 from smartfrz.comparing.study import finished, run_study
 from smartfrz.comparing.tasks import AnyTask, explained
 from smartfrz.comparing.variants import DEFAULT, PREDICTOR, methods_of
 from smartfrz.comparing.verdict import Verdict, judge
-from smartfrz.errors import not_installed
+from smartfrz.errors import MissingDependencyError, install_command
 from smartfrz.files import replacing
 from smartfrz.importing import importable
 
-LINES, FIGURES, PICTURE = "runs.jsonl", "compare.json", "compare.png"
+LINES, FIGURES, PICTURE, PAGE = "runs.jsonl", "compare.json", "compare.png", "report.html"
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,14 @@ class Outcome:
         lines: Results of the runs, as in the file.
         known: How many of them an earlier start had finished.
         foreign: Runs in the file that belong to another task, version or budget.
+        ran: What was run, in words: a heading and a text each.
     """
 
     verdict: Verdict
     lines: list[dict[str, Any]]
     known: int
     foreign: int
+    ran: dict[str, str]
 
 
 def run_compare(source: Source, options: CompareOptions, progress: Progress = lambda fraction, text: None) -> Outcome:
@@ -88,7 +91,8 @@ def run_compare(source: Source, options: CompareOptions, progress: Progress = la
     verdict = judge(lines, task.metric, options.tolerance, clock, chance)
     sentence = verdict.sentence if part.share == 1.0 else f"On {part.share:.0%} of the task: {verdict.sentence}"
     verdict = replace(verdict, sentence=sentence, notes=[*verdict.notes, *_notes(verdict, task, part, options)])
-    outcome = Outcome(verdict, lines, known, len(read_lines(path)) - len(matching(read_lines(path), facts)))
+    foreign = len(read_lines(path)) - len(matching(read_lines(path), facts))
+    outcome = Outcome(verdict, lines, known, foreign, _what_ran(source, part.of(task), lines, options))
     with replacing(options.output / FIGURES) as temporary:
         temporary.write_text(json.dumps(to_dict(outcome), indent=1), "utf-8")
     return outcome
@@ -114,9 +118,31 @@ def _notes(verdict: Verdict, task: AnyTask, part: Part, options: CompareOptions)
     return notes
 
 
+def _what_ran(
+    source: Source, task: AnyTask, lines: Sequence[Mapping[str, Any]], options: CompareOptions
+) -> dict[str, str]:
+    """What was run, in words: a heading and a text each."""
+    parts = {"train": "training", "validation": "validation", "test": "testing"}
+    samples = ", ".join(f"{task.num_samples(part):,} for {purpose}" for part, purpose in parts.items())
+    used: dict[str, set[str]] = {"smartfrz": {line["smartfrz"] for line in lines}}
+    for line in lines:
+        for name, version in line.get("versions", {}).items():
+            used.setdefault(name, set()).add(version)
+    return {
+        "Task": f"{source.name}, version {source.version}" if source.version else source.name,
+        "Full training": f"{task.steps:,} steps of {task.batch_size} samples",
+        "Samples": samples,
+        "Seeds": ", ".join(map(str, range(options.seeds))),
+        "Predictor": options.predictor,
+        "Budget": "none: the whole task" if options.budget is None else duration(options.budget),
+        "Device": lines[0]["device"],
+        "Versions": ", ".join(f"{name} {' and '.join(sorted(found))}" for name, found in used.items()),
+    }
+
+
 def to_dict(outcome: Outcome) -> dict[str, Any]:
     """The verdict and all runs, ready for JSON."""
-    return {**outcome.verdict.to_dict(), "runs": outcome.lines}
+    return {**outcome.verdict.to_dict(), "ran": outcome.ran, "runs": outcome.lines}
 
 
 def draw(outcome: Outcome, title: str, folder: Path) -> Path:
@@ -128,6 +154,23 @@ def draw(outcome: Outcome, title: str, folder: Path) -> Path:
     try:
         from smartfrz.comparing.fronts import save_fronts
     except ModuleNotFoundError as error:
-        raise not_installed("The picture of the comparison", error.name, "plots") from error
+        raise _not_made("picture", str(error.name).partition(".")[0]) from error
     save_fronts(outcome.verdict, title, folder / PICTURE)
     return folder / PICTURE
+
+
+def write_page(outcome: Outcome, title: str, folder: Path) -> Path:
+    """Write the page.
+
+    Raises:
+        MissingDependencyError: If jinja2 is not installed.
+    """
+    try:
+        save_page(outcome.verdict, outcome.ran, title, folder / PAGE)
+    except MissingDependencyError as error:
+        raise _not_made("page", "jinja2") from error
+    return folder / PAGE
+
+
+def _not_made(what: str, package: str) -> MissingDependencyError:
+    return MissingDependencyError(f"No {what} was made: {package} is not installed. Type: {install_command('plots')}")

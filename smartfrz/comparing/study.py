@@ -1,6 +1,8 @@
 """Trains a task by several methods with several seeds, and keeps each finished run, so that a second start goes on."""
 
 import math
+import platform
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from smartfrz.comparing.lines import add_line, matching, read_lines
 from smartfrz.errors import ResultsError
 
 PACE_EVERY = 10  # rounds; how often full training takes a turn if its result is known already
+_LIBRARIES = ("torch", "torchvision", "timm", "transformers", "keras", "tensorflow", "jax", "onnxruntime", "numpy")
 Start = Callable[[Method], Run]
 
 
@@ -70,7 +73,7 @@ def run_study(
         missing = [method for method in methods if method.name not in known]
         pace = None if turns else known.get(FULL.name, {}).get("pace")
         for line in _train(start(seed), missing, told, pace):
-            add_line(path, {**facts, "seed": seed, **line})
+            add_line(path, {**facts, "seed": seed, **line, "versions": versions()})
     return finished(path, facts, methods, seeds)
 
 
@@ -107,6 +110,12 @@ def _train(
             if not more:
                 runs.remove((method, run))
                 yield line_of(method, run.finish(), pace or pace_of(full))
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that take part in this process."""
+    loaded = {name: getattr(sys.modules.get(name), "__version__", None) for name in _LIBRARIES}
+    return {"Python": platform.python_version()} | {name: str(text) for name, text in loaded.items() if text}
 
 
 def _check_loss(result: Result, method: Method) -> None:

@@ -75,7 +75,6 @@ class FreezeOptions:
     record_every: int | None = None
     decide_every: int | None = None
     threshold: float | None = None
-    quality: str | None = None
     patience: int | None = None
     dry_run: bool = False
     seed: int = 0
@@ -83,6 +82,7 @@ class FreezeOptions:
     freeze_order: FreezeOrder | None = None
     thaw_on_restart: bool = False
     verbose: bool = True
+    quality: str | None = None  # the last one, so that those before it keep their places
 
     def __post_init__(self) -> None:
         if self.freeze_order is not None:

@@ -263,11 +263,29 @@ def check_contents(state: Mapping[str, Any]) -> None:
     for index, event in enumerate(state["events"]):
         if event["step"] > state["num_steps"]:
             raise _wrong(f"controller['events'][{index}]['step']", event["step"], f"at most {state['num_steps']}")
-    froze = {event["layer"]: event["step"] for event in state["events"] if event["action"] != "keep"}
+        if event["timestamp"] >= state["num_records"]:
+            where = f"controller['events'][{index}]['timestamp']"
+            raise _wrong(where, event["timestamp"], f"less than {state['num_records']}, the records so far")
+    for name in ("num_records", "looked_at"):
+        if state[name] > state["num_steps"]:
+            raise _wrong(f"controller[{name!r}]", state[name], f"at most {state['num_steps']}, the steps so far")
+    _check_frozen(state)
+    _check_digest(state, "controller")
+
+
+def _check_frozen(state: Mapping[str, Any]) -> None:
+    """Check that what is frozen is what the events and the changes of the layers leave frozen."""
+    latest = {event["layer"]: event for event in state["events"] if event["action"] != "keep"}
+    froze = {layer: event["step"] for layer, event in latest.items() if event["action"] != "thaw"}
     for layer, step in state["frozen"].items():
         if froze.get(layer) != step:
             raise _wrong(f"controller['frozen'][{layer!r}]", step, f"{froze.get(layer)}, as its events say")
-    _check_digest(state, "controller")
+    left = {layer: step for step, what, layer in state["layer_changes"] if what == "left"}
+    for layer, step in froze.items():
+        # A run that goes on after a dry run trains what that one would have frozen.
+        done = latest[layer]["action"] == "freeze" and left.get(layer, -1) < step
+        if done and layer not in state["frozen"]:
+            raise _wrong("controller['frozen']", list(state["frozen"]), f"{layer!r} among these, as its events say")
 
 
 def _check_digest(state: Mapping[str, Any], where: str) -> None:

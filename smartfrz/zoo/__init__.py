@@ -235,7 +235,7 @@ def _source_of_url(text: str) -> fetch.Source:
                 f"There is no SHA-256 to compare {url} with: it is used unverified, and fetched each time. Add #sha256= and "
                 "the SHA-256 of its file.",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=6,  # the line that called `load`, or entered `locate`
             )
         return fetch.Source(url, url)
     if not re.fullmatch("sha256=[0-9a-fA-F]{64}", fragment):
