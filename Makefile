@@ -26,10 +26,11 @@ space := $(subst ,, )
 RUN := $(VENV)/bin/python -m
 DATA ?= $(SMARTFRZ_DATA)
 RUNS ?= runs
+DATASET ?= datasets/smartfrz.parquet
 # What smartfrz-base 2 is made from. The others are for judging it, and for its next version.
 RECIPES := $(filter-out %-long.toml %-halves.toml %-pairs.toml,$(wildcard recipes/*.toml))
 
-.PHONY: help demo test oldest lint docs format lock sbom sbom-of-wheel release bench bench-gpu predictor clean
+.PHONY: help demo test oldest lint docs format lock sbom sbom-of-wheel release bench bench-gpu predictor recordings clean
 
 help:
 	@echo "make demo       fine-tune a pretrained network fully and with SmartFRZ, and compare (about 6 minutes)"
@@ -42,7 +43,8 @@ help:
 	@echo "make release    build and check what is released, install it in fresh environments, and say what is left to do"
 	@echo "make bench      measure everything that benchmarks/README.md says of a CPU, and more: many hours (SMARTFRZ_DATA)"
 	@echo "make bench-gpu  measure networks at their real size in ten minutes of a GPU, and fill benchmarks/README.md"
-	@echo "make predictor  record its recipes and train smartfrz-base anew (SMARTFRZ_DATA names the data folder)"
+	@echo "make predictor  train smartfrz-base anew, from $(DATASET) if it exists, else from recordings"
+	@echo "make recordings record its recipes: many hours (SMARTFRZ_DATA names the data folder)"
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -165,11 +167,14 @@ bench-gpu: $(VENV)/.installed
 	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.full_size run
 	$(RUN) benchmarks.tables
 
-predictor: $(VENV)/.installed
+# From the dataset, if there is one; else from recordings, which take hours.
+predictor: $(VENV)/.installed $(if $(wildcard $(DATASET)),,recordings)
+	$(VENV)/bin/smartfrz-build train $(or $(wildcard $(DATASET)),$(RUNS)) --output $(RUNS)/smartfrz-base.onnx
+	@echo "Compare $(RUNS)/smartfrz-base.md with smartfrz/zoo/smartfrz-base.md"
+
+recordings: $(VENV)/.installed
 	$(VENV)/bin/python recipes/fetch.py
 	SMARTFRZ_DATA="$(DATA)" $(VENV)/bin/smartfrz-build record $(RECIPES) --output $(RUNS) --workers 2 --threads 1
-	$(VENV)/bin/smartfrz-build train $(RUNS) --output $(RUNS)/smartfrz-base.onnx
-	@echo "Compare $(RUNS)/smartfrz-base.md with smartfrz/zoo/smartfrz-base.md"
 
 clean:
 	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_TOOLS) $(VENV_DOCS) demo-output site
