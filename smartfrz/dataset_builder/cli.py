@@ -34,8 +34,8 @@ PATH = click.Path(path_type=Path)
 
 _SECTIONS = {
     "From nothing to a predictor": ("new", "check", "run"),
-    "Step by step": ("record", "label", "train", "evaluate"),
-    "Afterwards": ("calibrate", "compact", "dataset"),
+    "Step by step": ("record", "label", "dataset", "train", "evaluate"),
+    "Afterwards": ("calibrate", "compact"),
 }
 _ONE_RECIPE = (
     "A predictor takes at least two recipes, one to train on and one to validate on, and gets better with more. --family "
