@@ -26,10 +26,11 @@ space := $(subst ,, )
 RUN := $(VENV)/bin/python -m
 DATA ?= $(SMARTFRZ_DATA)
 RUNS ?= runs
+DATASET ?= datasets/smartfrz.parquet
 # What smartfrz-base 2 is made from. The others are for judging it, and for its next version.
 RECIPES := $(filter-out %-long.toml %-halves.toml %-pairs.toml,$(wildcard recipes/*.toml))
 
-.PHONY: help demo test oldest lint docs format lock sbom sbom-of-wheel release bench bench-gpu predictor clean
+.PHONY: help demo test oldest lint docs format lock sbom sbom-of-wheel release bench bench-gpu predictor recordings clean
 
 help:
 	@echo "make demo       fine-tune a pretrained network fully and with SmartFRZ, and compare (about 6 minutes)"
@@ -41,8 +42,9 @@ help:
 	@echo "make sbom       build the wheel and write the bill of materials of an installation beside it (CycloneDX)"
 	@echo "make release    build and check what is released, install it in fresh environments, and say what is left to do"
 	@echo "make bench      measure everything that benchmarks/README.md says of a CPU, and more: many hours (SMARTFRZ_DATA)"
-	@echo "make bench-gpu  measure the paper's architectures on a GPU, and fill benchmarks/README.md"
-	@echo "make predictor  record its recipes and train smartfrz-base anew (SMARTFRZ_DATA names the data folder)"
+	@echo "make bench-gpu  measure networks at their real size in ten minutes of a GPU, and fill benchmarks/README.md"
+	@echo "make predictor  train smartfrz-base anew, from $(DATASET) if it exists, else from recordings"
+	@echo "make recordings record its recipes: many hours (SMARTFRZ_DATA names the data folder)"
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -144,6 +146,11 @@ bench: $(VENV)/.installed
 	$(RUN) benchmarks.compare plots --methods tradeoff --pictures benchmarks/pictures
 	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.rates run --tier long --folder $(RUNS)/compare
 	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.compare run --tier long --folder $(RUNS)/compare
+	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.rates run --tier imagenet --folder $(RUNS)/compare
+	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.fronts run --folder $(RUNS)/compare
+	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.fronts run --tier long --cache --folder $(RUNS)/compare
+	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.fronts run --tier imagenet --folder $(RUNS)/compare
+	$(RUN) benchmarks.fronts picture
 	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.compare run --methods sweeps --tasks vgg-cifar10 --folder $(RUNS)/compare
 	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.predictor_tables figure --folder $(RUNS)/compare
 	$(RUN) benchmarks.predictor_tables costs
@@ -155,16 +162,19 @@ bench: $(VENV)/.installed
 	$(RUN) benchmarks.keras_fit --backends torch
 	$(RUN) benchmarks.keras_step
 
+# Fits in ten minutes of one GPU; what was cut off goes on where it stopped.
 bench-gpu: $(VENV)/.installed
-	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.compare pretrain --tier gpu --folder $(RUNS)/compare
-	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.compare run --tier gpu --folder $(RUNS)/compare
+	SMARTFRZ_DATA="$(DATA)" $(RUN) benchmarks.full_size run
 	$(RUN) benchmarks.tables
 
-predictor: $(VENV)/.installed
+# From the dataset, if there is one; else from recordings, which take hours.
+predictor: $(VENV)/.installed $(if $(wildcard $(DATASET)),,recordings)
+	$(VENV)/bin/smartfrz-build train $(or $(wildcard $(DATASET)),$(RUNS)) --output $(RUNS)/smartfrz-base.onnx
+	@echo "Compare $(RUNS)/smartfrz-base.md with smartfrz/zoo/smartfrz-base.md"
+
+recordings: $(VENV)/.installed
 	$(VENV)/bin/python recipes/fetch.py
 	SMARTFRZ_DATA="$(DATA)" $(VENV)/bin/smartfrz-build record $(RECIPES) --output $(RUNS) --workers 2 --threads 1
-	$(VENV)/bin/smartfrz-build train $(RUNS) --output $(RUNS)/smartfrz-base.onnx
-	@echo "Compare $(RUNS)/smartfrz-base.md with smartfrz/zoo/smartfrz-base.md"
 
 clean:
 	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_TOOLS) $(VENV_DOCS) demo-output site

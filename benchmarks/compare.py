@@ -86,6 +86,7 @@ class Job(NamedTuple):
         predictor: Predictor of the methods that have one.
         folder: Folder of pretrained weights and references.
         device: Where to train.
+        norm_batches: Last batches whose statistics batch norms are judged with; 0 for the running ones.
     """
 
     tier: str
@@ -95,6 +96,7 @@ class Job(NamedTuple):
     predictor: Any
     folder: Path
     device: str
+    norm_batches: int = 0
 
     @property
     def benchmark(self):
@@ -160,6 +162,7 @@ class Job(NamedTuple):
             warmup=functools.partial(schedule_factor, constant),
             judge=judge_matthews if self.benchmark.metric == "matthews" else judge,
             evaluations=MOMENTS,
+            norm_batches=self.norm_batches,
         )
 
 

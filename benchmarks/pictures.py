@@ -225,6 +225,33 @@ def tradeoff_point(groups, method):
     return mean_of_tasks(shares.values())[0], *mean_of_tasks(differences.values())
 
 
+def front_panels(curves, title):
+    """Fronts of methods, one panel a task.
+
+    Args:
+        curves: Task to method to times (%) and accuracies (%) of its runs, and their front.
+        title: What stands above.
+    """
+    figure, axes = _panels(curves)
+    names = list(dict.fromkeys(name for methods in curves.values() for name in methods))
+    colours = dict(zip(names, matplotlib.colormaps["tab10"](np.arange(len(names)) % 10), strict=True))
+    for task, methods in curves.items():
+        for name, (times, accuracies, front) in methods.items():
+            whole = name in ("plain training", "any setting")
+            colour = {"plain training": "black", "any setting": STYLES["smartfrz"][0]}.get(name, colours[name])
+            if name != "any setting":
+                axes[task].scatter(times, accuracies, s=14, color=[colour], zorder=3, linewidths=0)
+            style = {"linewidth": 2.0} if whole else {"linewidth": 0.8, "linestyle": ":"}
+            axes[task].plot(100 * front.times, 100 * front.accuracies, color=colour, **style)
+            colours[name] = colour
+        axes[task].set_xlabel("training time, % of full training")
+        axes[task].set_ylabel("accuracy, %")
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    made = [Line2D([], [], color=colours[name], marker="o", markersize=4, label=name) for name in names]
+    figure.legend(handles=made, loc="outside lower center", ncols=3 * min(3, len(curves)), fontsize=7, frameon=False)
+    return figure
+
+
 PICTURES = {
     "accuracy_over_time": accuracy_over_time,
     "accuracy_against_time": accuracy_against_time,

@@ -21,11 +21,16 @@ from benchmarks.arguments import lines_of
 from benchmarks.frames import ORDERED, by_task, clock_of, frame, frozen_at, mean_of_tasks, tasks_of
 from benchmarks.methods import METHODS, SWEEPS, SWEPT, TRADEOFF, stops_early
 from benchmarks.tasks import TIERS
+from benchmarks.time_to_accuracy import groups_of, headline, points
 from smartfrz.comparing.lines import matching
+from smartfrz.comparing.verdict import POINTS
 from smartfrz.files import replacing
 
 FOLDER = Path(__file__).parent
 NOTHING = "Not measured yet."
+NOT_RUN = (
+    "**This has not been run on a GPU yet**; that the program works was tried with toy networks on a CPU (`--toy`)."
+)
 LANGUAGE = ("minilm-agnews", "minilm-mrpc", "minilm-cola", "bert-mrpc", "bert-cola")
 SCRATCH = ("resnet20-scratch",)
 FREEZING = [method for method in METHODS if method != "full" and not stops_early(method)]
@@ -280,6 +285,34 @@ def shares_by_clock(lines):
     return markdown(rows)
 
 
+def fronts(lines, details=False):
+    """What `benchmarks.fronts` shows, for each predictor; with `details` each run's time and accuracy, too."""
+    made = []
+    for predictor, groups in groups_of(lines).items():
+        tables = [headline(groups), headline(groups, POINTS / 100), *([points(groups)] if details else [])]
+        made += [f"SmartFRZ with {predictor}:", *map(markdown, tables)]
+    return "\n\n".join(made) or NOTHING
+
+
+def full_size(lines):
+    """What `benchmarks.full_size` measured: time, and how it splits, in % of the method's own time."""
+    rows = []
+    for network in dict.fromkeys(line["network"] for line in lines):
+        found = [line for line in lines if line["network"] == network]
+        full = next((line for line in found if line["method"] == "full"), None)
+        for line in found:
+            seconds = line["train_seconds"]
+            row = {"network": network + (" (toy)" if line["toy"] else ""), "method": line["method"]}
+            share = seconds / full["train_seconds"] if full else math.nan
+            share = line["steps"] / line["full_steps"] if stops_early(line["method"]) else share
+            row["time, % of full training"] = mean([100 * share], ".1f")
+            row["ms a step"] = f"{1000 * seconds / line['steps']:.1f}"
+            row |= {f"{part}, %": f"{100 * value / seconds:.2f}" for part, value in line["split"].items()}
+            row["layers frozen"] = f"{len(line['frozen'])} of {len(line['layers'])}" if line["layers"] else ""
+            rows.append(row | {"accuracy, %": f"{100 * line['accuracy']:.1f}"})
+    return markdown(rows) or NOT_RUN
+
+
 def other_predictors(lines, known):
     """SmartFRZ with other predictors, `smartfrz-base` first, and the full runs of the same tasks and seeds."""
     rows = []
@@ -471,19 +504,33 @@ def picture(folder, name, text):
 
 def sections(folder=FOLDER):
     """Name to text of all parts that are made from results."""
-    names = ("cpu", "long", "gpu", "tradeoff", "predictor_tables", "sweeps", "rates", "predictors")
+    names = (
+        "cpu",
+        "long",
+        "gpu",
+        "tradeoff",
+        "predictor_tables",
+        "sweeps",
+        "rates",
+        "predictors",
+        "fronts",
+        "full_size",
+    )
     found = {name: lines_of(folder / "results" / f"{name}.jsonl") for name in names}
     lines, longer, on_gpu = (found[tier] for tier in ("cpu", "long", "gpu"))
     predictor, tried = found["predictor_tables"], found["rates"]
-    machines = sorted({line["machine"] for line in lines + longer + on_gpu})
+    machines = sorted({line["machine"] for line in lines + longer + on_gpu + found["fronts"]})
     made = {
         "summary": "\n\n".join([summary(tasks_of(lines)), NOTES]) if lines else NOTHING,
         "equal-time": picture(folder, "accuracy_against_time", "Accuracy against time saved"),
         "tradeoff": tradeoff([line for line in found["tradeoff"] if line["tier"] == "cpu"] + lines),
         "tradeoff-picture": picture(folder, "tradeoff", "Accuracy against training time"),
+        "fronts": fronts(found["fronts"]),
+        "fronts-picture": picture(folder, "fronts", "Fronts of accuracy over time"),
         "longer": ours(tasks_of(longer)),
         "predictors": other_predictors(found["predictors"], lines + longer),
         "gpu": "\n\n".join([ours(tasks_of(on_gpu)), shares_by_clock(on_gpu)]) if on_gpu else NOTHING,
+        "full-size": full_size([line for line in found["full_size"] if not line["toy"]]),
         "rates": rates(tried, "cpu", {}),
         "rates-longer": rates(tried, "long", {}),
         "table-1": similarity(lines),

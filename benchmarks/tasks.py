@@ -1,12 +1,13 @@
 """The tasks of `benchmarks.compare`: which network is trained on what, and how.
 
-Three tiers. `cpu`: small pictures, small networks and a part of the data, so that one core trains fully in 20 to 25 s
+Four tiers. `cpu`: small pictures, small networks and a part of the data, so that one core trains fully in 20 to 25 s
 (`mobilenetv2-clothing`, which has the paper's 10 epochs, and sentences: about a minute) and all methods and seeds are
 measured in a few hours; test sets are whole, but that of `vit-cifar10`: 5,000 of 10,000. The learning rates are those
 at which full training is best on validation data: `benchmarks.rates`. `long`: two of these, and MRPC, with so many
-steps that training converges (two to eight minutes). `gpu`: the five
-architectures of the paper at their full size, with its settings: 10 epochs, batches of 32, SGD with momentum and a cosine
-schedule. Where they differ from the paper (what was pretrained on what, VGG11's and BERT's heads) the task says so.
+steps that training converges (two to eight minutes). `imagenet`: networks with weights of ImageNet, fine-tuned on all
+clothing photos for so long that they converge (about five minutes). `gpu`: the five architectures of the paper at
+their full size, with its settings: 10 epochs, batches of 32, SGD with momentum and a cosine schedule. Where they
+differ from the paper (what was pretrained on what, VGG11's and BERT's heads) the task says so.
 `digits` is for trying things out: it needs no data but what scikit-learn brings.
 
 Pretrained weights of ImageNet are those of EfficientNet-Lite0 and MobileNetV2 alone; MiniLM's are its authors'.
@@ -407,6 +408,11 @@ LONG = {
     ),
     "minilm-mrpc": CPU["minilm-mrpc"]._replace(data=_part(mrpc, None, length=48)),
 }
+# fine-tuning from good weights, long enough to converge
+IMAGENET = {
+    f"{name}-clothing": Benchmark(network, clothing, 10, _with(_SGD, epochs=15))
+    for name, network in (("mobilenetv2", mobilenet_v2), ("efficientnet", efficientnet_lite0))
+}
 GPU = {
     f"{name}-{data}": Benchmark(
         network,
@@ -430,7 +436,7 @@ DIGITS = {
     "vgg-digits": Benchmark(digits_vgg, digits, 10, TrainingSpec(epochs=6, learning_rate=0.05)),
     "vit-digits": Benchmark(digits_vit, digits, 10, _with(_VIT, epochs=6), "vit-digits"),
 }
-TIERS = {"cpu": CPU, "long": LONG, "gpu": GPU, "digits": DIGITS}
+TIERS = {"cpu": CPU, "long": LONG, "imagenet": IMAGENET, "gpu": GPU, "digits": DIGITS}
 
 
 _BEGIN = _with(_SCRATCH, learning_rate=0.05, epochs=12)

@@ -252,3 +252,20 @@ def test_a_run_that_is_decided_on_the_gpu(both):
         train(model, optimizer, freezer, 90)
         changes.append([list(change) for change in freezer.report().changes])
     assert changes[0] == changes[1]
+
+
+def test_the_benchmark_at_real_size_splits_the_time_of_the_gpu():
+    import benchmark_source  # noqa: F401  (or the test is skipped)
+
+    from benchmarks import full_size
+    from benchmarks.methods import methods_of
+
+    setting, size = full_size.Setting(zoo.load("smartfrz-base"), "cuda"), full_size.TOYS["deit"]
+    data = [(full_size.on_device(inputs, "cuda"), targets.cuda()) for inputs, targets in size.data()]
+    run = full_size.SizedRun(size, data, methods_of(setting)["smartfrz"], 0)
+    while run.advance(10):
+        pass
+    result = run.finish()
+    split = result.details["split"]
+    assert all(value > 0 for value in split.values())
+    assert sum(split.values()) == pytest.approx(result.train_seconds, abs=1e-3)

@@ -8,6 +8,7 @@ from click.testing import CliRunner
 from smartfrz import zoo
 from smartfrz.dataset_builder.cli import main
 from smartfrz.dataset_builder.costs import FreezeCosts
+from smartfrz.dataset_builder.datasets import PathOptions, read_dataset, with_paths, write_dataset
 from smartfrz.dataset_builder.qualities import Outcomes, calibrate_qualities, simulate
 from smartfrz.dataset_builder.storage import write_run
 from smartfrz.errors import DatasetFormatError
@@ -35,6 +36,22 @@ def test_a_higher_threshold_costs_less_and_saves_less(runs):
     assert outcomes.points.shape == outcomes.computation.shape == (4, len(outcomes.thresholds))
     assert (np.diff(outcomes.computation.mean(0)) >= -1e-9).all()
     assert outcomes.points[:, 0].mean() > outcomes.points[:, -1].mean()
+
+
+def test_a_dataset_costs_what_its_recordings_cost(runs, tmp_path):
+    options = PathOptions(draws=1)
+    everything = [recorded_run("bare", pool=1024, seed=9), *runs]
+    write_dataset(tmp_path / "d.parquet", [with_paths(run, options) for run in everything], options)
+    read, _ = read_dataset(tmp_path / "d.parquet")
+    assert [run.name for run in read if run.costs is None] == ["bare"]
+    with pytest.raises(DatasetFormatError, match="The recording 'bare' has no costs of freezing"):
+        read[0].require_costs()
+    assert read[1].require_costs().to_dict() == runs[0].require_costs().to_dict()
+    predictor = Predictor(BASE, device="cpu")
+    expected, found = simulate(predictor, runs), simulate(predictor, read)
+    # A confidence at a threshold may fall on either side of it.
+    assert np.isclose(found.points, expected.points, atol=1e-6).mean() > 0.99
+    assert np.isclose(found.computation, expected.computation, atol=1e-6).mean() > 0.99
 
 
 def test_thresholds_are_chosen_on_all_runs_and_judged_on_the_one_left_out():

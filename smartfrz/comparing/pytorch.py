@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from smartfrz.adapters.torch import PrefixCache, SmartFRZ
 from smartfrz.adapters.torch.costs import measure_step
+from smartfrz.adapters.torch.norms import RecentNorms
 from smartfrz.comparing.engine import FULL, Method, Point, Result
 from smartfrz.comparing.tasks import AnyTask, Cost, chance_level, check_numbers, explained, read_metric
 from smartfrz.errors import RecipeError
@@ -57,6 +58,8 @@ class Task(AnyTask):
             leave the model in eval mode.
         evaluations: How often a run is evaluated on `validation`; None for after each epoch.
         metric: Name of what `judge` returns.
+        norm_batches: Number of last batches whose statistics the trained model's batch norms are judged with; 0 for their
+            running statistics as they are, which lag. A method that freezes norms is flattered by those.
     """
 
     model: Callable[[int], nn.Module]
@@ -72,6 +75,7 @@ class Task(AnyTask):
     judge: Judge = judge_accuracy
     evaluations: int | None = None
     metric: str = "accuracy"
+    norm_batches: int = 0
 
     def check(self, name: str) -> None:
         """Check that the task can be trained.
@@ -204,8 +208,11 @@ class TorchRun:
         )
         self._freezer = self._make_freezer()
         self._losses: list[float] = []
+        self._norms = RecentNorms(self.model)
+        self._norms_noted_after = max(0, self.total_steps - task.norm_batches) if task.norm_batches else None
         watch(self)
         self.model.train()
+        self._look_after_norms()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -295,8 +302,15 @@ class TorchRun:
         self._losses.append(loss.item())
         if changed:
             self._count(inputs, targets)
+        self._look_after_norms()
         if result.steps in self._evaluated_after:
             self._evaluate()
+
+    def _look_after_norms(self) -> None:
+        if self._norms_noted_after is not None and self.result.steps == self.total_steps:
+            self._norms.correct()
+        elif self.result.steps == self._norms_noted_after:
+            self._norms.note()
 
     def _named(self, ids: torch.Tensor) -> AbstractContextManager[None]:
         return nullcontext() if self._freezer is None else self._freezer.batch(ids)

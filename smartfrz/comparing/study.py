@@ -41,6 +41,7 @@ def run_study(
     path: Path,
     progress: Progress = lambda fraction, text: None,
     turns: bool = True,
+    about: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Train all methods with all seeds; what the file has already is not trained again.
 
@@ -56,6 +57,7 @@ def run_study(
         progress: Called after each turn with the fraction that is done, and how the runs stand.
         turns: Whether runs can be interrupted. If not, they come one after the other, and the pace of a full training that
             is finished is the one that it had.
+        about: What new lines say as well, and are not told apart by, such as the machine.
 
     Returns:
         The lines of all runs.
@@ -73,7 +75,7 @@ def run_study(
         missing = [method for method in methods if method.name not in known]
         pace = None if turns else known.get(FULL.name, {}).get("pace")
         for line in _train(start(seed), missing, told, pace):
-            add_line(path, {**facts, "seed": seed, **line, "versions": versions()})
+            add_line(path, {**facts, **(about or {}), "seed": seed, **line, "versions": versions()})
     return finished(path, facts, methods, seeds)
 
 

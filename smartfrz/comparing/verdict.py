@@ -183,15 +183,15 @@ def _figures(lines: Sequence[Mapping[str, Any]], full: Mapping[int, Mapping[str,
         lines[0]["steps"],
         Spread.over([line["accuracy"] for line in lines]),
         Spread.over([line["accuracy"] - full[line["seed"]]["accuracy"] for line in lines]),
-        Spread.over([_share(line, clock) for line in lines]),
-        Spread.over([_share(line, other) for line in lines]),
+        Spread.over([time_share(line, clock) for line in lines]),
+        Spread.over([time_share(line, other) for line in lines]),
         Spread.over([line[clock] for line in lines]),
         Spread.over([len(line["frozen"]) / max(1, len(line["layers"])) for line in lines]) if freezes else None,
         sum(line.get("diverged", False) for line in lines),
     )
 
 
-def _share(line: Mapping[str, Any], clock: str) -> float:
+def time_share(line: Mapping[str, Any], clock: str) -> float:
     """Training time as a share of what full training would have taken at the same time."""
     return float(line[clock] / max(line["full_steps"] * line["pace"][clock], 1e-9))
 

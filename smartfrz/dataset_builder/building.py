@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from smartfrz.dataset_builder.cards import HeldOut, mean_of, pooled, quality_table, write_card
+from smartfrz.dataset_builder.datasets import thinning
 from smartfrz.dataset_builder.labels import LabelRule, label_layers, soft_targets
 from smartfrz.dataset_builder.storage import RecordedRun
 from smartfrz.files import replacing
@@ -41,14 +42,25 @@ def labelled_runs(recorded: Sequence[RecordedRun], rule: LabelRule, records: int
     """Label recorded runs, and thin them to about `records` timestamps each.
 
     Labels are made first: they look at every recorded timestamp.
+
+    Raises:
+        ValueError: If the paths of a run are of fewer records, or of others.
     """
     runs = []
     for run in recorded:
-        every = max(1, round(run.facts["recipe"]["recording"]["records"] / records))
+        every = thinning(run.facts, records)
         labels, targets = label_layers(run.cka, rule), soft_targets(run.cka, rule)
         thin = slice(every - 1, None, every)
         weights, dataset = run.weights[:, thin], dataset_of(run.facts)
-        runs.append(LabelledRun(run.name, run.architecture, weights, labels[:, thin], targets[:, thin], dataset))
+        paths = None
+        if run.paths is not None:
+            if every % run.paths.every:
+                raise ValueError(
+                    f"The dataset has every {run.paths.every}. of {len(run.step)} timestamps of {run.name!r}, but {records} "
+                    f"records a run need every {every}. Choose other --records, or train on the recordings."
+                )
+            paths = run.paths.unpack().thinned(every // run.paths.every)
+        runs.append(LabelledRun(run.name, run.architecture, weights, labels[:, thin], targets[:, thin], dataset, paths))
     return runs
 
 

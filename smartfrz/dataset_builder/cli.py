@@ -34,7 +34,7 @@ PATH = click.Path(path_type=Path)
 
 _SECTIONS = {
     "From nothing to a predictor": ("new", "check", "run"),
-    "Step by step": ("record", "label", "train", "evaluate"),
+    "Step by step": ("record", "label", "dataset", "train", "evaluate"),
     "Afterwards": ("calibrate", "compact"),
 }
 _ONE_RECIPE = (
@@ -199,16 +199,20 @@ def label(runs: Path, rule: RuleOptions, plots: Path | None) -> None:
     short_help="Train a predictor on recordings.",
     example="smartfrz-build train runs -o mine.onnx",
 )
-@click.argument("runs", type=FOLDER)
+@click.argument("runs", nargs=-1, required=True, type=PATH)
 @rule_options
 @training_options
-def train(runs: Path, rule: RuleOptions, training: TrainingArguments) -> None:
-    """Train a predictor, evaluate it on held-out runs, export it to ONNX, check parity, write its card."""
-    from smartfrz.dataset_builder.planning import make_job
-    from smartfrz.dataset_builder.storage import run_files
+def train(runs: tuple[Path, ...], rule: RuleOptions, training: TrainingArguments) -> None:
+    """Train a predictor, evaluate it on held-out runs, export it to ONNX, check parity, write its card.
 
-    files = run_files(runs)
-    document = _train(make_job(training, rule, [path.stem for path in files]), files)
+    RUNS are folders of recordings, or files: recordings, or datasets made by `smartfrz-build dataset`.
+    """
+    from smartfrz.dataset_builder.datasets import names_in
+    from smartfrz.dataset_builder.planning import make_job
+
+    files = _files_in(runs)
+    names = [name for path in files for name in names_in(path)]
+    document = _train(make_job(training, rule, names), files)
     commands.answer(document)
     _note_few(document)
 
@@ -251,30 +255,31 @@ def run(
 
 @main.command(short_help="Judge a predictor on recordings.", example="smartfrz-build evaluate mine.onnx runs")
 @click.argument("predictor", type=FILE)
-@click.argument("runs", type=FOLDER)
+@click.argument("runs", type=PATH)
 def evaluate(predictor: Path, runs: Path) -> None:
-    """Judge a predictor on recorded runs, next to the weight-change baseline."""
-    from smartfrz.dataset_builder.storage import run_files
+    """Judge a predictor on recorded runs, next to the weight-change baseline.
 
-    commands.answer(_evaluate(predictor, run_files(runs)))
+    RUNS is a folder of recordings, or a dataset.
+    """
+    commands.answer(_evaluate(predictor, _files_in([runs])))
 
 
 @main.command(
     short_help="Find what its thresholds cost.", example="smartfrz-build calibrate mine.onnx runs -o mine.onnx"
 )
 @click.argument("predictor", type=FILE)
-@click.argument("runs", type=FOLDER)
+@click.argument("runs", type=PATH)
 @click.option("--output", "-o", required=True, type=FILE, help="May be the predictor itself.")
 def calibrate(predictor: Path, runs: Path, output: Path) -> None:
     """Find out which thresholds cost no, little and some accuracy, and write that into a predictor's file.
 
-    The recordings need costs (record --costs), and should be of runs that the predictor was not trained on. Nothing is
-    trained. Users then choose with `quality="same"`, `"balanced"` or `"fast"`.
+    RUNS is a folder of recordings, or a dataset. They need costs (record --costs), and should be of runs that the predictor
+    was not trained on. Nothing is trained. Users then choose with `quality="same"`, `"balanced"` or `"fast"`.
     """
+    from smartfrz.dataset_builder.datasets import read_together
     from smartfrz.dataset_builder.qualities import calibrate_file
-    from smartfrz.dataset_builder.storage import read_run, run_files
 
-    found = calibrate_file(predictor, [read_run(path) for path in run_files(runs)], output)
+    found = calibrate_file(predictor, read_together(_files_in([runs])), output)
     lines = [
         f"{name:<9} threshold {one.threshold:.3f}: {one.points:+.2f} points (spread {one.spread:.2f}) at "
         f"{one.computation:.0%} of the computation, over {one.runs} runs, each with thresholds chosen without it"
@@ -297,6 +302,54 @@ def compact(predictor: Path, output: Path, name: str | None) -> None:
         f"Wrote {output}: {output.stat().st_size / 1000:,.0f} kB instead of {predictor.stat().st_size / 1000:,.0f}, "
         f"confidences differ by at most {difference:.2g} on random histories.",
     )
+
+
+@main.command(
+    short_help="Put many recordings into one small file.", example="smartfrz-build dataset runs -o dataset.parquet"
+)
+@click.argument("runs", type=FOLDER)
+@click.option("--output", "-o", required=True, type=FILE, help="The dataset; its card is written beside it.")
+@click.option(
+    "--records", default=30, type=click.IntRange(4), show_default=True, help="Records per run, as in training."
+)
+@click.option("--tailored-size", default=1024, type=click.IntRange(16), show_default=True, help="Weights in a draw.")
+@click.option("--draws", default=3, type=click.IntRange(1, 1000), show_default=True, help="Draws for each layer.")
+@click.option("--seed", default=0, type=click.IntRange(0), show_default=True, help="Seed of the draws.")
+@click.option("--notes", type=FILE, help="Markdown for the card, such as the licences of the data.")
+def dataset(runs: Path, output: Path, notes: Path | None, **options: Any) -> None:
+    """Make a dataset that predictors can be trained from, some hundred times smaller than the recordings.
+
+    Instead of weights it holds the norms and angles that the representation `trajectory` sees, beside similarities (CKA),
+    losses, learning rates, and the costs of freezing where they were measured.
+    """
+    from smartfrz.dataset_builder.dataset_cards import dataset_card
+    from smartfrz.dataset_builder.datasets import PathOptions, with_paths, write_dataset
+    from smartfrz.dataset_builder.storage import read_run, run_files
+
+    if output.resolve().parent == runs.resolve():
+        raise click.UsageError(
+            f"{str(output)!r} lies among the recordings, and would be taken for one. Choose another folder."
+        )
+    chosen = PathOptions(**options)
+    made = [with_paths(read_run(path), chosen) for path in run_files(runs)]
+    text = notes.read_text("utf-8") if notes else ""
+    write_dataset(output, made, chosen)
+    card = output.with_suffix(".md")
+    with replacing(card) as temporary:
+        temporary.write_text(dataset_card(output, made, chosen, text), encoding="utf-8")
+    without = sorted(run.name for run in made if run.costs is None)
+    size = output.stat().st_size
+    told = f"Wrote {output}, {size / 1000:,.0f} kB of {len(made)} recordings, and {card}."
+    if without:
+        told += f" {len(without)} of them have no costs of freezing: {', '.join(without)}."
+    commands.answer({"dataset": output, "card": card, "bytes": size, "without_costs": without}, told)
+
+
+def _files_in(places: Sequence[Path]) -> list[Path]:
+    """Return the recordings in folders, and files as they are."""
+    from smartfrz.dataset_builder.storage import run_files
+
+    return [path for place in places for path in (run_files(place) if place.is_dir() else [place])]
 
 
 def _load_recipes(paths: Sequence[Path]) -> Any:
@@ -428,12 +481,12 @@ def _note_few(document: dict[str, Any]) -> None:
 def _evaluate(predictor: Path, files: Sequence[Path]) -> dict[str, Any]:
     """Judge, and print the tables."""
     from smartfrz.dataset_builder.building import evaluation_text, judge_predictor, labelled_runs, records_of
+    from smartfrz.dataset_builder.datasets import read_together
     from smartfrz.dataset_builder.labels import LabelRule
-    from smartfrz.dataset_builder.storage import read_run
     from smartfrz.predictor.runtime import Predictor
 
     loaded = Predictor(predictor, device="cpu")
-    recorded = [read_run(path) for path in files]
+    recorded = read_together(files)
     rule = LabelRule(**loaded.info.metrics.get("label_rule", {}))
     judged = judge_predictor(loaded, labelled_runs(recorded, rule, records_of(loaded.info)))
     commands.show(evaluation_text(loaded.info, judged))

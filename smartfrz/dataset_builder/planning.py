@@ -11,10 +11,11 @@ from smartfrz import zoo
 from smartfrz.dataset_builder import building
 from smartfrz.dataset_builder.building import Base, Material, Plan, records_of
 from smartfrz.dataset_builder.cards import few_recordings
+from smartfrz.dataset_builder.datasets import read_together
 from smartfrz.dataset_builder.labels import LabelRule
 from smartfrz.dataset_builder.options import FURTHER_LEARNING_RATE, PULL, RuleOptions, TrainingArguments, given
 from smartfrz.dataset_builder.recipes import Recipe
-from smartfrz.dataset_builder.storage import read_run, run_files
+from smartfrz.dataset_builder.storage import run_files
 from smartfrz.errors import RecipeError
 from smartfrz.predictor.contract import PredictorInfo
 from smartfrz.predictor.runtime import Predictor
@@ -63,7 +64,7 @@ class Job:
             )
 
     def run(self, files: Sequence[Path], progress: Callable[[float, str], None]) -> tuple[str, str]:
-        """Train on recordings and export the predictor.
+        """Train on recordings, or on datasets of them, and export the predictor.
 
         Returns:
             The predictor's card, and what to say if it was made from few recordings, else "".
@@ -72,15 +73,17 @@ class Job:
             click.ClickException: If the runs are too few or too small.
         """
         plan = self.plan
-        new, old = ([read_run(path) for path in paths] for paths in (files, self.old_files))
-        if plan.base:
-            plan = replace(plan, base=replace(plan.base, runs=building.labelled_runs(old, plan.rule, plan.records)))
-        runs = building.labelled_runs(new, plan.rule, plan.records)
+        everything = read_together([*files, *self.old_files])
+        num_new = len(everything) - len(self.old_files)
+        new, old = everything[:num_new], everything[num_new:]
         architectures = [run.architecture for run in new]
         chosen = self.cross_validate
         plan = replace(plan, cross_validate=can_hold_out(architectures) if chosen is None else chosen)
-        material = Material([*new, *old], runs, _digest({*files, *self.old_files}))
         try:
+            runs, old_runs = (building.labelled_runs(some, plan.rule, plan.records) for some in (new, old))
+            if plan.base:
+                plan = replace(plan, base=replace(plan.base, runs=old_runs))
+            material = Material([*new, *old], runs, _digest({*files, *self.old_files}))
             card = building.build_predictor(material, plan, self.output, progress)
         except ValueError as error:
             raise click.ClickException(str(error)) from error

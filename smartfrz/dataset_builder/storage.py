@@ -22,6 +22,7 @@ from smartfrz.dataset_builder.costs import FreezeCosts
 from smartfrz.dataset_builder.recipes import MANY, is_name, is_plain
 from smartfrz.errors import DatasetFormatError
 from smartfrz.files import open_regular, replacing
+from smartfrz.predictor.training.paths import PackedPaths
 
 FORMAT_VERSION = 1
 _FACTS = b"smartfrz.run"
@@ -55,8 +56,9 @@ class RecordedRun:
         loss: Training loss since the timestamp before, float64 `[timestamps]`.
         learning_rate: Of the first parameter group, float64 `[timestamps]`.
         cka: Similarity to the reference, float64 `[num_layers, timestamps]`, NaN where undefined.
-        weights: A pool of sampled weights, float32 `[num_layers, timestamps, pool_size]`.
+        weights: A pool of sampled weights, float32 `[num_layers, timestamps, pool_size]`; of size 0 if there are `paths`.
         costs: What freezing costs; None if that was not measured (`record --costs`).
+        paths: How the weights moved, in a run of a dataset (`smartfrz.dataset_builder.datasets`), instead of `weights`.
     """
 
     facts: dict[str, Any]
@@ -68,6 +70,7 @@ class RecordedRun:
     cka: NDArray[np.float64]
     weights: NDArray[np.float32]
     costs: FreezeCosts | None = None
+    paths: PackedPaths | None = None
 
     @property
     def name(self) -> str:
@@ -81,7 +84,11 @@ class RecordedRun:
 
     def has_same_values(self, other: "RecordedRun") -> bool:
         """Return whether everything that was recorded along the way is the same, bit for bit; facts and costs aside."""
-        return _checksum(b"", self) == _checksum(b"", other)
+        return self.sha256() == other.sha256()
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of everything that was recorded along the way; facts and costs aside."""
+        return _checksum(b"", self)
 
     def require_costs(self) -> FreezeCosts:
         """Return the costs.
@@ -95,6 +102,19 @@ class RecordedRun:
                 "RECIPE, to the same --output, or leave that recording out."
             )
         return self.costs
+
+    def require_paths(self) -> PackedPaths:
+        """Return the paths.
+
+        Raises:
+            DatasetFormatError: If there are weights instead.
+        """
+        if self.paths is None:
+            raise DatasetFormatError(
+                f"The run {self.name!r} has weights; expected paths. Make them with: smartfrz.dataset_builder.datasets."
+                "with_paths."
+            )
+        return self.paths
 
 
 def write_run(path: str | os.PathLike[str], run: RecordedRun) -> None:
@@ -166,7 +186,7 @@ def read_run(path: str | os.PathLike[str]) -> RecordedRun:
     """
     path = Path(path)
     again = f"Record the run again with: smartfrz-build record RECIPE (after deleting {path.name})."
-    with _open(path, again) as file:
+    with open_parquet(path, again) as file:
         schema = file.schema_arrow
         metadata = schema.metadata or {}
         missing = [column for column in _COLUMNS if column not in schema.names]
@@ -175,25 +195,27 @@ def read_run(path: str | os.PathLike[str]) -> RecordedRun:
                 f"{str(path)!r} is a Parquet file, but no recorded run: it lacks {missing or 'the run facts'}. "
                 "Pass files that smartfrz-build record wrote."
             )
-        facts = _read_facts(metadata[_FACTS])
+        facts = read_facts(metadata[_FACTS])
         version = facts.get("format_version")
         if type(version) is not int or version != FORMAT_VERSION:
             raise DatasetFormatError(
                 f"{str(path)!r} has format_version {version!r:.100}; this version reads {FORMAT_VERSION}. {again}"
             )
-        _refuse(path, (*_problems_of_facts(facts), *_problems_of_types(schema)), again)
-        _refuse(path, _problems_of_size(file.metadata, schema, path.stat().st_size), again)
-    with _open(path, again, read_dictionary=["layer"]) as file:  # a name stays one text, however often it is repeated
+        refuse(path, (*problems_of_facts(facts), *_problems_of_types(schema)), again)
+        refuse(path, _problems_of_size(file.metadata, schema, path.stat().st_size), again)
+    with open_parquet(
+        path, again, read_dictionary=["layer"]
+    ) as file:  # a name stays one text, however often it is repeated
         table = file.read(list(_COLUMNS))
-    _refuse(path, _missing_values(table), again)
+    refuse(path, _missing_values(table), again)
     num_layers = len(facts["layers"])
     if table.num_rows % num_layers or not table.num_rows:
         raise DatasetFormatError(f"{str(path)!r} has {table.num_rows} rows for {num_layers} layers. {again}")
     columns = {name: _values(table, name) for name in _COLUMNS}
-    _refuse(path, _sort_rows(columns, facts["layers"]), again)
-    costs = _read_costs(path, facts, again)
+    refuse(path, _sort_rows(columns, facts["layers"]), again)
+    costs = take_costs(path, facts, again)
     run = _assemble(facts, columns, costs)
-    _refuse(path, _problems_of_values(run), again)
+    refuse(path, problems_of_values(run), again)
     if metadata.get(_CHECKSUM) != _checksum(metadata[_FACTS], run).encode():
         what = "was changed after it was recorded" if _CHECKSUM in metadata else "has no checksum"
         raise DatasetFormatError(
@@ -202,14 +224,19 @@ def read_run(path: str | os.PathLike[str]) -> RecordedRun:
     return run
 
 
-def _refuse(path: Path, problems: Iterable[str], again: str) -> None:
+def refuse(path: Path, problems: Iterable[str], again: str) -> None:
     """Raise an error that names the first problem, if there is one."""
     for problem in problems:
         raise DatasetFormatError(f"{str(path)!r} is no recorded run: {problem}. {again}")
 
 
 @contextlib.contextmanager
-def _open(path: Path, again: str, **options: Any) -> Iterator[pq.ParquetFile]:
+def open_parquet(path: Path, again: str, **options: Any) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file.
+
+    Raises:
+        DatasetFormatError: If it is missing, or damaged, also where it is read in the block; the message ends with `again`.
+    """
     try:
         open_regular(path).close()  # pyarrow waits for the other end of a pipe
         with pq.ParquetFile(path, page_checksum_verification=True, **options) as file:
@@ -221,8 +248,8 @@ def _open(path: Path, again: str, **options: Any) -> Iterator[pq.ParquetFile]:
         raise DatasetFormatError(f"{str(path)!r} is not a complete Parquet file ({error}). {again}") from error
 
 
-def _read_facts(text: bytes) -> dict[str, Any]:
-    """Parse the facts; empty if they are no JSON object, which has no `format_version`."""
+def read_facts(text: bytes) -> dict[str, Any]:
+    """Parse facts; empty if they are no JSON object, which has no `format_version`."""
     try:
         facts = json.loads(text)
     except (ValueError, RecursionError):  # a damaged text may nest without end
@@ -230,7 +257,7 @@ def _read_facts(text: bytes) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def _read_costs(path: Path, facts: dict[str, Any], again: str) -> FreezeCosts | None:
+def take_costs(path: Path, facts: dict[str, Any], again: str) -> FreezeCosts | None:
     """Take the costs out of the facts; None if there are none."""
     if "costs" not in facts:
         return None
@@ -239,11 +266,12 @@ def _read_costs(path: Path, facts: dict[str, Any], again: str) -> FreezeCosts | 
     except ValueError as error:
         raise DatasetFormatError(f"{str(path)!r} is no recorded run: its costs are wrong: {error}. {again}") from error
     if costs.num_layers != len(facts["layers"]):
-        _refuse(path, [f"its costs are of {costs.num_layers} layers, and it has {len(facts['layers'])}"], again)
+        refuse(path, [f"its costs are of {costs.num_layers} layers, and it has {len(facts['layers'])}"], again)
     return costs
 
 
-def _problems_of_facts(facts: dict[str, Any]) -> Iterator[str]:
+def problems_of_facts(facts: dict[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with the facts of a run."""
     for key, fine, expected in (
         ("name", is_name, "text that a file can be called by: no folders, no dot in front, nothing invisible"),
         ("architecture", is_plain, "text, one line of visible characters"),
@@ -378,7 +406,8 @@ def _assemble(facts: dict[str, Any], columns: dict[str, NDArray[Any]], costs: Fr
     )
 
 
-def _problems_of_values(run: RecordedRun) -> Iterator[str]:
+def problems_of_values(run: RecordedRun) -> Iterator[str]:
+    """Yield why no training gives the values of a run."""
     step, progress = run.step, run.progress
     if step[0] < 1 or (step[1:] <= step[:-1]).any():
         yield f"its steps do not increase from 1 or more: they are {_some(step)}"

@@ -13,11 +13,11 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
 from smartfrz.adapters.torch.layers import Layer, LayerReader, Uncopied, group_later
+from smartfrz.adapters.torch.norms import NormSnapshot, correct_statistics, count_batches, take_snapshot
 from smartfrz.adapters.torch.optimizer_steps import OptimizerSteps
 from smartfrz.adapters.torch.updates import unwrap
 from smartfrz.adapters.torch.watching import Samples, StepGuard, find_optimizers, mark, thaw_leftovers
 from smartfrz.control.grouping import choose_judged
-from smartfrz.control.norms import compute_old_share, compute_recent_statistics
 from smartfrz.control.protocols import Untrained
 from smartfrz.control.watch import Disturbance
 from smartfrz.errors import StateError, UnsupportedModelError
@@ -101,7 +101,7 @@ class TorchAdapter(LayerReader):
         self._held_for: dict[str, list[nn.Module]] = {}
         self._held_in_eval: dict[nn.Module, tuple[Any, bool]] = {}
         self._held_observers: dict[str, list[Any]] = {}
-        self._snapshots: dict[_NormBase, tuple[torch.Tensor, torch.Tensor, int]] = {}
+        self._snapshots: dict[_NormBase, NormSnapshot] = {}
         for layer in layers:
             self._describe(layer, ours)
 
@@ -501,13 +501,14 @@ class TorchAdapter(LayerReader):
         statistics: list[torch.Tensor] = []
         for norm in norms:
             if isinstance(norm, _NormBase):
-                self._correct_statistics(norm)
+                if norm in self._snapshots:
+                    correct_statistics(norm, self._snapshots[norm])
                 statistics += [t for t in (norm.running_mean, norm.running_var) if t is not None]
             self._held_in_eval[norm] = norm.__dict__.get("train"), norm.training or not self._model.training
             norm.eval()
             # model.train() at the start of each epoch would undo eval(). A forward hook is no alternative: the compiler
             # would see the flag change within the pass, and compile twice.
-            norm.__dict__["train"] = _StaysInEval(norm, _count_batches(norm) > 0)
+            norm.__dict__["train"] = _StaysInEval(norm, count_batches(norm) > 0)
         if self._processes is not None and statistics:
             # Each process has seen batches of its own; from now on all of them have to compute the same.
             self._processes.average(statistics)
@@ -517,34 +518,16 @@ class TorchAdapter(LayerReader):
 
         Call it a few batches before a freezing stage.
         """
-        self._snapshots = {
-            norm: (norm.running_mean.clone(), norm.running_var.clone(), _count_batches(norm))
+        found = {
+            norm: take_snapshot(norm)
             for name in self.layers()
             for norm in self._norms[name]
             if isinstance(norm, _NormBase) and norm not in self._held_in_eval
-            if norm.running_mean is not None and norm.running_var is not None
         }
+        self._snapshots = {norm: snapshot for norm, snapshot in found.items() if snapshot is not None}
         if self._processes is not None and self._snapshots:
             # One process saves the state for all of them.
             self._processes.average([t for *statistics, _ in self._snapshots.values() for t in statistics])
-
-    def _correct_statistics(self, norm: _NormBase) -> None:
-        """Replace the running statistics by those of the batches since the snapshot: see `control.norms`."""
-        if norm not in self._snapshots or norm.running_mean is None or norm.running_var is None:
-            return
-        mean, variance, before = self._snapshots[norm]
-        # A momentum of None is a plain average over all batches.
-        kept = None if norm.momentum is None else 1.0 - norm.momentum
-        old_share = compute_old_share(kept, before=before, since=_count_batches(norm) - before)
-        running = norm.running_mean, norm.running_var
-        recent = compute_recent_statistics(
-            (mean.double(), variance.double()), (running[0].double(), running[1].double()), old_share
-        )
-        if recent is None:
-            return
-        for statistic, value in zip(running, recent, strict=True):
-            # .data: a backward pass in progress has saved the statistics, though it does not use them.
-            statistic.data.copy_(value)
 
     def norm_state(self) -> dict[str, Any]:
         """Return the snapshot, for a saved state."""
@@ -569,7 +552,7 @@ class TorchAdapter(LayerReader):
         for name, (mean, variance, batches) in state.items():
             norm: Any = self._model.get_submodule(name)
             statistics = [x.to(norm.running_mean.device, copy=True) for x in (mean, variance)]
-            self._snapshots[norm] = statistics[0], statistics[1], int(batches)
+            self._snapshots[norm] = NormSnapshot(statistics[0], statistics[1], int(batches))
 
 
 def _is_quantizer(module: nn.Module) -> bool:
@@ -608,12 +591,6 @@ def _renew_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> N
                 inner.state[parameter] = fresh.state[parameter]
 
 
-def _count_batches(norm: nn.Module) -> int:
-    """Return how many batches the running statistics of a norm have seen; 0 if it does not count them."""
-    tracked = getattr(norm, "num_batches_tracked", None)
-    return 0 if tracked is None else int(tracked)
-
-
 class _StaysInEval:
     """Replaces a frozen norm's `train`. A copy of the norm has a copy of it.
 
@@ -630,7 +607,7 @@ class _StaysInEval:
 
     def __call__(self, mode: bool = True) -> nn.Module:
         """Stay in eval mode."""
-        self._norm.training = mode and self._has_statistics and _count_batches(self._norm) == 0
+        self._norm.training = mode and self._has_statistics and count_batches(self._norm) == 0
         return self._norm
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_StaysInEval":

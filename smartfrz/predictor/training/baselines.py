@@ -46,9 +46,8 @@ def score_weight_change(runs: Sequence[LabelledRun], options: TrainingOptions, r
     """
     scores = []
     for run in runs:
-        weights = run.weights
-        before = np.maximum(np.arange(weights.shape[1]) - records, 0)
-        change = relative_change(weights, weights[:, before])
+        before = np.maximum(np.arange(run.weights.shape[1]) - records, 0)
+        change = _change(run, before)
         scores.append(np.where(is_decidable(run, options), -np.log10(change + 1e-12), np.nan).astype(np.float32))
     return scores
 
@@ -73,11 +72,11 @@ def compute_statistics(run: LabelledRun, window: int) -> NDArray[np.float64]:
         the window; their differences; the slope per record of log10 of the steps of the last 10 records; the position of
         the layer in the network, in [0, 1]; and position times filled share.
     """
-    weights, timestamps = run.weights, run.weights.shape[1]
+    timestamps = run.weights.shape[1]
     now = np.arange(timestamps)
     first = np.maximum(now - (window - 1), 0)
     befores = [np.maximum(now - lag, first) for lag in _LAGS] + [first]
-    changes = [_log_change(weights, before) for before in befores]
+    changes = [_log_change(run, before) for before in befores]
     ratios = [earlier - later for earlier, later in itertools.pairwise(changes)]
     progress = np.broadcast_to((now - first + 1) / window, changes[0].shape)
     schedule = _schedule(run, window)
@@ -97,9 +96,16 @@ def _schedule(run: LabelledRun, window: int) -> NDArray[np.float64]:
     return np.stack([progress, position, position * progress, progress**2], axis=-1)
 
 
-def _log_change(weights: NDArray[np.float32], before: NDArray[np.int64]) -> NDArray[np.float64]:
-    change = np.stack([relative_change(w, w[before]) for w in weights])  # one layer at a time, since pools are large
-    return np.asarray(np.log10(np.maximum(change.astype(np.float64), _LEAST)))
+def _change(run: LabelledRun, before: NDArray[np.int64]) -> NDArray[Any]:
+    """Compute the relative change of the weights since other records, `[num_layers, timestamps]`."""
+    if run.paths is not None:
+        return run.paths.relative_change(before)
+    # One layer at a time, since pools are large.
+    return np.stack([relative_change(weights, weights[before]) for weights in run.weights])
+
+
+def _log_change(run: LabelledRun, before: NDArray[np.int64]) -> NDArray[np.float64]:
+    return np.asarray(np.log10(np.maximum(_change(run, before).astype(np.float64), _LEAST)))
 
 
 def _slopes(steps: NDArray[np.float64], first: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -189,7 +195,7 @@ def _features(features: str, run: LabelledRun, options: TrainingOptions) -> NDAr
         elif features == "schedule":
             made = _schedule(run, options.window)
         else:
-            made = -_log_change(run.weights, np.maximum(np.arange(run.weights.shape[1]) - CHANGE_RECORDS, 0))[..., None]
+            made = -_log_change(run, np.maximum(np.arange(run.weights.shape[1]) - CHANGE_RECORDS, 0))[..., None]
     return np.nan_to_num(made, posinf=0.0, neginf=0.0)
 
 

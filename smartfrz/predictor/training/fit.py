@@ -13,7 +13,8 @@ from torch import nn
 from smartfrz.control.learned import RECORDS_PER_STAGE
 from smartfrz.predictor.contract import UNKNOWN_POSITION
 from smartfrz.predictor.training.judging import mean_auc, score
-from smartfrz.predictor.training.model import FreezePredictor
+from smartfrz.predictor.training.model import FreezePredictor, describe_path, real_rows
+from smartfrz.predictor.training.paths import check_paths
 from smartfrz.predictor.training.runs import (
     LabelledRun,
     TrainingOptions,
@@ -97,7 +98,12 @@ def _make_optimizer(model: FreezePredictor, options: TrainingOptions, weight_dec
 
 
 def _train_step(model: FreezePredictor, optimizer: torch.optim.Optimizer, batch: "_Batch") -> float:
-    logits, _ = model.logits(batch.history, batch.lengths, batch.position)
+    if batch.evenness is None:
+        logits, _ = model.logits(batch.history, batch.lengths, batch.position)
+    else:
+        real = real_rows(batch.history, batch.lengths)
+        seen = describe_path(batch.start, batch.history, batch.evenness, real)
+        logits, _ = model.judge(seen, real, batch.lengths, batch.position)
     loss = nn.functional.cross_entropy(logits, batch.targets)
     optimizer.zero_grad()
     loss.backward()
@@ -151,8 +157,9 @@ def check_runs(runs: Sequence[LabelledRun], validation: Sequence[LabelledRun], o
         options: How to train.
 
     Raises:
-        ValueError: If there are no runs, a pool is smaller than the tailored size, or no validation run has both labels
-            at the freezing stages.
+        ValueError: If there are no runs, a pool is smaller than the tailored size, there are weights of some runs and paths
+            of others, or no validation run has both labels at the freezing stages.
+        DatasetFormatError: If `check_paths` refuses the paths of a run.
     """
     if not runs or not validation:
         raise ValueError(
@@ -160,11 +167,19 @@ def check_runs(runs: Sequence[LabelledRun], validation: Sequence[LabelledRun], o
             "Record more runs."
         )
     for run in (*runs, *validation):
-        if run.weights.shape[2] < options.tailored_size:
+        if run.paths is not None:
+            check_paths(run.name, run.paths, options.representation, options.tailored_size)
+        elif run.weights.shape[2] < options.tailored_size:
             raise ValueError(
                 f"run {run.name!r} was recorded with pool_size={run.weights.shape[2]}, which is less than "
                 f"tailored_size={options.tailored_size}. Record it again with a larger recording.pool_size."
             )
+    kinds = {run.paths is None: run.name for run in (*runs, *validation)}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"There are weights of run {kinds[True]!r} and paths of run {kinds[False]!r}; expected the same of all. Make "
+            "paths of all runs."
+        )
     if not any(has_both_labels(run, options, RECORDS_PER_STAGE) for run in validation):
         raise ValueError(
             f"No validation run has both labels: received {[run.name for run in validation]}; expected layers that "
@@ -173,10 +188,22 @@ def check_runs(runs: Sequence[LabelledRun], validation: Sequence[LabelledRun], o
 
 
 class _Batch(NamedTuple):
+    """Windows: of weights, or of displacements with the `start` and `evenness` that belong to them."""
+
     history: torch.Tensor
     lengths: torch.Tensor
     position: torch.Tensor
     targets: torch.Tensor
+    start: torch.Tensor
+    evenness: torch.Tensor | None
+
+
+class _Window(NamedTuple):
+    rows: NDArray[np.float32]
+    position: float
+    ready: float
+    start: float
+    evenness: NDArray[np.float32] | None
 
 
 class _Windows:
@@ -184,6 +211,10 @@ class _Windows:
 
     def __init__(self, runs: Sequence[LabelledRun], options: TrainingOptions, rng: np.random.Generator):
         self._runs, self._options, self._rng = runs, options, rng
+        # Apart from the other random numbers, of which weights and paths need the same.
+        self._samples_rng = np.random.default_rng([options.seed, 1])
+        dimensions = [options.tailored_size if run.paths is None else run.paths.moved.shape[3] for run in runs]
+        self._dimensions = max(dimensions)
         self._places = [
             [np.argwhere((run.labels == label) & is_decidable(run, options)) for label in (0, 1)] for run in runs
         ]
@@ -196,19 +227,25 @@ class _Windows:
 
     def draw(self) -> _Batch:
         options = self._options
-        history = np.zeros((options.batch_size, options.window, options.tailored_size), np.float32)
-        lengths = np.empty(options.batch_size, np.int64)
-        position = np.empty(options.batch_size, np.float32)
-        targets = np.empty((options.batch_size, 2), np.float32)
-        for row in range(options.batch_size):
-            rows, position[row], ready = self._draw_window(row % 2)
-            lengths[row] = len(rows)
-            history[row, options.window - len(rows) :] = rows
-            targets[row] = 1.0 - ready, ready
-        return _Batch(*map(torch.from_numpy, (history, lengths, position, targets)))
+        windows = [self._draw_window(row % 2) for row in range(options.batch_size)]
+        history = np.zeros((options.batch_size, options.window, self._dimensions), np.float32)
+        evenness = None if windows[0].evenness is None else np.zeros(history.shape[:2], np.float32)
+        for row, window in enumerate(windows):
+            real = slice(options.window - len(window.rows), None)
+            history[row, real, : window.rows.shape[1]] = window.rows
+            if evenness is not None:
+                evenness[row, real] = window.evenness
+        return _Batch(
+            torch.from_numpy(history),
+            torch.tensor([len(window.rows) for window in windows]),
+            torch.tensor([window.position for window in windows], dtype=torch.float32),
+            torch.tensor([[1.0 - window.ready, window.ready] for window in windows], dtype=torch.float32),
+            torch.tensor([window.start for window in windows], dtype=torch.float32),
+            None if evenness is None else torch.from_numpy(evenness),
+        )
 
-    def _draw_window(self, label: int) -> tuple[NDArray[np.float32], float, float]:
-        """Return the rows, the layer's position and the target of a window; with that label, if the run has it."""
+    def _draw_window(self, label: int) -> _Window:
+        """Draw a window with that label, if the run has it."""
         options, rng = self._options, self._rng
         index = int(rng.integers(len(self._runs)))
         run, places = self._runs[index], self._places[index]
@@ -216,13 +253,19 @@ class _Windows:
         layer, timestamp = places[label][rng.integers(len(places[label]))]
         hidden = rng.random() < options.unplaced
         position = UNKNOWN_POSITION if hidden else layer_positions(len(run.weights))[layer]
-        samples = rng.choice(run.weights.shape[2], options.tailored_size, replace=False)
-        length = min(timestamp + 1, options.window)
-        rows = run.weights[layer, timestamp + 1 - length : timestamp + 1][:, samples]
+        past = slice(max(0, timestamp + 1 - options.window), timestamp + 1)
+        start, evenness = 0.0, None
+        if run.paths is None:
+            samples = self._samples_rng.choice(run.weights.shape[2], options.tailored_size, replace=False)
+            rows = run.weights[layer, past][:, samples]
+        else:
+            draw = self._samples_rng.integers(len(run.paths.start))
+            rows, start = run.paths.moved[draw, layer, past], float(run.paths.start[draw, layer])
+            evenness = run.paths.evenness[draw, layer, timestamp, past]
         ready = float(label if run.targets is None else run.targets[layer, timestamp])
         if options.representation != "raw" and options.jitter:
             rows, ready = self._jitter(rows, ready)
-        return rows, position, ready
+        return _Window(rows, position, ready, start, evenness)
 
     def _jitter(self, rows: NDArray[np.float32], ready: float) -> tuple[NDArray[np.float32], float]:
         decades = self._rng.normal(scale=self._options.jitter)

@@ -10,7 +10,9 @@ from sklearn.metrics import roc_auc_score
 
 from smartfrz.control.learned import PATIENCE, RECORDS_PER_STAGE
 from smartfrz.predictor.runtime import Predictor
-from smartfrz.predictor.training.model import FreezePredictor
+from smartfrz.predictor.training.export import restore
+from smartfrz.predictor.training.model import FreezePredictor, describe_path, real_rows
+from smartfrz.predictor.training.paths import Paths, check_paths, spread_samples
 from smartfrz.predictor.training.runs import (
     LabelledRun,
     Scores,
@@ -39,7 +41,16 @@ def score(
 
     Returns:
         One float32 `[num_layers, timestamps]` per run, NaN where nothing is decided.
+
+    Raises:
+        DatasetFormatError: If `check_paths` refuses the paths of a run.
+        PredictorFileError: If the network cannot be read out of a predictor file, as paths demand.
     """
+    found = {run.name: run.paths for run in runs if run.paths is not None}
+    if found:
+        model = restore(model.path) if isinstance(model, Predictor) else model  # a file reads weights
+        for name, paths in found.items():
+            check_paths(name, paths, model.representation, options.tailored_size)
     return [_score_run(model, run, options, every) for run in runs]
 
 
@@ -49,18 +60,42 @@ def _score_run(
     decidable = is_decidable(run, options)
     confidence = np.full(run.labels.shape, np.nan, np.float32)
     places = layer_positions(len(run.labels)) if model.positional and options.unplaced < 1 else None
-    # Any fixed samples will do; a stride spreads them over the layer.
-    samples = np.arange(options.tailored_size) * run.weights.shape[2] // options.tailored_size
+    samples = spread_samples(run.weights.shape[2], options.tailored_size)  # any fixed ones will do
     for timestamp in range(options.min_records - 1, run.labels.shape[1]):
         layers = np.flatnonzero(decidable[:, timestamp])
         if (timestamp + 1) % every or not len(layers):
             continue
         length = min(timestamp + 1, options.window)
-        rows = run.weights[layers, timestamp + 1 - length : timestamp + 1][:, :, samples]
         lengths = np.full(len(layers), length, np.int64)
         position = None if places is None else places[layers]
-        confidence[layers, timestamp] = _ask(model, np.ascontiguousarray(rows), lengths, position)[:, 1]
+        if run.paths is not None and isinstance(model, FreezePredictor):
+            told = _ask_about_paths(model, run.paths, layers, timestamp, lengths, position)
+        else:
+            rows = run.weights[layers, timestamp + 1 - length : timestamp + 1][:, :, samples]
+            told = _ask(model, np.ascontiguousarray(rows), lengths, position)
+        confidence[layers, timestamp] = told[:, 1]
     return confidence
+
+
+def _ask_about_paths(
+    model: FreezePredictor,
+    paths: Paths,
+    layers: NDArray[np.int64],
+    timestamp: int,
+    lengths: NDArray[np.int64],
+    position: NDArray[np.float32] | None,
+) -> NDArray[np.float32]:
+    """Ask a network about the first draw, which has the weights that are asked about where there are weights."""
+    rows = slice(timestamp + 1 - int(lengths[0]), timestamp + 1)
+    moved = torch.from_numpy(paths.moved[0, layers, rows])
+    evenness = torch.from_numpy(paths.evenness[0, layers, timestamp, rows])
+    known = torch.from_numpy(lengths)
+    real = real_rows(moved, known)
+    with torch.no_grad():
+        seen = describe_path(torch.from_numpy(paths.start[0, layers]), moved, evenness, real)
+        logits, _ = model.eval().judge(seen, real, known, None if position is None else torch.from_numpy(position))
+    answer: NDArray[np.float32] = logits.softmax(-1).numpy()
+    return answer
 
 
 def _ask(

@@ -61,10 +61,14 @@ class FreezePredictor(nn.Module):
         self, history: torch.Tensor, lengths: torch.Tensor, position: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute what `forward` returns, but without the last softmax."""
-        num_records = history.shape[1]
-        age = torch.arange(num_records, device=history.device)[None, :]
-        real = age >= num_records - lengths[:, None]
-        seen = represent(history, real, self.representation)
+        real = real_rows(history, lengths)
+        return self.judge(represent(history, real, self.representation), real, lengths, position)
+
+    def judge(
+        self, seen: torch.Tensor, real: torch.Tensor, lengths: torch.Tensor, position: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute what `logits` returns, from what `represent` or `describe_path` made of the histories."""
+        num_records = seen.shape[1]
         if self.positional:
             seen = torch.cat([seen, _describe_position(position, lengths)[:, None].expand(-1, num_records, -1)], dim=-1)
         keys, values, query = self.key(seen), self.value(seen), self.query(seen[:, -1])
@@ -74,6 +78,13 @@ class FreezePredictor(nn.Module):
         attention = attention * real.to(attention.dtype)
         context = torch.matmul(attention.unsqueeze(1), values).squeeze(1)
         return self.head(self.dropout(context)), attention
+
+
+def real_rows(history: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Return which rows of left-padded histories `[layers, window, ...]` are real, bool `[layers, window]`."""
+    num_records = history.shape[1]
+    age = torch.arange(num_records, device=history.device)[None, :]
+    return age >= num_records - lengths[:, None]
 
 
 def _describe_position(position: torch.Tensor | None, lengths: torch.Tensor) -> torch.Tensor:
@@ -135,16 +146,39 @@ def trajectory(history: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     Returns:
         float32 `[layers, window, len(FIGURES)]`, about zero mean and unit range; rows of padding are meaningless.
     """
+    history = history / history[:, -1:].abs().amax(-1, keepdim=True).clamp(
+        min=_FLOOR
+    )  # so that squares do not overflow
+    return _figures(history, real, _rms(history), None)
+
+
+def describe_path(start: torch.Tensor, moved: torch.Tensor, evenness: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Compute what `trajectory` returns, from the paths of layers (`smartfrz.predictor.training.paths`).
+
+    Args:
+        start: Length of the weights to which displacements are relative, float32 `[layers]`.
+        moved: Displacements, float32 `[layers, window, dimensions]`; the first dimension is the direction of these weights.
+        evenness: Of the displacements between each record and the newest one, float32 `[layers, window]`.
+        real: True for rows that are not padding, bool `[layers, window]`.
+    """
+    moved = moved * moved.shape[2] ** 0.5  # so that means over dimensions are means over weights
+    along = moved[..., :1] + start[:, None, None] * moved.shape[2] ** 0.5
+    sizes = _rms(torch.cat([along, moved[..., 1:]], dim=-1))
+    scale = sizes[:, -1:].clamp(min=_FLOOR)
+    return _figures(moved / scale, real, sizes / scale, evenness.unsqueeze(-1))
+
+
+def _figures(
+    history: torch.Tensor, real: torch.Tensor, sizes: torch.Tensor, evenness: torch.Tensor | None
+) -> torch.Tensor:
+    """Compute the `FIGURES` of histories, or of displacements since some record, whose `sizes` are those of the weights."""
     window = history.shape[1]
     index = torch.arange(window, device=history.device)
     lengths = real.sum(1)
     first = window - lengths
-    history = history / history[:, -1:].abs().amax(-1, keepdim=True).clamp(
-        min=_FLOOR
-    )  # so that squares do not overflow
     now = history[:, -1:]
     start = torch.gather(history, 1, first[:, None, None].expand(-1, 1, history.shape[2]))
-    scale = _rms(now).clamp(min=_FLOOR)
+    scale = sizes[:, -1:].clamp(min=_FLOOR)
     away, since = history - now, history - start
     way = now - start
     size_away, size_since, size_way = _rms(away), _rms(since), _rms(way)
@@ -166,8 +200,9 @@ def trajectory(history: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         torch.where(known_before, _mean(step * before) / (size_step * size_before).clamp(min=_FLOOR * _FLOOR), 0.0),
         _mean(since * way) / (size_since * size_way).clamp(min=_FLOOR * _FLOOR),
     )
-    evenness = away.abs().mean(-1, keepdim=True) / size_away.clamp(min=_FLOOR)
-    growth = torch.log(_rms(history).clamp(min=_FLOOR) / scale).clamp(-1.0, 1.0)
+    if evenness is None:
+        evenness = away.abs().mean(-1, keepdim=True) / size_away.clamp(min=_FLOOR)
+    growth = torch.log(sizes.clamp(min=_FLOOR) / scale).clamp(-1.0, 1.0)
     records = (lengths / _RECORDS)[:, None, None].expand_as(to_now)
     ago = ((window - 1 - index) / _RECORDS)[None, :, None].expand_as(to_now)
     figures = [to_now, to_first, of_step, of_lag, of_way, of_speed]

@@ -7,6 +7,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from smartfrz.predictor.training.paths import Paths
+
 Scores = list[NDArray[np.float32]]  # one array `[num_layers, timestamps]` per run, NaN where nothing is decided
 
 
@@ -17,11 +19,13 @@ class LabelledRun:
     Attributes:
         name: The run's name.
         architecture: Name of the architecture; cross-validation holds out all runs of one together.
-        weights: A pool of sampled weights, float32 `[num_layers, timestamps, pool_size]`.
+        weights: A pool of sampled weights, float32 `[num_layers, timestamps, pool_size]`; of size 0 if there are `paths`.
         labels: 1 freeze, 0 keep training, -1 unknown; int8 `[num_layers, timestamps]`.
         targets: Training targets: how clearly to freeze, in [0, 1], float32 of the same shape.
             Defaults to the labels.
         dataset: Name of the data set; cross-validation holds out all runs of one together.
+        paths: What the representation `trajectory` needs to know of the weights, instead of them; None if there are
+            weights.
     """
 
     name: str
@@ -30,6 +34,7 @@ class LabelledRun:
     labels: NDArray[np.int8]
     targets: NDArray[np.float32] | None = None
     dataset: str = "unknown"
+    paths: Paths | None = None
 
 
 @dataclass(frozen=True)
