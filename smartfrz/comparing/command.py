@@ -110,8 +110,8 @@ def _notes(verdict: Verdict, task: AnyTask, part: Part, options: CompareOptions)
     steps = part.of(task).steps
     if steps < FEW_STEPS:
         notes.append(
-            f"Full training has {steps} steps. In fewer than about {FEW_STEPS} SmartFRZ sees too little to judge layers, and "
-            "the first steps of each run weigh on its time. Compare a run as long as those that you do."
+            f"Full training has {steps} steps. In fewer than about {FEW_STEPS} SmartFRZ sees too little to judge layers, "
+            "and the first steps of each run weigh on its time. Compare a run as long as those that you do."
         )
     number = task.num_samples("test")
     if verdict.is_share and 1 / number > verdict.tolerance / 2:
