@@ -30,6 +30,7 @@ def network(seed, steps):
 
 def build():
     x = np.random.default_rng(0).normal(size=(120, 6)).astype("float32")
+    x[:, 0] *= 4.0  # learned within 36 steps on every backend
     y = (x[:, 0] > 0).astype("int64")
     test = x[80:], y[80:]
     return Task(network, (x[:80], y[:80]), test, test, steps=36, batch_size=8)
