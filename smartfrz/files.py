@@ -8,7 +8,7 @@ import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 try:
     import fcntl
@@ -126,3 +126,15 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of a JSON file, for `json.loads(object_pairs_hook=unique_keys)`.
+
+    Raises:
+        ValueError: If it has a key twice, of which readers take either.
+    """
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"one object has a key twice: {sorted(key for key, _ in pairs)!r:.200}")
+    return found

@@ -81,3 +81,10 @@ def test_damaged_qualities(value):
     metadata = make_info().to_metadata() | {PREFIX + "qualities": json.dumps(value)}
     with pytest.raises(PredictorFileError, match="missing or unreadable metadata"):
         PredictorInfo.from_metadata(metadata, "x.onnx")
+
+
+@pytest.mark.parametrize("key", ["metrics", "qualities"])
+def test_doubled_keys(key):
+    metadata = make_info().to_metadata() | {PREFIX + key: '{"same": {}, "same": {}}'}
+    with pytest.raises(PredictorFileError, match="a key twice"):
+        PredictorInfo.from_metadata(metadata, "x.onnx")

@@ -118,6 +118,13 @@ def test_the_page_loads_nothing_and_names_do_no_harm(tmp_path):
     assert EVIL not in text
 
 
+def test_a_name_with_half_of_a_surrogate_pair_is_saved(tmp_path):
+    made = report(("a\ud800", "b", "c", "d"))
+    for name in ("run.html", "run.json"):
+        made.save(tmp_path / name)
+        assert "d800" in (tmp_path / name).read_text("utf-8")
+
+
 def test_where_nothing_froze_it_says_why(tmp_path):
     reason = "a, b: below the threshold (a is closest: 0.400, 0.100 below its threshold, at step 20)"
     page = saved(tmp_path, report(changes=[], decisions=[], user_frozen=set(), intervals=[], why_nothing=[reason]))

@@ -387,7 +387,8 @@ class Report:
         data = self.to_dict()
         text = json.dumps(data, indent=1) if suffix == ".json" else page(data | self._words())
         with replacing(path) as temporary:
-            temporary.write_text(text, "utf-8")
+            # A name of a layer may hold half of a surrogate pair, which UTF-8 cannot.
+            temporary.write_text(text, "utf-8", errors="backslashreplace")
 
     def _repr_html_(self) -> str | None:
         """Return the page without its script, for a notebook; None if jinja2 is missing, which has it show the text."""

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from smartfrz.control.quality import Calibration, parse_qualities
 from smartfrz.errors import PredictorFileError
+from smartfrz.files import unique_keys
 
 FORMAT_VERSION = 1
 HISTORY, LENGTHS, CONFIDENCE, ATTENTION = "history", "lengths", "confidence", "attention"
@@ -115,7 +116,7 @@ class PredictorInfo:
                 license=metadata[PREFIX + "license"],
                 metrics=_parse_object(metadata[PREFIX + "metrics"]),
                 min_records=int(metadata.get(PREFIX + "min_records", "4")),
-                qualities=parse_qualities(json.loads(metadata.get(PREFIX + "qualities", "{}"))),
+                qualities=parse_qualities(_parse_object(metadata.get(PREFIX + "qualities", "{}"))),
             )
             unprintable = find_unprintable(info.metrics)
         except (KeyError, ValueError, RecursionError) as error:
@@ -150,9 +151,9 @@ class PredictorInfo:
 
 
 def _parse_object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
+    value = json.loads(text, object_pairs_hook=unique_keys)
     if not isinstance(value, dict):
-        raise ValueError(f"'metrics' is {type(value).__name__}; expected an object")
+        raise ValueError(f"received {type(value).__name__}; expected an object")
     return value
 
 

@@ -11,11 +11,11 @@ import logging
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import NamedTuple, NoReturn, Protocol
 from urllib.parse import urlsplit
 
 from smartfrz.errors import ChecksumError, RegistryError
-from smartfrz.files import replacing
+from smartfrz.files import replacing, unique_keys
 from smartfrz.zoo import cache, fetch, settings, urls
 from smartfrz.zoo.versions import version_key
 
@@ -165,18 +165,6 @@ def _plain(registry: str) -> str:
         return registry.partition("?")[0]
     host = (parts.netloc.lower()).removesuffix({"http": ":80", "https": ":443"}[parts.scheme])
     return parts._replace(netloc=host).geturl()
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of a JSON file.
-
-    Raises:
-        ValueError: If it has a key twice, of which readers take either.
-    """
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError(f"one object has a key twice: {sorted(key for key, _ in pairs)!r:.200}")
-    return found
 
 
 def _read() -> list[Locked]:

@@ -13,6 +13,7 @@ from importlib.resources import files
 from typing import Any, NoReturn
 
 from smartfrz.errors import DownloadError, RegistryError, UnknownPredictorError
+from smartfrz.files import unique_keys
 from smartfrz.predictor.contract import REPRESENTATIONS, find_unprintable
 from smartfrz.predictor.inspection import MAX_FILE_SIZE
 from smartfrz.zoo import fetch, lock, signatures, transport, urls
@@ -97,9 +98,7 @@ def parse(content: bytes, registry: str, *, exact: bool = False) -> list[Entry]:
     """
     try:
         # Input that is nested a thousand levels deep ends in a RecursionError.
-        document = json.loads(
-            content, object_pairs_hook=lock.unique_keys, parse_constant=_constant, parse_float=_finite
-        )
+        document = json.loads(content, object_pairs_hook=unique_keys, parse_constant=_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         _refuse(registry, f"it is no valid JSON ({error})")
     if not isinstance(document, dict) or "format_version" not in document:
