@@ -19,6 +19,7 @@ from smartfrz.adapters.torch.costs import measure_step
 from smartfrz.adapters.torch.norms import RecentNorms
 from smartfrz.comparing.engine import FULL, Method, Point, Result
 from smartfrz.comparing.tasks import AnyTask, Cost, chance_level, check_numbers, explained, read_metric
+from smartfrz.control.options import FreezeOptions
 from smartfrz.errors import RecipeError
 from smartfrz.training import Loss, classification_loss, device_of, endless, evaluate, to_device, train_step
 
@@ -75,7 +76,8 @@ class Task(AnyTask):
     judge: Judge = judge_accuracy
     evaluations: int | None = None
     metric: str = "accuracy"
-    norm_batches: int = 0
+    # As a norm that SmartFRZ freezes has: pretrained networks may remember hundreds of steps, which flatters freezing.
+    norm_batches: int = FreezeOptions().norm_batches
 
     def check(self, name: str) -> None:
         """Check that the task can be trained.

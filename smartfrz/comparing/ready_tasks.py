@@ -93,7 +93,6 @@ def _task(train: Dataset[Any], test: Dataset[Any], model: Callable[[int], nn.Mod
         steps=max(1, round(number // options.batch_size * options.epochs)),
         batch_size=options.batch_size,
         schedule=lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
-        norm_batches=24,  # as a norm that SmartFRZ freezes has; pretrained networks may remember hundreds of steps
     )
 
 

@@ -54,7 +54,6 @@ def demo_task(options: DemoOptions) -> Task:
         steps=round(len(train) // options.batch_size * options.epochs),
         batch_size=options.batch_size,
         schedule=lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
-        norm_batches=24,  # the network's own running statistics remember a hundred steps, and full training has no others
     )
 
 
