@@ -33,7 +33,7 @@ RECIPES := $(filter-out %-long.toml %-halves.toml %-pairs.toml,$(wildcard recipe
 .PHONY: help demo test oldest lint docs format lock sbom sbom-of-wheel release bench bench-gpu predictor recordings clean
 
 help:
-	@echo "make demo       fine-tune a pretrained network fully and with SmartFRZ, and compare (about 6 minutes)"
+	@echo "make demo       fine-tune a pretrained network fully and with SmartFRZ, and compare (about 4 minutes)"
 	@echo "make test       run all tests"
 	@echo "make oldest     run the adapters', the commands' and the zoo's tests with the oldest versions that we claim (requirements/oldest.txt)"
 	@echo "make lint       ruff and mypy"

@@ -245,7 +245,9 @@ def test_another_broken_pipe_is_an_error():
 def test_ctrl_c_ends_a_recording_and_its_workers_without_a_traceback(tmp_path):
     # One worker has finished and waits, the other one is training.
     recipes = [write_recipe(tmp_path, "short", epochs=1), write_recipe(tmp_path, "long", epochs=100_000)]
-    code = "import smartfrz.progress as p; p.MINUTE = 0.0; " + BUILD[2]
+    # Where the tests run in the background of a shell, Ctrl-C is ignored from the start.
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code = heard + "import smartfrz.progress as p; p.MINUTE = 0.0; " + BUILD[2]
     given = ["record", *map(str, recipes), "-o", str(tmp_path / "runs"), "--threads", "1", "--workers", "2"]
     log, finished = tmp_path / "log", tmp_path / "runs" / "short.parquet"
     with log.open("w") as file:
