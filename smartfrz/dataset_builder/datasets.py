@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from smartfrz.dataset_builder.storage import (
     RecordedRun,
+    check_version,
     open_parquet,
     problems_of_facts,
     problems_of_values,
@@ -255,11 +256,7 @@ def read_dataset(path: str | os.PathLike[str]) -> tuple[list[RecordedRun], PathO
                 "smartfrz-build dataset wrote."
             )
         facts = read_facts(metadata[_FACTS])
-        version = facts.get("format_version")
-        if type(version) is not int or version != DATASET_VERSION:
-            raise DatasetFormatError(
-                f"{str(path)!r} has format_version {version!r:.100}; this version reads {DATASET_VERSION}. {_AGAIN}"
-            )
+        check_version(path, facts, DATASET_VERSION, _AGAIN)
         _check(path, _problems_of_options(facts))
         options = PathOptions(*(facts[key] for key in ("records", "tailored_size", "draws", "seed")))
         _check(path, _problems_of_runs(facts, options))

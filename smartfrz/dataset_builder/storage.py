@@ -196,11 +196,7 @@ def read_run(path: str | os.PathLike[str]) -> RecordedRun:
                 "Pass files that smartfrz-build record wrote."
             )
         facts = read_facts(metadata[_FACTS])
-        version = facts.get("format_version")
-        if type(version) is not int or version != FORMAT_VERSION:
-            raise DatasetFormatError(
-                f"{str(path)!r} has format_version {version!r:.100}; this version reads {FORMAT_VERSION}. {again}"
-            )
+        check_version(path, facts, FORMAT_VERSION, again)
         refuse(path, (*problems_of_facts(facts), *_problems_of_types(schema)), again)
         refuse(path, _problems_of_size(file.metadata, schema, path.stat().st_size), again)
     with open_parquet(
@@ -246,6 +242,15 @@ def open_parquet(path: Path, again: str, **options: Any) -> Iterator[pq.ParquetF
     # pyarrow raises ValueError for names that are not UTF-8, and OverflowError or MemoryError for impossible sizes.
     except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         raise DatasetFormatError(f"{str(path)!r} is not a complete Parquet file ({error}). {again}") from error
+
+
+def check_version(path: Path, facts: dict[str, Any], expected: int, again: str) -> None:
+    """Raise `DatasetFormatError` if a file is of another version; `again` says how to get one of this."""
+    version = facts.get("format_version")
+    if type(version) is not int or version != expected:
+        raise DatasetFormatError(
+            f"{str(path)!r} has format_version {version!r:.100}; this version reads {expected}. {again}"
+        )
 
 
 def read_facts(text: bytes) -> dict[str, Any]:
