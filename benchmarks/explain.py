@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from benchmarks.arguments import errors_as_messages
 from smartfrz import zoo
 from smartfrz.control.learned import PATIENCE, RECORDS_PER_STAGE
-from smartfrz.dataset_builder.building import labelled_runs
+from smartfrz.dataset_builder.labelling import labelled_runs
 from smartfrz.dataset_builder.labels import LabelRule
 from smartfrz.dataset_builder.storage import read_run, run_file, run_files
 from smartfrz.errors import DatasetFormatError

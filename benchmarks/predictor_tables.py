@@ -46,7 +46,7 @@ from smartfrz.adapters.torch import trace_layers
 from smartfrz.comparing.lines import add_line, matching
 from smartfrz.control.history import WeightHistory
 from smartfrz.control.tailoring import tailoring_positions
-from smartfrz.dataset_builder.building import labelled_runs
+from smartfrz.dataset_builder.labelling import labelled_runs
 from smartfrz.dataset_builder.labels import LabelRule
 from smartfrz.dataset_builder.storage import read_run, run_files
 from smartfrz.predictor.runtime import Predictor

@@ -5,7 +5,7 @@ import os
 import numpy as np
 from click.testing import CliRunner
 
-from smartfrz.dataset_builder.building import dataset_of
+from smartfrz.dataset_builder.labelling import dataset_of
 from smartfrz.dataset_builder.labels import LabelRule, label_layers
 from smartfrz.dataset_builder.recipes import load_recipe
 from smartfrz.dataset_builder.storage import RecordedRun, write_run

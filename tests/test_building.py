@@ -8,8 +8,9 @@ import pytest
 import torch
 from builder_fixtures import PLAN, RULE, SMALL, labelled, recorded_runs
 
-from smartfrz.dataset_builder.building import Material, Plan, build_predictor, dataset_of, evaluate_predictor
+from smartfrz.dataset_builder.building import Material, Plan, build_predictor, evaluate_predictor
 from smartfrz.dataset_builder.cards import few_recordings, mean_quality
+from smartfrz.dataset_builder.labelling import dataset_of
 from smartfrz.predictor.runtime import Predictor
 from smartfrz.predictor.training.baselines import Regression, score_weight_change
 from smartfrz.predictor.training.judging import Quality, score

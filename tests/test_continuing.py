@@ -19,7 +19,6 @@ from builder_fixtures import (
     write_runs,
 )
 
-from smartfrz.dataset_builder import building
 from smartfrz.dataset_builder.building import Base, Material, Plan, build_predictor
 from smartfrz.dataset_builder.cli import main as build
 from smartfrz.dataset_builder.recipes import load_recipe
@@ -59,7 +58,7 @@ def recorded(tmp_path_factory):
 
 
 def new_runs(recorded):
-    return building.labelled_runs(recorded, RULE, 16)
+    return labelled_runs(recorded, RULE, 16)
 
 
 # Weights out of the file

@@ -8,7 +8,6 @@ import pytest
 import torch
 from builder_fixtures import PLAN, RULE, SMALL, invoke, recorded_run, recorded_runs, write_runs
 
-from smartfrz.dataset_builder.building import labelled_runs
 from smartfrz.dataset_builder.cli import main
 from smartfrz.dataset_builder.datasets import (
     PathOptions,
@@ -18,6 +17,7 @@ from smartfrz.dataset_builder.datasets import (
     with_paths,
     write_dataset,
 )
+from smartfrz.dataset_builder.labelling import labelled_runs
 from smartfrz.dataset_builder.storage import write_run
 from smartfrz.errors import DatasetFormatError
 from smartfrz.predictor.runtime import Predictor

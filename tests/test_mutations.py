@@ -10,7 +10,7 @@ from builder_fixtures import recorded_run
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("pyarrow")
 
-from smartfrz.dataset_builder.building import labelled_runs  # noqa: E402
+from smartfrz.dataset_builder.labelling import labelled_runs  # noqa: E402
 from smartfrz.dataset_builder.labels import LabelRule  # noqa: E402
 from smartfrz.dataset_builder.storage import read_run, write_run  # noqa: E402
 from smartfrz.errors import DatasetFormatError, PredictionError, PredictorFileError  # noqa: E402

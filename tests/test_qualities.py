@@ -9,7 +9,7 @@ from smartfrz import zoo
 from smartfrz.dataset_builder.cli import main
 from smartfrz.dataset_builder.costs import FreezeCosts
 from smartfrz.dataset_builder.datasets import PathOptions, read_dataset, with_paths, write_dataset
-from smartfrz.dataset_builder.qualities import Outcomes, calibrate_qualities, simulate
+from smartfrz.dataset_builder.qualities import Outcomes, calibrate_qualities, simulate_predictor
 from smartfrz.dataset_builder.storage import write_run
 from smartfrz.errors import DatasetFormatError
 from smartfrz.predictor.runtime import Predictor
@@ -32,7 +32,7 @@ def runs():
 
 
 def test_a_higher_threshold_costs_less_and_saves_less(runs):
-    outcomes = simulate(Predictor(BASE, device="cpu"), [recorded_run("bare"), *runs])
+    outcomes = simulate_predictor(Predictor(BASE, device="cpu"), [recorded_run("bare"), *runs])
     assert outcomes.points.shape == outcomes.computation.shape == (4, len(outcomes.thresholds))
     assert (np.diff(outcomes.computation.mean(0)) >= -1e-9).all()
     assert outcomes.points[:, 0].mean() > outcomes.points[:, -1].mean()
@@ -48,7 +48,7 @@ def test_a_dataset_costs_what_its_recordings_cost(runs, tmp_path):
         read[0].require_costs()
     assert read[1].require_costs().to_dict() == runs[0].require_costs().to_dict()
     predictor = Predictor(BASE, device="cpu")
-    expected, found = simulate(predictor, runs), simulate(predictor, read)
+    expected, found = simulate_predictor(predictor, runs), simulate_predictor(predictor, read)
     # A confidence at a threshold may fall on either side of it.
     assert np.isclose(found.points, expected.points, atol=1e-6).mean() > 0.99
     assert np.isclose(found.computation, expected.computation, atol=1e-6).mean() > 0.99
@@ -96,4 +96,4 @@ def test_the_command_writes_qualities_and_nothing_else(runs, tmp_path):
 
 def test_too_few_recordings_with_costs(runs):
     with pytest.raises(DatasetFormatError, match=r"2 recordings with costs; expected at least 3.*--costs"):
-        simulate(Predictor(BASE, device="cpu"), [*runs[:2], recorded_run("bare")])
+        simulate_predictor(Predictor(BASE, device="cpu"), [*runs[:2], recorded_run("bare")])

@@ -12,7 +12,7 @@ from builder_fixtures import recorded_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smartfrz.dataset_builder.building import labelled_runs
+from smartfrz.dataset_builder.labelling import labelled_runs
 from smartfrz.dataset_builder.labels import LabelRule
 from smartfrz.dataset_builder.storage import RecordedRun, read_run, run_files, write_run
 from smartfrz.errors import DatasetFormatError

@@ -1,15 +1,15 @@
 """From labelled runs to a predictor file with its card."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from smartfrz.dataset_builder.cards import HeldOut, mean_of, pooled, quality_table, write_card
-from smartfrz.dataset_builder.datasets import thinning
-from smartfrz.dataset_builder.labels import LabelRule, label_layers, soft_targets
+from smartfrz.dataset_builder.cards import mean_of, pooled, quality_table, write_card
+from smartfrz.dataset_builder.labels import LabelRule
+from smartfrz.dataset_builder.qualities import calibrate_qualities, simulate_held_out
 from smartfrz.dataset_builder.storage import RecordedRun
 from smartfrz.files import replacing
 from smartfrz.predictor.contract import PredictorInfo
@@ -21,7 +21,7 @@ from smartfrz.predictor.training.baselines import (
     score_weight_change,
     weight_change_confidence,
 )
-from smartfrz.predictor.training.cross_validation import Group, can_hold_out, check_rounds, leave_one_out
+from smartfrz.predictor.training.cross_validation import Group, HeldOut, can_hold_out, check_rounds, leave_one_out
 from smartfrz.predictor.training.export import export
 from smartfrz.predictor.training.fit import check_runs, fit
 from smartfrz.predictor.training.judging import (
@@ -36,45 +36,6 @@ from smartfrz.predictor.training.model import FreezePredictor
 from smartfrz.predictor.training.runs import LabelledRun, Scores, TrainingOptions, split
 
 Progress = Callable[[float, str], None]
-
-
-def labelled_runs(recorded: Sequence[RecordedRun], rule: LabelRule, records: int) -> list[LabelledRun]:
-    """Label recorded runs, and thin them to about `records` timestamps each.
-
-    Labels are made first: they look at every recorded timestamp.
-
-    Raises:
-        ValueError: If the paths of a run are of fewer records, or of others.
-    """
-    runs = []
-    for run in recorded:
-        every = thinning(run.facts, records)
-        labels, targets = label_layers(run.cka, rule), soft_targets(run.cka, rule)
-        thin = slice(every - 1, None, every)
-        weights, dataset = run.weights[:, thin], dataset_of(run.facts)
-        paths = None
-        if run.paths is not None:
-            if every % run.paths.every:
-                raise ValueError(
-                    f"The dataset has every {run.paths.every}. of {len(run.step)} timestamps of {run.name!r}, but {records} "
-                    f"records a run need every {every}. Choose other --records, or train on the recordings."
-                )
-            paths = run.paths.unpack().thinned(every // run.paths.every)
-        runs.append(LabelledRun(run.name, run.architecture, weights, labels[:, thin], targets[:, thin], dataset, paths))
-    return runs
-
-
-def dataset_of(facts: dict[str, Any]) -> str:
-    """Return the name of a recording's data set: the function that makes it, or the folder of pictures."""
-    data = facts["recipe"].get("data", {})
-    source = str(data.get("source", "")).rpartition(":")[2] or str(data.get("folder", ""))
-    name = data.get("arguments", {}).get("name", "")
-    return " ".join(part for part in (source, str(name)) if part) or "unknown"
-
-
-def records_of(info: PredictorInfo) -> int:
-    """Return the number of records per run that a predictor was trained at."""
-    return round(1 / info.record_fraction)
 
 
 @dataclass(frozen=True)
@@ -192,7 +153,11 @@ def build_predictor(
     check_runs(*plan.split(material.runs), plan.options)
     share = 0.8 if plan.cross_validate else 0.0
     held_out = _hold_out(material.runs, plan.options, _part(progress, 0.0, share)) if plan.cross_validate else {}
+    outcomes = simulate_held_out(held_out, material.recorded)
+    qualities = calibrate_qualities(outcomes["predictor"]) if outcomes else {}
     fitted = _fit(material.runs, plan, _part(progress, share, 1 - share, "final: "))
+    if "same" in qualities:
+        fitted = replace(fitted, threshold=qualities["same"].threshold)
     on_validation = _judge(fitted, plan)
     info = PredictorInfo(
         name=plan.name,
@@ -205,9 +170,10 @@ def build_predictor(
         dataset_sha256=material.sha256,
         metrics=_metrics(fitted, plan, on_validation, held_out),
         min_records=plan.options.min_records,
+        qualities=qualities,
     )
     difference = export(fitted.model, info, output)
-    card = write_card(info, material.recorded, on_validation, held_out, difference, plan.options)
+    card = write_card(info, material.recorded, on_validation, held_out, outcomes, difference, plan.options)
     with replacing(output.with_suffix(".md")) as temporary:
         temporary.write_text(card, encoding="utf-8")
     return card
@@ -318,7 +284,9 @@ def judge_predictor(predictor: Predictor, runs: Sequence[LabelledRun]) -> dict[s
     return {
         run.name: {
             method: Judged(
-                measure_quality(scores, [run], threshold, options), Reliability.of(confidence, [run], options)
+                measure_quality(scores, [run], threshold, options),
+                Reliability.of(confidence, [run], options),
+                confidence,
             )
             for method, (scores, confidence, threshold) in _answers(predictor, [run], options).items()
         }

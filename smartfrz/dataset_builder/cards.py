@@ -1,18 +1,21 @@
 """Model cards of predictors: Markdown for people who decide whether to use one."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from smartfrz.control.quality import TARGETS
+from smartfrz.dataset_builder.qualities import Outcomes
 from smartfrz.dataset_builder.storage import RecordedRun
 from smartfrz.predictor.contract import PredictorInfo
 from smartfrz.predictor.training.baselines import Judged
-from smartfrz.predictor.training.cross_validation import can_hold_out
+from smartfrz.predictor.training.cross_validation import HeldOut, can_hold_out
 from smartfrz.predictor.training.judging import Quality, Reliability, reliability_table
 from smartfrz.predictor.training.runs import TrainingOptions
 
-HeldOut = dict[str, dict[str, dict[str, list[Judged]]]]  # kind, group held out, method: one judgement per seed
+_SHARES = (0.9, 0.8, 0.7, 0.6)  # of full training's computation
 _COLUMNS = ("AUC", "pooled AUC", "accuracy", "precision", "recall", "ready", "right freezes", "time frozen")
 
 
@@ -68,11 +71,16 @@ def write_card(
     recorded: Sequence[RecordedRun],
     validation: dict[str, Quality],
     held_out: HeldOut,
+    outcomes: Mapping[str, Outcomes],
     difference: float,
     options: TrainingOptions,
 ) -> str:
     """Return the card of a predictor, Markdown."""
-    rule = info.metrics["label_rule"]
+    threshold = (
+        "that of the quality `same`"
+        if "same" in info.qualities
+        else f"the lowest at which {options.precision:.0%} of the freezes of the validation runs are right"
+    )
     few = "" if "base" in info.metrics else few_recordings([run.architecture for run in recorded])
     lines = [
         f"# {info.name}",
@@ -82,11 +90,12 @@ def write_card(
         f"{info.threshold:.3f} or more. License: {info.license}.",
         "",
         *([f"**{few}**", ""] if few else []),
-        f"Labels: CKA to a finished reference model, `{rule['kind']}` rule, tolerance {rule['tolerance']}. Threshold: "
-        f"the lowest at which {options.precision:.0%} of the freezes of the validation runs are right. PyTorch and ONNX "
-        f"Runtime differ by at most {difference:.1g}.",
+        f"Labels: {_labels(info.metrics['label_rule'])}. Threshold: {threshold}. PyTorch and ONNX Runtime differ by at most "
+        f"{difference:.1g}.",
         "",
     ]
+    if outcomes:
+        lines += _costs(info, outcomes, [run.name for run in recorded if run.costs is not None])
     for group, methods in held_out.items():
         lines += _never_seen(group, methods)
     if "base" in info.metrics:
@@ -115,6 +124,60 @@ def write_card(
             f"{accuracies['reference']:.3f}, {accuracies['recorded']:.3f} | {used} |"
         )
     return "\n".join([*lines, "", f"SHA-256 of the recordings: `{info.dataset_sha256}`.", ""])
+
+
+def _labels(rule: Mapping[str, Any]) -> str:
+    by_cka = f"CKA to a finished reference model, `{rule['kind']}` rule, tolerance {rule['tolerance']}"
+    source = rule.get("source", "cka")
+    if source == "cka":
+        return by_cka
+    by_costs = f"whether freezing everything up to the layer costs at most {rule['cost_limit']:g} points, as measured"
+    return by_costs if source == "costs" else f"the mean of two targets, {by_cka}, and {by_costs}"
+
+
+def _costs(info: PredictorInfo, outcomes: Mapping[str, Outcomes], names: Sequence[str]) -> list[str]:
+    """Describe what freezing by confidences would have cost in the runs that were held out."""
+    lines = [
+        "## What freezing by it costs",
+        "",
+        f"From {len(names)} recordings with costs (`record --costs`), each judged by networks that had not seen its "
+        "architecture, or its data set. Each quality's threshold is the lowest that costs no more than its target in the "
+        "mean over these runs. What it then means for a new run was found by leaving each run out once, and choosing "
+        "thresholds on the others. Nothing was trained again for that: costs are read off what was measured when the first "
+        "layers were frozen at some moments, with linear interpolation between.",
+        "",
+        "| quality | target, points | threshold | accuracy, points | standard deviation over runs | computation |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, one in info.qualities.items():
+        lines.append(
+            f"| {name} | {-TARGETS[name]:+.1f} | {one.threshold:.3f} | {one.points:+.2f} | {one.spread:.2f} | "
+            f"{one.computation:.0%} |"
+        )
+    lines += [
+        "",
+        "Points lost in the mean over runs, at the threshold that leaves such a share of the computation in the mean over "
+        "runs; less is better:",
+        "",
+        f"| frozen by | {' | '.join(f'{share:.0%}' for share in _SHARES)} |",
+        "|---" * (len(_SHARES) + 1) + "|",
+    ]
+    for method, found in outcomes.items():
+        if method == "weight_change":
+            continue  # ranks as the calibrated one does
+        cells = (f"{points:.2f}" for points in map(found.points_at, _SHARES))
+        lines.append(f"| {method.replace('_', ' ').replace(' calibrated', '')} | {' | '.join(cells)} |")
+    if info.qualities:
+        lines += ["", f"| run | {' | '.join(info.qualities)} |", "|---" * (len(info.qualities) + 1) + "|"]
+    found = outcomes["predictor"]
+    for place, name in enumerate(names if info.qualities else ()):
+        cells = (
+            f"{-np.interp(one.threshold, found.thresholds, found.points[place]):+.1f} points in "
+            f"{np.interp(one.threshold, found.thresholds, found.computation[place]):.0%}"
+            for one in info.qualities.values()
+        )
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def _never_seen(group: str, by_seed: dict[str, dict[str, list[Judged]]]) -> list[str]:

@@ -442,9 +442,9 @@ def _ray_engine(output: str, options: RecordingOptions) -> Iterator[Any]:
 
 
 def _show_labels(run: Any, rule: Any) -> Any:
-    from smartfrz.dataset_builder.labels import label_layers
+    from smartfrz.dataset_builder.labelling import label_run
 
-    labels = label_layers(run.cka, rule)
+    labels = label_run(run, rule).hard
     known = labels >= 0
     commands.show(f"{run.name}: {(labels == 1).sum() / max(1, known.sum()):.0%} ready, {known.mean():.0%} known")
     return labels
@@ -480,8 +480,9 @@ def _note_few(document: dict[str, Any]) -> None:
 
 def _evaluate(predictor: Path, files: Sequence[Path]) -> dict[str, Any]:
     """Judge, and print the tables."""
-    from smartfrz.dataset_builder.building import evaluation_text, judge_predictor, labelled_runs, records_of
+    from smartfrz.dataset_builder.building import evaluation_text, judge_predictor
     from smartfrz.dataset_builder.datasets import read_together
+    from smartfrz.dataset_builder.labelling import labelled_runs, records_of
     from smartfrz.dataset_builder.labels import LabelRule
     from smartfrz.predictor.runtime import Predictor
 

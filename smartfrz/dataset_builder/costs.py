@@ -11,7 +11,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-Measure = Literal["accuracy", "loss"]
+Measure = Literal["accuracy", "loss", "expected"]
+LEAST_EXPLAINED = 0.5
 Floats = NDArray[np.float64]
 
 
@@ -56,12 +57,27 @@ class FreezeCosts:
     def lost(self, measure: Measure) -> Floats:
         """Return what each branch lost against the run itself, float64 `[moments, depths]`; negative if it gained.
 
+        Args:
+            measure: `"accuracy"` as a fraction of 1, `"loss"` in nats, or `"expected"`: the accuracy that branches of this
+                run lose in the mean whose loss grows as much. On two thousand examples a loss is far less noisy than an
+                accuracy. It is the accuracy itself where all layers are frozen, and in runs whose losses explain less
+                than half of what the accuracies vary by.
+
         Raises:
             ValueError: If there is no such measure.
         """
         if measure not in get_args(Measure):
-            raise ValueError(f"`measure` is {measure!r}; expected 'accuracy' or 'loss'.")
-        return self.loss - self.final_loss if measure == "loss" else self.final_accuracy - self.accuracy
+            raise ValueError(f"`measure` is {measure!r}; expected one of {', '.join(map(repr, get_args(Measure)))}.")
+        accuracy, loss = self.final_accuracy - self.accuracy, self.loss - self.final_loss
+        if measure != "expected":
+            return loss if measure == "loss" else accuracy
+        partly = np.broadcast_to(self.depths < self.num_layers, loss.shape)
+        known = partly & np.isfinite(loss)
+        x, y = loss[known], accuracy[known]
+        slope = max(0.0, float((x * y).sum() / max((x * x).sum(), 1e-12)))
+        if ((y - slope * x) ** 2).sum() > (1 - LEAST_EXPLAINED) * (y * y).sum():
+            return accuracy
+        return np.where(partly, slope * loss, accuracy)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data in which None stands for NaN, which JSON lacks."""
@@ -181,7 +197,7 @@ class CostSurface:
         self._failed[:-1, 1:] = [failed[0], *failed]
 
     @classmethod
-    def of(cls, costs: FreezeCosts, measure: Measure = "accuracy") -> "CostSurface":
+    def of(cls, costs: FreezeCosts, measure: Measure = "expected") -> "CostSurface":
         """Fit a surface to the costs of one recording."""
         return cls(costs.moments, costs.depths, costs.lost(measure))
 
@@ -271,7 +287,7 @@ class CostTargets:
 
 
 def cost_targets(
-    costs: FreezeCosts, progress: Any, limit: float, *, measure: Measure = "accuracy", softness: float = 0.005
+    costs: FreezeCosts, progress: Any, limit: float, *, measure: Measure = "expected", softness: float = 0.005
 ) -> CostTargets:
     """Say for each layer and record whether freezing everything up to this layer now costs at most `limit`.
 
@@ -279,7 +295,7 @@ def cost_targets(
         costs: What was measured.
         progress: The records as fractions of the run, `[timestamps]`.
         limit: Largest cost, from 0: accuracy as a fraction of 1, or loss in nats.
-        measure: `"accuracy"` or `"loss"`.
+        measure: See `FreezeCosts.lost`.
         softness: How far from the limit the soft target is 0.73 or 0.27, in the same unit: a logistic function. About the
             noise of a measured cost.
 
@@ -310,7 +326,7 @@ class Judgement:
     saved: float
 
 
-def judge(costs: FreezeCosts, schedule: Sequence[tuple[float, int]], *, measure: Measure = "accuracy") -> Judgement:
+def judge(costs: FreezeCosts, schedule: Sequence[tuple[float, int]], *, measure: Measure = "expected") -> Judgement:
     """Judge a schedule that freezes more and more of the first layers, without training.
 
     Each stage costs what freezing to its depth costs at that moment, less what freezing to the depth of the stage before
@@ -320,7 +336,7 @@ def judge(costs: FreezeCosts, schedule: Sequence[tuple[float, int]], *, measure:
         costs: What was measured on this run.
         schedule: Stages `(moment, depth)` in the order of time, moments in [0, 1], depths not falling. `(0.5, L)`, with all
             L layers, is to stop half way.
-        measure: `"accuracy"` or `"loss"`.
+        measure: See `FreezeCosts.lost`.
 
     Raises:
         ValueError: If moments or depths are out of range, or fall.

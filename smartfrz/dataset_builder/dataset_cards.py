@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from smartfrz.dataset_builder.building import dataset_of
 from smartfrz.dataset_builder.datasets import DATASET_VERSION, PathOptions
+from smartfrz.dataset_builder.labelling import dataset_of
 from smartfrz.dataset_builder.storage import RecordedRun
 
 _COLUMNS = """\

@@ -1,17 +1,18 @@
 """From CKA curves to labels that say whether it was right to freeze a layer at a timestamp."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 UNKNOWN = -1
+Source = Literal["cka", "costs", "both"]
 
 
 @dataclass(frozen=True)
 class LabelRule:
-    """When the CKA of a layer counts as stabilised.
+    """When it is right to freeze a layer: when its CKA has stabilised, when it costs little, or both.
 
     Attributes:
         kind: `forward`: from this timestamp to the end of the run CKA stays within `tolerance` of its
@@ -19,17 +20,28 @@ class LabelRule:
             that could be known at that moment.
         tolerance: Largest absolute difference of CKA.
         records: Timestamps that the backward rule looks at.
+        source: What is labelled by. `cka`: CKA alone, as in the paper. `costs`: whether freezing everything up to this
+            layer costs at most `cost_limit`, as it was measured (`smartfrz-build record --costs`). `both`: the mean of
+            both targets; CKA alone for recordings without costs.
+        cost_limit: Accuracy that freezing may cost, in percentage points.
 
     Source:
         Paper, section 3.4: "if the CKA value of a layer stabilizes during the training process, we
-        consider this layer is converged". Neither rule nor tolerance is given there; these are ours.
+        consider this layer is converged". Neither rule nor tolerance is given there; these are ours, and so are costs.
     """
 
     kind: Literal["forward", "backward"] = "forward"
     tolerance: float = 0.02
     records: int = 10
+    source: Source = "cka"
+    cost_limit: float = 0.5
 
     def __post_init__(self) -> None:
+        if self.source not in get_args(Source) or not 0 <= self.cost_limit < 100:
+            raise ValueError(
+                f"LabelRule received source={self.source!r}, cost_limit={self.cost_limit}; expected one of "
+                f"{', '.join(get_args(Source))}, and points from 0 to less than 100."
+            )
         if self.kind not in ("forward", "backward") or not 0 < self.tolerance < 1 or self.records < 2:
             raise ValueError(
                 f"LabelRule received kind={self.kind!r}, tolerance={self.tolerance}, records={self.records}; expected "
@@ -37,8 +49,9 @@ class LabelRule:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, stored with the predictor."""
-        return asdict(self)
+        """Plain data, stored with the predictor; what costs do not matter to is left out."""
+        found = asdict(self)
+        return {key: found[key] for key in ("kind", "tolerance", "records")} if self.source == "cka" else found
 
 
 def label_layers(cka: NDArray[np.float64], rule: LabelRule) -> NDArray[np.int8]:

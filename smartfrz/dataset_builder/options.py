@@ -66,9 +66,11 @@ class TrainingArguments:
 class RuleOptions:
     """The label rule; `LabelRule` describes it."""
 
+    labels: str
     rule: str
     tolerance: float
     rule_records: int
+    cost_limit: float
 
     def make(self) -> "LabelRule":
         """Make the label rule.
@@ -79,7 +81,7 @@ class RuleOptions:
         from smartfrz.dataset_builder.labels import LabelRule
 
         try:
-            return LabelRule(self.rule, self.tolerance, self.rule_records)  # type: ignore[arg-type]
+            return LabelRule(self.rule, self.tolerance, self.rule_records, self.labels, self.cost_limit)  # type: ignore[arg-type]
         except ValueError as error:
             raise click.UsageError(str(error)) from error
 
@@ -154,6 +156,13 @@ rule_options = _together(
     RuleOptions,
     [
         click.option(
+            "--labels",
+            type=click.Choice(["cka", "costs", "both"]),
+            default="cka",
+            show_default=True,
+            help="A layer is ready if its CKA has settled, if freezing up to it costs little (record --costs), or both.",
+        ),
+        click.option(
             "--rule",
             type=click.Choice(["forward", "backward"]),
             default="forward",
@@ -162,6 +171,13 @@ rule_options = _together(
         ),
         click.option("--tolerance", default=0.02, show_default=True, help="Largest change of CKA, absolute."),
         click.option("--rule-records", default=10, show_default=True, help="Records for --rule backward."),
+        click.option(
+            "--cost-limit",
+            default=0.5,
+            type=click.FloatRange(0, 100, max_open=True),
+            show_default=True,
+            help="Accuracy that freezing may cost, in points; for --labels costs and both.",
+        ),
     ],
 )
 

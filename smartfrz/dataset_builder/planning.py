@@ -9,9 +9,10 @@ import click
 
 from smartfrz import zoo
 from smartfrz.dataset_builder import building
-from smartfrz.dataset_builder.building import Base, Material, Plan, records_of
+from smartfrz.dataset_builder.building import Base, Material, Plan
 from smartfrz.dataset_builder.cards import few_recordings
 from smartfrz.dataset_builder.datasets import read_together
+from smartfrz.dataset_builder.labelling import labelled_runs, records_of
 from smartfrz.dataset_builder.labels import LabelRule
 from smartfrz.dataset_builder.options import FURTHER_LEARNING_RATE, PULL, RuleOptions, TrainingArguments, given
 from smartfrz.dataset_builder.recipes import Recipe
@@ -80,7 +81,7 @@ class Job:
         chosen = self.cross_validate
         plan = replace(plan, cross_validate=can_hold_out(architectures) if chosen is None else chosen)
         try:
-            runs, old_runs = (building.labelled_runs(some, plan.rule, plan.records) for some in (new, old))
+            runs, old_runs = (labelled_runs(some, plan.rule, plan.records) for some in (new, old))
             if plan.base:
                 plan = replace(plan, base=replace(plan.base, runs=old_runs))
             material = Material([*new, *old], runs, _digest({*files, *self.old_files}))
@@ -131,7 +132,7 @@ def _continue_from(name: str, arguments: TrainingArguments, rule: LabelRule, new
     base = _load_base(name)
     info = base.info
     _check_format(arguments, info)
-    if not any(map(given, ("rule", "tolerance", "rule_records"))):
+    if not any(map(given, ("labels", "rule", "tolerance", "rule_records", "cost_limit"))):
         rule = LabelRule(**info.metrics.get("label_rule", {}))
     old_files = _old_files(base, arguments.base_runs, set(new_names)) if arguments.base_runs else []
     if not old_files:

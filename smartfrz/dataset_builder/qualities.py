@@ -9,12 +9,13 @@ from numpy.typing import NDArray
 
 from smartfrz.control.learned import PATIENCE, RECORDS_PER_STAGE
 from smartfrz.control.quality import TARGETS, Calibration
-from smartfrz.dataset_builder.building import labelled_runs, records_of
 from smartfrz.dataset_builder.costs import judge, prefix_schedule
+from smartfrz.dataset_builder.labelling import dataset_of, labelled_runs, records_of
 from smartfrz.dataset_builder.labels import LabelRule
 from smartfrz.dataset_builder.storage import RecordedRun
 from smartfrz.errors import DatasetFormatError
 from smartfrz.predictor.runtime import Predictor
+from smartfrz.predictor.training.cross_validation import HeldOut
 from smartfrz.predictor.training.export import with_info
 from smartfrz.predictor.training.judging import first_freezes, score
 from smartfrz.predictor.training.runs import TrainingOptions
@@ -37,33 +38,31 @@ class Outcomes:
     points: NDArray[np.float64]
     computation: NDArray[np.float64]
 
+    def points_at(self, computation: float) -> float:
+        """Return the mean cost, in points, at the threshold that leaves a share of the computation in the mean over runs.
 
-def simulate(predictor: Predictor, runs: Sequence[RecordedRun]) -> Outcomes:
-    """Find out what freezing by a predictor would have cost in recorded runs, without training again.
+        It is NaN if no threshold does.
+        """
+        return float(np.interp(computation, self.computation.mean(0), self.points.mean(0), left=np.nan, right=np.nan))
+
+
+def simulate(confidences: Sequence[NDArray[np.float32]], runs: Sequence[RecordedRun]) -> Outcomes:
+    """Find out what freezing by some confidences would have cost in recorded runs, without training again.
 
     Layers freeze as `LearnedPolicy` has them freeze. A run's cost is read off its cost surface, which was measured for
     the first layers only: a layer behind one that still trains counts neither as cost nor as saving.
 
     Args:
-        predictor: The predictor.
-        runs: Recordings with costs.
+        confidences: Of each run, float32 `[num_layers, records]`, NaN where nothing is decided.
+        runs: The runs, with costs.
 
     Raises:
-        DatasetFormatError: If fewer than three of the recordings have costs.
+        DatasetFormatError: If a run has no costs.
     """
-    runs = [run for run in runs if run.costs is not None]
-    if len(runs) < MIN_RUNS:
-        raise DatasetFormatError(
-            f"Received {len(runs)} recordings with costs; expected at least {MIN_RUNS}, of different models and data. "
-            "Record them with: smartfrz-build record --costs RECIPE..."
-        )
-    info = predictor.info
-    options = TrainingOptions(window=info.window, tailored_size=info.tailored_size, min_records=info.min_records)
-    labelled = labelled_runs(runs, LabelRule(), records_of(info))
     rows = []
-    for run, labels, confidence in zip(runs, labelled, score(predictor, labelled, options), strict=True):
+    for confidence, run in zip(confidences, runs, strict=True):
         costs = run.require_costs()
-        layers, records = labels.labels.shape
+        layers, records = confidence.shape
         progress = np.arange(1, records + 1) / records
         row = []
         for threshold in _THRESHOLDS:
@@ -76,6 +75,76 @@ def simulate(predictor: Predictor, runs: Sequence[RecordedRun]) -> Outcomes:
         rows.append(row)
     points, computation = np.moveaxis(np.array(rows), 2, 0)
     return Outcomes(_THRESHOLDS, points, computation)
+
+
+def simulate_predictor(predictor: Predictor, runs: Sequence[RecordedRun]) -> Outcomes:
+    """Find out what freezing by a predictor would have cost in those of the recorded runs that have costs.
+
+    Raises:
+        DatasetFormatError: If fewer than three of them have.
+    """
+    runs = with_costs(runs)
+    info = predictor.info
+    options = TrainingOptions(window=info.window, tailored_size=info.tailored_size, min_records=info.min_records)
+    return simulate(score(predictor, labelled_runs(runs, LabelRule(), records_of(info)), options), runs)
+
+
+def simulate_held_out(held_out: HeldOut, runs: Sequence[RecordedRun]) -> dict[str, Outcomes]:
+    """Find out what freezing by each method of a cross-validation would have cost in the runs that were held out.
+
+    Args:
+        held_out: What was found by holding out architectures, and data sets.
+        runs: All recordings that it was made with, in their order.
+
+    Returns:
+        Method to outcomes in the runs that have costs, means over seeds and over what was held out; empty if these are too
+        few to calibrate with.
+    """
+    known = [run for run in runs if run.costs is not None]
+    if len(known) < MIN_RUNS:
+        return {}
+    found: dict[str, list[Outcomes]] = {}
+    for kind, groups in held_out.items():
+        of_group = {
+            group: [
+                run.name
+                for run in runs
+                if group == (run.architecture if kind == "architecture" else dataset_of(run.facts))
+            ]
+            for group in groups
+        }
+        first = next(iter(groups.values()))
+        for method, seeds in first.items():
+            for seed in range(len(seeds)):
+                said = {
+                    name: confidence
+                    for group, methods in groups.items()
+                    for name, confidence in zip(of_group[group], methods[method][seed].confidence, strict=True)
+                }
+                found.setdefault(method, []).append(simulate([said[run.name] for run in known], known))
+    return {
+        method: Outcomes(
+            _THRESHOLDS,
+            np.mean([one.points for one in each], axis=0),
+            np.mean([one.computation for one in each], axis=0),
+        )
+        for method, each in found.items()
+    }
+
+
+def with_costs(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
+    """Return the runs that have costs.
+
+    Raises:
+        DatasetFormatError: If these are too few to calibrate with.
+    """
+    found = [run for run in runs if run.costs is not None]
+    if len(found) < MIN_RUNS:
+        raise DatasetFormatError(
+            f"Received {len(found)} recordings with costs; expected at least {MIN_RUNS}, of different models and data. "
+            "Record them with: smartfrz-build record --costs RECIPE..."
+        )
+    return found
 
 
 def calibrate_qualities(outcomes: Outcomes) -> dict[str, Calibration]:
@@ -122,6 +191,6 @@ def calibrate_file(path: Path, runs: Sequence[RecordedRun], output: Path) -> dic
         OSError: If the output cannot be written.
     """
     predictor = Predictor(path, device="cpu")
-    qualities = calibrate_qualities(simulate(predictor, runs))
+    qualities = calibrate_qualities(simulate_predictor(predictor, runs))
     with_info(path, replace(predictor.info, qualities=qualities), output)
     return qualities

@@ -200,10 +200,17 @@ def _features(features: str, run: LabelledRun, options: TrainingOptions) -> NDAr
 
 
 class Judged(NamedTuple):
-    """Results of one method on some runs."""
+    """Results of one method on some runs.
+
+    Attributes:
+        quality: How well it ranks, and how right it is at its threshold.
+        reliability: How right its confidences are.
+        confidence: The confidences themselves, one array for each run, in [0, 1].
+    """
 
     quality: Quality
     reliability: Reliability
+    confidence: Scores
 
 
 @dataclass(frozen=True)
@@ -261,5 +268,6 @@ class Baselines:
                 scores = self.scores(method, validation, options)
                 threshold = calibrate(scores, validation, options, options.precision)
             quality = measure_quality(self.scores(method, test, options), test, threshold, options)
-            judged[method] = Judged(quality, Reliability.of(self.confidence(method, test, options), test, options))
+            confidence = self.confidence(method, test, options)
+            judged[method] = Judged(quality, Reliability.of(confidence, test, options), confidence)
         return judged

@@ -12,6 +12,7 @@ from smartfrz.predictor.training.runs import LabelledRun, TrainingOptions, split
 
 Group = Literal["architecture", "dataset"]
 METHODS = ("predictor", *baselines.METHODS)
+HeldOut = dict[str, dict[str, dict[str, list[Judged]]]]  # kind, group held out, method: one judgement per seed
 
 
 def can_hold_out(groups: Sequence[str]) -> bool:
@@ -110,5 +111,5 @@ def _judge_without(
     threshold = calibrate(score(model, validation, options), validation, options, options.precision)
     said = score(model, test, options)
     quality = measure_quality(said, test, threshold, options)
-    predictor = Judged(quality, Reliability.of(said, test, options))
+    predictor = Judged(quality, Reliability.of(said, test, options), said)
     return {"predictor": predictor} | Baselines.fit(train, rest, options).judge(test, validation, options)

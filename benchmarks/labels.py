@@ -1,0 +1,184 @@
+"""What a predictor should be labelled by: `python -m benchmarks.labels run|table --dataset FILE`.
+
+`run` trains predictors on labels by CKA, by what freezing costs, and by both, each without one architecture or data set in
+turn, and judges them on the runs that were left out: what would freezing by their confidences have cost and saved there,
+read off the measured cost surfaces (`smartfrz.dataset_builder.qualities.simulate`)? Nothing is trained again for
+that, so it takes minutes. Beside each predictor are the baselines of its card, fitted on the same labels.
+
+One JSON line a round is added to `--results`, and none is made twice. `table` needs nothing else. In it
+
+- *one threshold* is accuracy lost, in points, if all runs freeze at one threshold that leaves a share of the computation, in
+  the mean over runs. A confidence that does not mean the same in every run is punished here.
+- *own threshold* is the same if each run had the threshold that leaves this share in it: how well layers are ranked.
+- *right freezes* is the share of freezes that were labelled right, at the threshold at which a third of all layers'
+  training time comes after their freezes. Labels here are those by costs, whatever was trained on.
+
+Figures are means over runs, with the standard deviation over seeds.
+"""
+
+import argparse
+import hashlib
+import statistics
+import sys
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import torch
+
+from benchmarks.arguments import errors_as_messages, lines_of, list_of, positive, seeds
+from smartfrz.comparing.lines import add_line, matching
+from smartfrz.control.learned import PATIENCE, RECORDS_PER_STAGE
+from smartfrz.dataset_builder.datasets import read_dataset
+from smartfrz.dataset_builder.labelling import labelled_runs
+from smartfrz.dataset_builder.labels import LabelRule, Source
+from smartfrz.dataset_builder.qualities import Outcomes, simulate
+from smartfrz.predictor.training.cross_validation import Group, leave_one_out
+from smartfrz.predictor.training.judging import first_freezes
+from smartfrz.predictor.training.runs import TrainingOptions
+
+RESULTS = Path(__file__).parent / "results" / "labels.jsonl"
+DATASET = Path("datasets/smartfrz.parquet")
+METHODS = ("predictor", "schedule", "logistic_regression", "weight_change_calibrated")
+SHARES = (0.85, 0.75, 0.65)  # of full training's computation
+FROZEN = 1 / 3
+RECORDS = 30
+EVERY = 3  # of the thresholds, one is written down
+
+
+def run(options):
+    """Train without each group; one line for each kind of labels and seed."""
+    recorded, _ = read_dataset(options.dataset)
+    digest = hashlib.sha256(options.dataset.read_bytes()).hexdigest()
+    for labels in options.labels:
+        rule = LabelRule(source=labels, cost_limit=options.limit)
+        runs = labelled_runs([one for one in recorded if one.costs or labels != "costs"], rule, RECORDS)
+        costs = labelled_runs([one for one in recorded if one.costs], LabelRule(source="costs"), RECORDS)
+        right = {one.name: one.labels for one in costs}
+        for group in options.groups:
+            for seed in options.seeds:
+                facts = {"group": group, "seed": seed, "labels": rule.to_dict(), "dataset": digest}
+                facts |= {"epochs": options.epochs} if options.epochs else {}
+                if matching(lines_of(options.results), facts):
+                    continue
+                training = replace(TrainingOptions(seed=seed), **({"epochs": options.epochs} if options.epochs else {}))
+                judged = leave_one_out(runs, training, group, _progress(f"{labels} {group} {seed}"), num_seeds=1)
+                found = {method: {} for method in METHODS}
+                error = {method: [0.0, 0] for method in METHODS}
+                for held_out, methods in judged.items():
+                    names = [one.name for one in runs if getattr(one, group) == held_out]
+                    for method in METHODS:
+                        (one,) = methods[method]
+                        error[method][0] += one.reliability.error * int(one.reliability.counts.sum())
+                        error[method][1] += int(one.reliability.counts.sum())
+                        said = dict(zip(names, one.confidence, strict=True))
+                        found[method] |= _outcomes([r for r in recorded if r.name in said and r.costs], said, right)
+                line = {"calibration_error": {method: total / number for method, (total, number) in error.items()}}
+                add_line(options.results, facts | line | {"held_out": found})
+
+
+def _progress(name):
+    shown = [0.0]
+
+    def progress(done, text):
+        if done - shown[0] >= 0.2:
+            shown[0] = done
+            print(f"{name}: {done:.0%} {text}", file=sys.stderr, flush=True)
+
+    return progress
+
+
+def _outcomes(recorded, said, right):
+    """Run to what each threshold costs, leaves, freezes and gets right."""
+    made = {}
+    for one in recorded:
+        outcomes = simulate([said[one.name]], [one])
+        rights, times = [], []
+        for threshold in outcomes.thresholds[::EVERY]:
+            frozen = first_freezes(said[one.name], threshold, PATIENCE, RECORDS_PER_STAGE)
+            labels = right[one.name]
+            rights.append(float(np.mean([labels[place] == 1 for place in frozen])) if frozen else None)
+            times.append(sum(labels.shape[1] - record - 1 for _, record in frozen) / labels.size)
+        made[one.name] = {
+            "points": outcomes.points[0, ::EVERY].round(3).tolist(),
+            "computation": outcomes.computation[0, ::EVERY].round(4).tolist(),
+            "right": [None if value is None else round(value, 3) for value in rights],
+            "frozen": [round(value, 4) for value in times],
+        }
+    return made
+
+
+def at_one_threshold(found, share):
+    """Points that are lost where the runs' mean computation is `share`; `found` maps runs to what was written down."""
+    points, computation = (np.array([one[key] for one in found.values()]) for key in ("points", "computation"))
+    return Outcomes(np.arange(points.shape[1]), points, computation).points_at(share)
+
+
+def at_own_threshold(found, share):
+    """Mean of the points that each run loses where its own computation is `share`.
+
+    A run that has no threshold at which as much is saved counts with the most that it saves.
+    """
+    return float(np.mean([np.interp(share, one["computation"], one["points"]) for one in found.values()]))
+
+
+def right_freezes(found, frozen=FROZEN):
+    """Share of right freezes at one threshold, where `frozen` of all layers' time comes after their freezes."""
+    times = np.mean([one["frozen"] for one in found.values()], axis=0)
+    rights = np.array([[np.nan if v is None else v for v in one["right"]] for one in found.values()])
+    mean = np.array([np.nanmean(column) if np.isfinite(column).any() else np.nan for column in rights.T])
+    known = np.isfinite(mean)
+    return float(np.interp(frozen, times[known][::-1], mean[known][::-1]))
+
+
+def table(lines):
+    """Rows: each kind of labels and method, means over seeds."""
+    rows = []
+    grouped = defaultdict(list)
+    for line in lines:
+        rule = line["labels"]
+        grouped[line["group"], rule.get("source", "cka")].append(line)
+    for (group, labels), found in sorted(grouped.items()):
+        for method in METHODS:
+            each = [line["held_out"][method] for line in found]
+            row = {"held out": group, "labels": labels, "method": method.replace("_", " "), "seeds": str(len(found))}
+            for share in SHARES:
+                row[f"one threshold, {share:.0%}"] = _cell([at_one_threshold(one, share) for one in each])
+            for share in SHARES:
+                row[f"own threshold, {share:.0%}"] = _cell([at_own_threshold(one, share) for one in each])
+            row["right freezes"] = _cell([right_freezes(one) for one in each])
+            row["calibration error"] = _cell([line["calibration_error"][method] for line in found])
+            rows.append(row)
+    return rows
+
+
+def _cell(values):
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+@errors_as_messages()
+def main(given=None):
+    """Measure, or show what was measured."""
+    from benchmarks.tables import markdown
+
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--dataset", type=Path, default=DATASET)
+    parser.add_argument("--labels", type=list_of(get_args(Source)), default=list(get_args(Source)))
+    parser.add_argument("--groups", type=list_of(get_args(Group)), default=list(get_args(Group)))
+    parser.add_argument("--limit", type=float, default=0.5, help="Points that freezing may cost.")
+    parser.add_argument("--seeds", type=seeds, default=[0, 1, 2])
+    parser.add_argument("--epochs", type=positive, help="To try something out.")
+    options = parser.parse_args(given)
+    torch.set_num_threads(1)
+    if options.what == "run":
+        run(options)
+    print(markdown(table(lines_of(options.results))))
+
+
+if __name__ == "__main__":
+    main()

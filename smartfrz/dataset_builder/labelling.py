@@ -1,0 +1,82 @@
+"""From recorded runs to labelled ones that a predictor can be trained on."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smartfrz.dataset_builder.costs import cost_targets
+from smartfrz.dataset_builder.datasets import thinning
+from smartfrz.dataset_builder.labels import UNKNOWN, LabelRule, label_layers, soft_targets
+from smartfrz.dataset_builder.storage import RecordedRun
+from smartfrz.predictor.contract import PredictorInfo
+from smartfrz.predictor.training.runs import LabelledRun
+
+
+class Labels(NamedTuple):
+    """Labels of a run.
+
+    Attributes:
+        hard: 1 if freezing is right, 0 if not, -1 where that is not known; int8 `[num_layers, timestamps]`.
+        soft: How clearly, in [0, 1]; NaN where it is not known; float32 of the same shape.
+    """
+
+    hard: NDArray[np.int8]
+    soft: NDArray[np.float32]
+
+
+def label_run(run: RecordedRun, rule: LabelRule) -> Labels:
+    """Label every layer of a recorded run at every timestamp, by CKA, by costs or by both.
+
+    Raises:
+        DatasetFormatError: If the rule asks for costs, and they were not measured.
+    """
+    by_cka = Labels(label_layers(run.cka, rule), soft_targets(run.cka, rule))
+    if rule.source == "cka" or (rule.source == "both" and run.costs is None):
+        return by_cka
+    costs = cost_targets(run.require_costs(), run.progress, rule.cost_limit / 100)
+    if rule.source == "costs":
+        return Labels(costs.hard, costs.soft.astype(np.float32))
+    mean = ((by_cka.soft + costs.soft) / 2).astype(np.float32)
+    return Labels(np.where(np.isnan(mean), UNKNOWN, mean >= 0.5).astype(np.int8), mean)
+
+
+def labelled_runs(recorded: Sequence[RecordedRun], rule: LabelRule, records: int) -> list[LabelledRun]:
+    """Label recorded runs, and thin them to about `records` timestamps each.
+
+    Labels are made first: they look at every recorded timestamp.
+
+    Raises:
+        ValueError: If the paths of a run are of fewer records, or of others.
+        DatasetFormatError: If the rule asks for costs, and those of a run were not measured.
+    """
+    runs = []
+    for run in recorded:
+        every = thinning(run.facts, records)
+        labels, targets = label_run(run, rule)
+        thin = slice(every - 1, None, every)
+        weights, dataset = run.weights[:, thin], dataset_of(run.facts)
+        paths = None
+        if run.paths is not None:
+            if every % run.paths.every:
+                raise ValueError(
+                    f"The dataset has every {run.paths.every}. of {len(run.step)} timestamps of {run.name!r}, but {records} "
+                    f"records a run need every {every}. Choose other --records, or train on the recordings."
+                )
+            paths = run.paths.unpack().thinned(every // run.paths.every)
+        runs.append(LabelledRun(run.name, run.architecture, weights, labels[:, thin], targets[:, thin], dataset, paths))
+    return runs
+
+
+def dataset_of(facts: dict[str, Any]) -> str:
+    """Return the name of a recording's data set: the function that makes it, or the folder of pictures."""
+    data = facts["recipe"].get("data", {})
+    source = str(data.get("source", "")).rpartition(":")[2] or str(data.get("folder", ""))
+    name = data.get("arguments", {}).get("name", "")
+    return " ".join(part for part in (source, str(name)) if part) or "unknown"
+
+
+def records_of(info: PredictorInfo) -> int:
+    """Return the number of records per run that a predictor was trained at."""
+    return round(1 / info.record_fraction)
