@@ -210,6 +210,27 @@ for name, options in VARIANTS.items():
 
 
 @scenario
+def read_later(rank, world):
+    """Forced here: weights are read as on a GPU. The run that is resumed was saved between a record and its decision."""
+    LayerReader._always_later = True
+    try:
+        by_hand, whole = Run(rank, wrap="by hand").train(), Run(rank).train()
+        first = Run(rank).train(0, FREEZE_AT[1])
+        saved = [None]
+        if rank == 0:
+            saved = [copy.deepcopy([x.state_dict() for x in (first.model, first.optimizer, first.freezer)])]
+        dist.broadcast_object_list(saved)
+        second = Run(rank, seed=1, script=SCRIPT[1:])
+        for part, state in zip((second.model, second.optimizer, second.freezer), saved[0], strict=True):
+            part.load_state_dict(state)
+        second.train(FREEZE_AT[1])
+        due = saved[0][2]["controller"].get("due")
+        return {"by hand": by_hand.result(), "ddp": whole.result(), "resumed": second.result(), "due": due}
+    finally:
+        LayerReader._always_later = False
+
+
+@scenario
 def prefix_cache(rank, world):
     """With and without: each rank has eight samples, until the ranks exchange them."""
     results = {}

@@ -37,7 +37,7 @@ ON_TWO = [
     *["fsdp", "different_data_fsdp", "placements", "baselines"],
     *["step_on_0_only", "step_on_1_only", "steps_end_on_1", "failing_predictor", "thaw_on_0_only", "wrong_states"],
     *[f"unlike_{name}" for name in ("layers", "width", "order", "options", "predictor")],
-    "prefix_cache",
+    *["prefix_cache", "read_later"],
     "train",
 ]
 ON_FOUR = [
@@ -124,10 +124,10 @@ def elements(frozen_at=FREEZE_AT, steps=STEPS):
     return [sum(parts)] * first + [sum(parts[1:])] * (second - first) + [parts[2]] * (steps - second)
 
 
-def assert_trained_alike(results):
+def assert_trained_alike(results, frozen_at=FREEZE_AT):
     """The same weights on every rank after every step, and from the freeze on the same bits."""
     for step in range(STEPS):
-        for layer, freeze in zip(("conv1", "conv2", "head"), (*FREEZE_AT, STEPS + 1), strict=True):
+        for layer, freeze in zip(("conv1", "conv2", "head"), (*frozen_at, STEPS + 1), strict=True):
             now = [result["log"][step][layer] for result in results]
             assert len({part["weights"] for part in now}) == 1, f"{layer} differs between ranks after step {step + 1}"
             if step + 1 >= freeze:
@@ -135,7 +135,7 @@ def assert_trained_alike(results):
                 assert now == frozen, f"{layer} moved after it was frozen, in step {step + 1}"
                 assert len({part["statistics"] for part in now}) == 1
     for result in results:
-        assert result["frozen_at"] == {"conv1": FREEZE_AT[0], "conv2": FREEZE_AT[1]}
+        assert result["frozen_at"] == {"conv1": frozen_at[0], "conv2": frozen_at[1]}
         assert result["events"] == results[0]["events"]
 
 
@@ -159,6 +159,19 @@ def test_frozen_layers_drop_out_of_what_is_reduced_and_the_rest_trains_as_with_g
             assert result["elements"] == elements()
     final = results[0]["log"][-1]["head"]["weights"]
     assert len({entry["head"]["weights"] for entry in results[0]["log"]}) == STEPS, final
+
+
+def test_ranks_that_read_weights_later_forced_on_cpus_freeze_alike_one_step_later(two):
+    later = [step + 1 for step in FREEZE_AT]
+    assert_trained_alike(of(two, "read_later", "ddp"), later)
+    for result in of(two, "read_later"):
+        assert result["due"] == "stage"
+        whole, resumed = result["ddp"], result["resumed"]
+        assert whole["log"] == result["by hand"]["log"]
+        assert whole["elements"] == elements(later)
+        # What is not frozen yet has each rank's own statistics until the next forward pass.
+        assert resumed["log"][1:] == whole["log"][FREEZE_AT[1] + 1 :]
+        assert resumed["events"] == whole["events"]
 
 
 def test_each_rank_caches_what_it_sees(two):

@@ -186,7 +186,7 @@ class Freezer(ABC, Generic[A]):
             == controller.steps_to_stage
         ):
             run.adapter.snapshot_statistics()
-        if controller.num_steps % controller.record_every == 0:
+        if controller.just_looked:
             self._pace.note(controller.num_steps, 0 if controller.dry_run else len(controller.frozen))
             self._latest_stage = decisions
             if self._log is not None and self._is_first:
@@ -293,9 +293,8 @@ class Freezer(ABC, Generic[A]):
 
     @property
     def just_recorded(self) -> bool:
-        """Whether the latest step was one at which layers were recorded."""
-        controller = self._run.controller if self._run else None
-        return controller is not None and controller.num_steps % controller.record_every == 0
+        """Whether layers were looked at after the latest step: recorded then or, on a GPU, one step earlier."""
+        return self._run is not None and self._run.controller.just_looked
 
     def scalars(self) -> dict[str, float]:
         """Return how many layers are frozen, the share of backward saved, and the pace, for the logs of a framework."""

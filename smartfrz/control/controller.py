@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from smartfrz.control.budget import AskingBudget
 from smartfrz.control.decision import FreezeDecision, Reason, decide
@@ -14,25 +14,14 @@ from smartfrz.control.learned import AsksPredictor, policy_of
 from smartfrz.control.options import FreezeOptions, Schedule, stages_apart
 from smartfrz.control.ordering import LayerCost, Ordering, backward_cost
 from smartfrz.control.policy import Policy
-from smartfrz.control.protocols import Adapter, OneProcess, OptimizerAdapter, Ranks, Untrained
+from smartfrz.control.protocols import Adapter, OneProcess, OptimizerAdapter, Ranks, ReadsLater
 from smartfrz.control.restarts import RestartWatch
+from smartfrz.control.saying import warn_differences, warn_held, warn_moved, warn_unfrozen, warn_untrained
 from smartfrz.control.state import check_contents, check_fields, sealed
 from smartfrz.control.watch import Disturbance, FrozenWatch
 from smartfrz.errors import StateError, UnsupportedModelError
 
 logger = logging.getLogger("smartfrz")
-# Why a frozen layer probably moved.
-_LIKELY: dict[str, str] = {
-    "trained": "the training loop sets requires_grad or trainable again and again, where SmartFRZ cannot set it back",
-    "moved": "the optimizer changes weights that have no gradient, as some do with weight decay, or the loop writes to them",
-    "statistics": "a norm updates its statistics even in eval mode, or the loop writes to its buffers",
-}
-_WHY_UNTRAINED: dict[Untrained, str] = {
-    "no_optimizer": "no optimizer that it was given holds these weights",
-    "unknown_optimizer": "an optimizer that it was not given trains these weights; pass every optimizer of the model",
-    "learning_rate_zero": "the learning rate of these weights is 0",
-    "never_moved": "these weights have not moved since training began",
-}
 STATE_VERSION = 3
 # The attributes that a saved state carries over into the run that loads it.
 _SCHEDULE = (
@@ -52,6 +41,9 @@ _SCHEDULE = (
 class FreezeController:
     """Has the policy record, asks it at every freezing stage, and has layers frozen.
 
+    Where the adapter reads weights later (`ReadsLater`) and the policy waits for weights, all that follows from a record,
+    looking at the frozen layers included, happens after the next step; after the last step of the run it happens at once.
+
     Args:
         adapter: The model, as its framework's adapter shows it.
         predictor: A loaded predictor, or another policy.
@@ -65,6 +57,7 @@ class FreezeController:
         frozen: Layer name to the step at which it froze (in a dry run: would have).
         events: Every decision so far, oldest first.
         acts: Those of them that changed something (in a dry run: would have).
+        just_looked: Whether layers were looked at, and decided about if it was a freezing stage, after the latest step.
         unpaid_steps: Steps of the stages at which layers were ready, but freezing them did not pay.
         decision_seconds: Time spent recording, deciding and freezing.
         costs: What each layer costs; empty if unknown.
@@ -119,8 +112,15 @@ class FreezeController:
         self._restarts = RestartWatch()
         self._watch = FrozenWatch()
         self._looked_at = 0  # the step at which the frozen layers were last seen to stand still
+        self.just_looked = False
         self.layer_changes: list[tuple[int, str, str]] = []
         self._ranks.meet("the first step", self._facts())
+        self._due: Literal["", "look", "stage"] = ""  # what follows, after the next step, from the latest record
+        self._begun: Callable[[], Mapping[str, Disturbance]] | None = None  # looking at the frozen layers
+        self._later = bool(self._policy.waits_for_weights and self._ranks.share(self._reads_later))
+
+    def _reads_later(self) -> bool:
+        return bool(getattr(self._adapter, "reads_later", False))
 
     def _facts(self) -> dict[str, Any]:
         """Return what has to be the same in every process."""
@@ -137,9 +137,9 @@ class FreezeController:
 
     @property
     def steps_to_stage(self) -> int:
-        """Steps until the next freezing stage, at least 1."""
+        """Steps until layers may freeze, at the next freezing stage; at least 1."""
         apart = self.record_every * self.decide_every
-        return apart - self.num_steps % apart
+        return apart - max(0, self.num_steps - self._later) % apart
 
     @property
     def is_before_first_stage(self) -> bool:
@@ -188,11 +188,12 @@ class FreezeController:
     def skip_step(self) -> None:
         """Count an optimizer step at which nothing is recorded or decided."""
         self.num_steps += 1
+        self.just_looked = False
 
     @property
     def looks_next(self) -> bool:
         """Whether the next step is one at which layers are looked at and recorded."""
-        return (self.num_steps + 1) % self.record_every == 0
+        return bool(self._due) or (self.num_steps + 1) % self.record_every == 0
 
     def step(self) -> list[FreezeDecision]:
         """Record, decide and freeze if it is time to. Call it after every optimizer step.
@@ -201,28 +202,58 @@ class FreezeController:
             The decisions of this step; empty if it was not a freezing stage.
         """
         self.num_steps += 1
+        self.just_looked = False
         start = time.perf_counter()
-        decisions: list[FreezeDecision] = []
+        decisions = self._catch_up()
         if self.num_steps % self.record_every == 0:
-            decisions = self._look()
-            active = self.active
-            if len(active) > 1:  # the last layer is always kept
-                decisions += self._record(active)
+            decisions += self._record()
         self.set_lr_scales()
         self.decision_seconds += time.perf_counter() - start
         return decisions
 
-    def _look(self) -> list[FreezeDecision]:
-        """Look whether the layers are still the same, and whether what is frozen stands still."""
+    def _catch_up(self) -> list[FreezeDecision]:
+        """Do what follows from the record after the step before, if it was put off."""
+        due, self._due = self._due, ""
+        decisions = self._look(seen_at=self.num_steps - 1) if due else []
+        return decisions + (self._stage() if due == "stage" else [])
+
+    def _record(self) -> list[FreezeDecision]:
+        later = self._later and self.num_steps != self.total_steps
+        decisions = [] if later or self.just_looked else self._look(seen_at=self.num_steps)
+        asks = False
+        if len(self.active) > 1:  # the last layer is always kept
+            self.num_records += 1
+            asks = self.num_records % self.decide_every == 0
+            self._policy.record(self.active, ask=asks)
+        if later:
+            self._due = "stage" if asks else "look"
+            self._begun = self._begin_to_look()
+            return []
+        return decisions + (self._stage() if asks else [])
+
+    def _begin_to_look(self) -> Callable[[], Mapping[str, Disturbance]] | None:
+        """Compare the frozen layers of now without waiting for the answer."""
+        if self.dry_run or not self.frozen:
+            return None
+        return cast(ReadsLater, self._adapter).disturbed_later(list(self.frozen))
+
+    def _look(self, *, seen_at: int) -> list[FreezeDecision]:
+        """Look whether the layers are still the same, and whether what is frozen stands still.
+
+        Args:
+            seen_at: The step after which the weights were what they are compared as.
+        """
         self._ranks.meet(f"step {self.num_steps}", {"active": self.active})
         found = self._ranks.share(self._find)
         self._follow(found["layers"])
         thawed = self._settle(found["disturbed"])
-        self._looked_at = self.num_steps
+        self._looked_at, self._begun, self.just_looked = seen_at, None, True
         return thawed
 
     def _find(self) -> dict[str, Any]:
-        return {"layers": self._adapter.find_layers(), "disturbed": self._find_disturbed()}
+        layers = self._adapter.find_layers()
+        disturbed = self._find_disturbed() if self._begun is None else self._begun()
+        return {"layers": layers, "disturbed": {key: what for key, what in disturbed.items() if key in self.frozen}}
 
     def _find_disturbed(self) -> dict[str, Disturbance]:
         return {} if self.dry_run or not self.frozen else dict(self._adapter.disturbed(list(self.frozen)))
@@ -251,45 +282,22 @@ class FreezeController:
         if verdict.set_back:
             self._adapter.freeze(verdict.set_back)
         if verdict.held:
-            logger.warning(
-                "SmartFRZ keeps %s frozen, although the training loop sets requires_grad or trainable again and again, as "
-                "loops do that switch a whole model off and on. Call thaw() to train what is frozen.",
-                _enumerate(verdict.held),
-            )
+            warn_held(verdict.held)
         decisions = []
         if verdict.believed:
             trained = [layer for layer in verdict.believed if disturbed.get(layer) == "trained"]
             decisions = self.thaw(verdict.believed, "unfrozen_by_user", self._stood_still(trained))
-            logger.warning(
-                "SmartFRZ had frozen %s, and requires_grad or trainable was set again before step %d: this counts as a "
-                "call of thaw(). What was thawed may freeze again later.",
-                _enumerate(verdict.believed),
-                self.num_steps,
-            )
+            warn_unfrozen(verdict.believed, self.num_steps)
         for what in dict.fromkeys(verdict.moved.values()):
             layers = [layer for layer, found in verdict.moved.items() if found == what]
             since = self._stood_still(layers)
             decisions += self.thaw(layers, "moved_while_frozen", since)
-            logger.warning(
-                "SmartFRZ thaws %s and freezes no more of that: frozen, but moved all the same between step %d and step "
-                "%d. Probably %s. From step %d on this counts as trained.",
-                _enumerate(layers),
-                min(since.values()),
-                self.num_steps,
-                _LIKELY[what],
-                min(since.values()),
-            )
+            warn_moved(layers, what, min(since.values()), self.num_steps)
         return decisions
 
     def _stood_still(self, layers: Sequence[str]) -> dict[str, int]:
         """Return the last step at which each of these frozen layers was seen to stand still."""
         return {layer: max(self.frozen[layer], self._looked_at) for layer in layers}
-
-    def _record(self, active: list[str]) -> list[FreezeDecision]:
-        self.num_records += 1
-        ask = self.num_records % self.decide_every == 0
-        self._policy.record(active, ask=ask)
-        return self._stage(active) if ask else []
 
     def set_lr_scales(self) -> None:
         """Have the policy scale the learning rate of each active layer for the next step.
@@ -301,7 +309,10 @@ class FreezeController:
         for layer, scale in self._policy.lr_scales(self.active, step=self.num_steps).items():
             cast(OptimizerAdapter, self._adapter).set_lr_scale(layer, scale)
 
-    def _stage(self, active: list[str]) -> list[FreezeDecision]:
+    def _stage(self) -> list[FreezeDecision]:
+        active = self.active
+        if len(active) <= 1:  # the others have left since the record
+            return []
         shared = self._ranks.share(lambda: self._decide(active))
         decisions = [FreezeDecision(**decision) for decision in shared["decisions"]]
         self._streaks = dict(shared["streaks"])
@@ -382,13 +393,8 @@ class FreezeController:
             new = [x for x, reason in found.items() if reason == why and f"{why}: {x}" not in self._warned]
             self._warned.update(f"{why}: {layer}" for layer in new)
             # Schedules may end with a learning rate of 0.
-            if new and why in _WHY_UNTRAINED and self.num_steps != self.total_steps:
-                logger.warning(
-                    "SmartFRZ does not freeze %s as converged, since %s (step %d).",
-                    _enumerate(new),
-                    _WHY_UNTRAINED[why],
-                    self.num_steps,
-                )
+            if new and self.num_steps != self.total_steps:
+                warn_untrained(new, why, self.num_steps)
         return dict.fromkeys(found, "not_trained")
 
     def _pays(self, active: list[str], chosen: list[str]) -> bool:
@@ -428,8 +434,10 @@ class FreezeController:
         if not self.dry_run:
             self._adapter.unfreeze(thawed)
         self._watch.thawed(thawed)
-        # The other layers were judged while these were frozen, perhaps long ago: patience starts over.
+        # The other layers were judged while these were frozen, perhaps long ago: patience starts over, and nothing is
+        # decided from a record before.
         self._streaks.clear()
+        self._due = "look" if self._due else ""
         decisions = [self._thawing(layer, reason, (since or {}).get(layer)) for layer in thawed]
         for layer in thawed:
             del self.frozen[layer]
@@ -496,7 +504,7 @@ class FreezeController:
             "looked_at": self._looked_at,
             "layer_changes": [list(change) for change in self.layer_changes],
         }
-        return sealed(state)
+        return sealed(state | ({"due": self._due} if self._due else {}))
 
     def _find_moved(self) -> tuple[list[FreezeDecision], FrozenWatch]:
         """Return how frozen layers that have moved will be thawed at the next look, without doing it."""
@@ -549,7 +557,7 @@ class FreezeController:
         chosen = self._chosen(state)
         saved = {name: state[name] for name in ("num_steps", "num_records")}
         self._ranks.meet("loading a state", {"schedule": chosen, "frozen": frozen, **saved})
-        self._say_what_differs(state, chosen)
+        warn_differences(state, chosen, self._options)
         for name, value in chosen.items():
             setattr(self, name, value)
         self._policy.begin(self._adapter, self._layers, total_steps=self.total_steps, seed=self.seed)
@@ -559,6 +567,8 @@ class FreezeController:
         self.frozen = frozen
         same_pace = self.record_every == state["schedule"]["record_every"]
         self._streaks = dict(state["streaks"]) if same_pace else {}
+        self._due = state.get("due", "") if same_pace else ""
+        self._begun, self.just_looked = None, False
         self._warned = set(state["warned"])
         self._restarts.load_state(state["learning_rates"])
         self.costs = {layer: LayerCost(*cost) for layer, cost in state["costs"].items()}
@@ -594,26 +604,6 @@ class FreezeController:
             "freeze_every": saved["freeze_every"] if same_pace else 1,
         }
 
-    def _say_what_differs(self, state: dict[str, Any], chosen: dict[str, Any]) -> None:
-        """Log in one line what the saved run did otherwise, and which of both counts."""
-        saved = {"total_steps": state["total_steps"], **state["schedule"]}
-        names = ("total_steps", *Schedule._fields, "dry_run", "thaw_on_restart")
-        told = [
-            f"{name} is now {chosen[name]!r} (saved: {saved[name]!r})" for name in names if chosen[name] != saved[name]
-        ]
-        if chosen["record_every"] != saved["record_every"]:
-            told.append("the weights recorded so far are forgotten, as they were recorded at other distances")
-        if saved["dry_run"] and not chosen["dry_run"] and state["frozen"]:
-            told.append(f"{len(state['frozen'])} layers that the dry run would have frozen are trained")
-        if chosen["thaw_on_restart"] != self._options.thaw_on_restart:
-            told.append("thaw_on_restart stays True, as saved")
-        if self._options.seed != saved["seed"]:
-            told.append(
-                f"seed stays {saved['seed']!r} (received: {self._options.seed!r}), as the history was made with it"
-            )
-        if told:
-            logger.warning("SmartFRZ goes on from step %d with other options: %s.", state["num_steps"], "; ".join(told))
-
 
 def require_version(state: Mapping[str, Any]) -> None:
     """Refuse a state that another version of smartfrz saved.
@@ -627,13 +617,6 @@ def require_version(state: Mapping[str, Any]) -> None:
             f"The saved state has version {version!r}; this version of smartfrz reads {STATE_VERSION}. "
             "Pass what state_dict() returned."
         )
-
-
-def _enumerate(layers: Sequence[str]) -> str:
-    """Return `Layer 'a'`, or `Each of the layers 'a', 'b'`, for a message."""
-    shown = ", ".join(repr(layer) for layer in layers[:4])
-    more = f" and {len(layers) - 4} more" if len(layers) > 4 else ""
-    return f"{'layer' if len(layers) == 1 else 'layers'} {shown}{more}"
 
 
 def _require_layers(layers: list[str]) -> None:

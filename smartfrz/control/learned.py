@@ -1,7 +1,7 @@
 """The policy that asks a predictor about the history of tailored weights."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -92,6 +92,7 @@ class LearnedPolicy(Policy):
     decide_every = RECORDS_PER_STAGE
     patience = PATIENCE
     has_budget = True
+    waits_for_weights = True
 
     def __init__(self, predictor: AsksPredictor):
         self.predictor = predictor
@@ -127,7 +128,20 @@ class LearnedPolicy(Policy):
         self._seed = seed
         self._positions: dict[str, NDArray[np.int64]] = {}
         self.layers_changed(layers)
-        self.history = WeightHistory(info.window, info.tailored_size)
+        self._history = WeightHistory(info.window, info.tailored_size)
+        self._awaited: Callable[[], Mapping[str, NDArray[np.float32]]] | None = None
+
+    @property
+    def history(self) -> WeightHistory:
+        """The weights recorded so far. A record that is still being read is waited for."""
+        awaited, self._awaited = self._awaited, None
+        if awaited is not None:
+            self._append(awaited())
+        return self._history
+
+    def _append(self, vectors: Mapping[str, NDArray[np.float32]]) -> None:
+        for layer, vector in vectors.items():
+            self._history.append(layer, vector)
 
     def layers_changed(self, layers: Sequence[str]) -> None:
         """Choose the positions of layers that are new."""
@@ -142,10 +156,15 @@ class LearnedPolicy(Policy):
         }
 
     def record(self, active: list[str], *, ask: bool) -> None:
-        """Read the tailored weights of the active layers."""
-        vectors = self._adapter.tailored({layer: self._positions[layer] for layer in active})
-        for layer, vector in vectors.items():
-            self.history.append(layer, vector)
+        """Read the tailored weights of the active layers, or begin to, where the adapter reads them later."""
+        positions = {layer: self._positions[layer] for layer in active}
+        if not getattr(self._adapter, "reads_later", False):
+            self._append(self._adapter.tailored(positions))
+            return
+        begun = self._adapter.tailored_later(positions)
+        if self._awaited is not None:
+            self._append(self._awaited())
+        self._awaited = begun
 
     def excused(self, active: list[str]) -> dict[str, Reason]:
         """Return the layers whose history is too short or not finite, with the reason."""

@@ -32,6 +32,8 @@ class Policy:
         scales_learning_rates: Whether the policy uses `lr_scales`; the adapter then needs `set_lr_scale`.
         reads_gradients: Whether the adapter needs `gradient_norm`.
         compares_gradients: Whether the adapter needs `gradient_changes`.
+        waits_for_weights: Whether recording reads weights, which on a GPU takes until the next step; the controller then
+            asks after that step.
         has_budget: Whether the policy is asked less often where its answers take too large a part of the run.
     """
 
@@ -45,6 +47,7 @@ class Policy:
     reads_gradients = False
     compares_gradients = False
     has_budget = False
+    waits_for_weights = False
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that distinguish this policy from others of its class: plain data."""

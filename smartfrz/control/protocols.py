@@ -76,6 +76,31 @@ class Adapter(Protocol):
         ...
 
 
+class ReadsLater(Adapter, Protocol):
+    """An adapter that reads weights from a device without waiting for it; `TorchAdapter` does on a GPU.
+
+    What was begun after one step is asked for after the next one, by which time the device has long been there.
+    """
+
+    @property
+    def reads_later(self) -> bool:
+        """Whether beginning to read waits for nothing, so that waiting a step is worth while."""
+        ...
+
+    def tailored_later(
+        self, positions: Mapping[str, NDArray[np.int64]]
+    ) -> Callable[[], Mapping[str, NDArray[np.float32]]]:
+        """Begin what `tailored` does, with the weights of now, and return what waits for it. Every process calls it."""
+        ...
+
+    def disturbed_later(self, layers: list[str]) -> Callable[[], Mapping[str, Disturbance]]:
+        """Begin what `disturbed` does, and return what waits for it.
+
+        Weights and statistics are those of now, flags those of then. What was thawed meanwhile is left out.
+        """
+        ...
+
+
 class OptimizerAdapter(Adapter, Protocol):
     """An adapter that reaches into the optimizer's steps, which some policies need."""
 

@@ -1,12 +1,16 @@
-"""What a run says by itself: a line at each freezing stage, and at the end why nothing froze."""
+"""What a run says by itself: a line at each freezing stage, warnings, and at the end why nothing froze."""
 
 import contextlib
 import logging
 import math
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from smartfrz.control.decision import FreezeDecision
+from smartfrz.control.options import FreezeOptions, Schedule
+from smartfrz.control.protocols import Untrained
+from smartfrz.control.watch import Disturbance
 
 logger = logging.getLogger("smartfrz")
 # From the one that came closest to freezing to the one that was farthest from it.
@@ -21,6 +25,20 @@ _WHY = {
     "not_finite": "not judged: the weights hold NaN or infinity",
     "not_trained": "not judged: no optimizer trains it, its learning rate is 0, or it has never moved",
     "history_too_short": "not judged: too few records so far; the run is short, or `record_every` large",
+}
+
+
+# Why a frozen layer probably moved.
+_LIKELY: dict[Disturbance, str] = {
+    "trained": "the training loop sets requires_grad or trainable again and again, where SmartFRZ cannot set it back",
+    "moved": "the optimizer changes weights that have no gradient, as some do with weight decay, or the loop writes to them",
+    "statistics": "a norm updates its statistics even in eval mode, or the loop writes to its buffers",
+}
+_WHY_UNTRAINED: dict[Untrained, str] = {
+    "no_optimizer": "no optimizer that it was given holds these weights",
+    "unknown_optimizer": "an optimizer that it was not given trains these weights; pass every optimizer of the model",
+    "learning_rate_zero": "the learning rate of these weights is 0",
+    "never_moved": "these weights have not moved since training began",
 }
 
 
@@ -113,3 +131,76 @@ def explain_nothing_frozen(
 
 def _shorten(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def warn_held(layers: Sequence[str]) -> None:
+    """Warn that these layers are made trainable again and again, and stay frozen."""
+    logger.warning(
+        "SmartFRZ keeps %s frozen, although the training loop sets requires_grad or trainable again and again, as "
+        "loops do that switch a whole model off and on. Call thaw() to train what is frozen.",
+        _enumerate(layers),
+    )
+
+
+def warn_unfrozen(layers: Sequence[str], step: int) -> None:
+    """Warn that these layers were made trainable again before this step, and are thawed."""
+    logger.warning(
+        "SmartFRZ had frozen %s, and requires_grad or trainable was set again before step %d: this counts as a "
+        "call of thaw(). What was thawed may freeze again later.",
+        _enumerate(layers),
+        step,
+    )
+
+
+def warn_moved(layers: Sequence[str], what: Disturbance, since: int, step: int) -> None:
+    """Warn that these layers moved while they were frozen, after the step `since`, and are thawed for good."""
+    logger.warning(
+        "SmartFRZ thaws %s and freezes no more of that: frozen, but moved all the same between step %d and step "
+        "%d. Probably %s. From step %d on this counts as trained.",
+        _enumerate(layers),
+        since,
+        step,
+        _LIKELY[what],
+        since,
+    )
+
+
+def warn_untrained(layers: Sequence[str], why: Untrained, step: int) -> None:
+    """Warn that these layers are not trained, unless that is nothing to worry about."""
+    if why in _WHY_UNTRAINED:
+        logger.warning(
+            "SmartFRZ does not freeze %s as converged, since %s (step %d).",
+            _enumerate(layers),
+            _WHY_UNTRAINED[why],
+            step,
+        )
+
+
+def warn_differences(state: Mapping[str, Any], chosen: Mapping[str, Any], options: FreezeOptions) -> None:
+    """Log in one line what a saved run did otherwise, and which of both counts.
+
+    Args:
+        state: The saved state of the controller.
+        chosen: How the run goes on: the fields of its schedule, and `total_steps`.
+        options: What the user chose for the run that goes on.
+    """
+    saved = {"total_steps": state["total_steps"], **state["schedule"]}
+    names = ("total_steps", *Schedule._fields, "dry_run", "thaw_on_restart")
+    told = [f"{name} is now {chosen[name]!r} (saved: {saved[name]!r})" for name in names if chosen[name] != saved[name]]
+    if chosen["record_every"] != saved["record_every"]:
+        told.append("the weights recorded so far are forgotten, as they were recorded at other distances")
+    if saved["dry_run"] and not chosen["dry_run"] and state["frozen"]:
+        told.append(f"{len(state['frozen'])} layers that the dry run would have frozen are trained")
+    if chosen["thaw_on_restart"] != options.thaw_on_restart:
+        told.append("thaw_on_restart stays True, as saved")
+    if options.seed != saved["seed"]:
+        told.append(f"seed stays {saved['seed']!r} (received: {options.seed!r}), as the history was made with it")
+    if told:
+        logger.warning("SmartFRZ goes on from step %d with other options: %s.", state["num_steps"], "; ".join(told))
+
+
+def _enumerate(layers: Sequence[str]) -> str:
+    """Return `layer 'a'`, or `layers 'a', 'b'`, for a message."""
+    shown = ", ".join(repr(layer) for layer in layers[:4])
+    more = f" and {len(layers) - 4} more" if len(layers) > 4 else ""
+    return f"{'layer' if len(layers) == 1 else 'layers'} {shown}{more}"

@@ -133,6 +133,7 @@ COUNT_OR_NONE = _or(_integer(0), "None", lambda v: v is None)
 ARRAYS = _by_layer(_a("an array of numbers", lambda v: isinstance(v, np.ndarray) and v.dtype.kind in "biufc"))
 PARTS_OF_ARRAYS = _by_layer(ARRAYS)
 
+_DUE = _one_of(("look", "stage"))
 _STATE = _record(
     predictor=_TEXT,
     layers=_list(_TEXT),
@@ -218,6 +219,8 @@ def check_fields(state: Any) -> None:
         StateError: If one is not; the message names it.
     """
     _STATE(state, "controller")
+    if "due" in state:  # only where a run was saved between a record and the step after it
+        _DUE(state["due"], "controller['due']")
 
 
 def check_run(state: Any, layer: type, more: Mapping[str, Check]) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, Self
 
@@ -372,6 +372,20 @@ class TorchAdapter(LayerReader):
         watched = [layer for layer in layers if layer in self._kept]
         moved = self._kept.moved({layer: self._trainable[layer] for layer in watched})
         statistics = self._kept_buffers.moved({layer: self._buffers(layer) for layer in watched})
+        return self._name_disturbances(watched, moved, statistics)
+
+    def disturbed_later(self, layers: list[str]) -> Callable[[], dict[str, Disturbance]]:
+        """Begin what `disturbed` does, and return what waits for it; see `ReadsLater`."""
+        watched = [layer for layer in layers if layer in self._kept]
+        moved = self._kept.moved_later({layer: self._trainable[layer] for layer in watched})
+        statistics = self._kept_buffers.moved_later({layer: self._buffers(layer) for layer in watched})
+        return lambda: self._name_disturbances(
+            [layer for layer in watched if layer in self._kept], moved(), statistics()
+        )
+
+    def _name_disturbances(
+        self, watched: list[str], moved: Collection[str], statistics: Collection[str]
+    ) -> dict[str, Disturbance]:
         found: dict[str, Disturbance] = {}
         for layer in watched:
             trainable = layer in self._guard.flagged or any(p.requires_grad for p in self._trainable[layer])
@@ -532,7 +546,9 @@ class TorchAdapter(LayerReader):
     def norm_state(self) -> dict[str, Any]:
         """Return the snapshot, for a saved state."""
         names = {module: name for name, module in self._model.named_modules()}
-        return {names[norm]: list(values) for norm, values in self._snapshots.items()}
+        return {
+            names[norm]: [mean, variance, int(batches)] for norm, (mean, variance, batches) in self._snapshots.items()
+        }
 
     def check_norm_state(self, state: Mapping[str, Any]) -> None:
         """Raise `StateError` if `load_norm_state` could not use this. Nothing is changed."""

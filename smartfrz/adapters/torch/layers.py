@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from smartfrz.adapters.torch.compiling import EagerOperators
-from smartfrz.adapters.torch.sharding import count_values, locate, sum_shards
+from smartfrz.adapters.torch.copying import copy_later
+from smartfrz.adapters.torch.sharding import count_values, is_sharded, locate, sum_shards
 from smartfrz.control.grouping import Module, Weight, group_modules
 from smartfrz.control.tailoring import split_positions
 from smartfrz.errors import StateError, UnsupportedModelError
@@ -469,6 +470,9 @@ class LayerReader:
         StateError: If the model lacks a parameter or a module that a layer names.
     """
 
+    # Tests set it, to have a CPU read later as a GPU does.
+    _always_later = False
+
     def __init__(self, model: nn.Module, layers: list[Layer]):
         self._layers = {layer.name: layer for layer in layers}
         known = dict(model.named_parameters())
@@ -508,15 +512,39 @@ class LayerReader:
 
         If the weights are spread over processes, every process has to call it, and it costs one message.
         """
+        picked = self._pick(positions)
+        if len({vector.device for vector in picked.values()}) > 1:
+            return {layer: vector.cpu().numpy() for layer, vector in picked.items()}
+        return _cut(picked, torch.cat(list(picked.values())).cpu())
+
+    @property
+    def reads_later(self) -> bool:
+        """Whether weights are copied while the device goes on computing: all of them are whole, and on one GPU."""
+        tensors = [tensor for of_layer in self._tensors.values() for tensor in of_layer]
+        on_one_gpu = len({tensor.device for tensor in tensors}) == 1 and tensors[0].is_cuda
+        return self._always_later or (on_one_gpu and not any(map(is_sharded, tensors)))
+
+    def tailored_later(
+        self, positions: Mapping[str, NDArray[np.int64]]
+    ) -> Callable[[], dict[str, NDArray[np.float32]]]:
+        """Begin what `tailored` does, and return what waits for it.
+
+        Where `reads_later` is true, beginning does not wait for the GPU. The values are those of the moment at which it
+        began.
+        """
+        picked = self._pick(positions)
+        if len({vector.device for vector in picked.values()}) > 1:
+            found = {layer: vector.cpu().numpy() for layer, vector in picked.items()}
+            return lambda: found
+        joined = copy_later(torch.cat(list(picked.values())))
+        return lambda: _cut(picked, joined())
+
+    def _pick(self, positions: Mapping[str, NDArray[np.int64]]) -> dict[str, torch.Tensor]:
+        """Return copies of the values at these positions of each layer, float32 `[n]` on the layer's device."""
         parts = {layer: self._split(layer, indices) for layer, indices in positions.items()}
         read = {layer: [part.read() for part in of_layer] for layer, of_layer in parts.items()}
         sum_shards((part, v) for layer in parts for part, v in zip(parts[layer], read[layer], strict=True))
-        picked = {layer: torch.cat(vectors) for layer, vectors in read.items()}
-        if len({vector.device for vector in picked.values()}) > 1:
-            return {layer: vector.cpu().numpy() for layer, vector in picked.items()}
-        joined = torch.cat(list(picked.values())).cpu().numpy()
-        ends = np.cumsum([len(indices) for indices in positions.values()])
-        return dict(zip(picked, np.split(joined, ends[:-1]), strict=True))
+        return {layer: torch.cat(vectors) for layer, vectors in read.items()}
 
     def _split(self, layer: str, indices: NDArray[np.int64]) -> list[Any]:
         """Return the positions in each of the layer's tensors."""
@@ -528,6 +556,12 @@ class LayerReader:
         parts = [locate(t, torch.from_numpy(where)) for t, where in zip(tensors, inside, strict=True) if len(where)]
         self._parts[layer] = indices, parts
         return parts
+
+
+def _cut(picked: Mapping[str, torch.Tensor], joined: torch.Tensor) -> dict[str, NDArray[np.float32]]:
+    """Cut the joined values of several layers, on the CPU, into those of each layer."""
+    ends = np.cumsum([len(vector) for vector in picked.values()])
+    return dict(zip(picked, np.split(joined.numpy(), ends[:-1]), strict=True))
 
 
 @contextmanager

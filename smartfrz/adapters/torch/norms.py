@@ -15,26 +15,28 @@ class NormSnapshot(NamedTuple):
     Attributes:
         mean: Running mean `[channels]`, a copy.
         variance: Running variance `[channels]`, a copy.
-        batches: Number of batches that they have seen.
+        batches: Number of batches that they have seen. As the norm counts it on a GPU: reading it waits for the GPU.
     """
 
     mean: torch.Tensor
     variance: torch.Tensor
-    batches: int
+    batches: int | torch.Tensor
 
 
 def take_snapshot(norm: nn.Module) -> NormSnapshot | None:
     """Copy the running statistics of a norm; None if it has none."""
     if not isinstance(norm, _NormBase) or norm.running_mean is None or norm.running_var is None:
         return None
-    return NormSnapshot(norm.running_mean.clone(), norm.running_var.clone(), count_batches(norm))
+    tracked = getattr(norm, "num_batches_tracked", None)
+    batches = tracked.clone() if isinstance(tracked, torch.Tensor) else count_batches(norm)
+    return NormSnapshot(norm.running_mean.clone(), norm.running_var.clone(), batches)
 
 
-def correct_statistics(norm: _NormBase, snapshot: tuple[Any, Any, int]) -> None:
+def correct_statistics(norm: _NormBase, snapshot: tuple[Any, Any, Any]) -> None:
     """Replace the running statistics of a norm by those of the batches since the snapshot; without one they stay."""
     if norm.running_mean is None or norm.running_var is None:
         return
-    mean, variance, before = snapshot
+    mean, variance, before = *snapshot[:2], int(snapshot[2])
     # A momentum of None is a plain average over all batches.
     kept = None if norm.momentum is None else 1.0 - norm.momentum
     old_share = compute_old_share(kept, before=before, since=count_batches(norm) - before)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from smartfrz.adapters.torch.copying import copy_later
 from smartfrz.adapters.torch.layers import Uncopied
 from smartfrz.adapters.torch.sharding import is_sharded
 from smartfrz.adapters.torch.updates import unwrap
@@ -49,13 +50,36 @@ class Samples:
     def moved(self, tensors: Mapping[str, Sequence[torch.Tensor]]) -> set[str]:
         """Return the keys whose tensors have moved, to the last bit, since their values were kept."""
         now = {key: [view for tensor in each for view in self._view(tensor)] for key, each in tensors.items()}
-        then = _by_device([kept for key in now for kept in self._kept[key]])
-        joined = _by_device([view for views in now.values() for view in views])
-        if len(then) == len(joined) and all(
-            _same(torch.cat(a), torch.cat(b)) for a, b in zip(then, joined, strict=True)
-        ):
+        then, joined = self._join(now)
+        if len(then) == len(joined) and all(map(_same, then, joined)):
             return set()
         return {key for key, views in now.items() if not self._is_same(key, views)}
+
+    def moved_later(self, tensors: Mapping[str, Sequence[torch.Tensor]]) -> Callable[[], set[str]]:
+        """Begin to look whether tensors have moved, and return what waits for the answer.
+
+        Where all of them are on one GPU, beginning does not wait for it. Which of them have moved is looked up only if
+        any had, by then, and without those that were forgotten since.
+        """
+        now = {key: [view for tensor in each for view in self._view(tensor)] for key, each in tensors.items()}
+        then, joined = self._join(now)
+        if not then and not joined:
+            return set
+
+        def look() -> set[str]:
+            return self.moved({key: each for key, each in tensors.items() if key in self._kept})
+
+        if len(then) != 1 or len(joined) != 1 or _differ(then[0], joined[0]):
+            found = look()
+            return lambda: found
+        differs = copy_later(torch.ne(then[0], joined[0]).any())
+        return lambda: look() if differs() else set()
+
+    def _join(self, now: Mapping[str, list[torch.Tensor]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return the values that were kept and those of now: for each device, those of all keys in one."""
+        then = _by_device([kept for key in now for kept in self._kept[key]])
+        joined = _by_device([view for views in now.values() for view in views])
+        return [torch.cat(of_device) for of_device in then], [torch.cat(of_device) for of_device in joined]
 
     def _is_same(self, key: str, views: list[torch.Tensor]) -> bool:
         now, then = [torch.cat(of_device) for of_device in _by_device(views)], self._kept[key]
@@ -100,8 +124,13 @@ def _by_device(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
     return list(groups.values())
 
 
+def _differ(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Return whether two vectors cannot be compared value by value."""
+    return first.device != second.device or first.shape != second.shape
+
+
 def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
-    return first.device == second.device and torch.equal(first, second)
+    return not _differ(first, second) and torch.equal(first, second)
 
 
 class StepGuard:
