@@ -1,5 +1,6 @@
 """On a real GPU: adapter, prefix cache, baselines, recording, and ONNX Runtime where its build can use one."""
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch_runs import NET, Net, attach, batch, moved, parts, seeded, values  # 
 
 from smartfrz import zoo  # noqa: E402
 from smartfrz.adapters.torch import PrefixCache, SmartFRZ, trace_layers  # noqa: E402
+from smartfrz.adapters.torch.copying import copy_later  # noqa: E402
 from smartfrz.adapters.torch.costs import measure_step  # noqa: E402
 from smartfrz.adapters.torch.layers import LayerReader  # noqa: E402
 from smartfrz.baselines import AutoFreeze, GradES, LinearFreezing, WeightChange  # noqa: E402
@@ -73,20 +75,21 @@ def test_frozen_layers_do_not_move_and_the_others_learn():
     model = network().cuda()
     optimizer = sgd(model)
     freezer = attach(model, optimizer, NET, {"conv1"}, {"conv2"})
-    train(model, optimizer, freezer, 2)
+    train(model, optimizer, freezer, 3)  # stages are at every second step, and decided about after the next one
     before = values(model)
-    train(model, optimizer, freezer, 2, start=2)
+    train(model, optimizer, freezer, 2, start=3)
     assert not parts(moved(before, model), ["conv1"])
     before = values(model)
-    train(model, optimizer, freezer, STEPS, start=4)
+    train(model, optimizer, freezer, STEPS, start=5)
     assert parts(moved(before, model), NET) == parts(before, ["head"])
     assert [layer for _, _, layer in freezer.report().changes] == ["conv1", "conv2"]
     assert all(p.grad is None for name, p in model.named_parameters() if name.startswith("conv"))
 
 
-def test_training_and_decisions_are_those_of_the_cpu():
+def test_training_and_decisions_are_those_of_the_cpu(monkeypatch):
     ran = {}
     for device in ("cpu", "cuda"):
+        monkeypatch.setattr(LayerReader, "_always_later", device == "cpu")
         model = network().to(device)
         optimizer = sgd(model)
         freezer = SmartFRZ(model, optimizer, zoo.load("smartfrz-base"), total_steps=90, device="cpu")
@@ -95,6 +98,7 @@ def test_training_and_decisions_are_those_of_the_cpu():
     one, other = (ran[device][1] for device in ran)
     assert one.changes
     assert [layer for _, _, layer in one.changes] == [layer for _, _, layer in other.changes]
+    assert {decision.step for decision in one.decisions} == {decision.step for decision in other.decisions}
 
 
 def test_sampled_weights_are_those_of_the_cpu():
@@ -108,6 +112,64 @@ def test_sampled_weights_are_those_of_the_cpu():
         np.testing.assert_array_equal(sampled, there[layer])
 
 
+@contextmanager
+def no_waiting():
+    """Raise where the host waits for the GPU, unless for an event."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
+def test_weights_are_copied_into_pinned_memory_while_the_gpu_is_busy():
+    model = network().cuda()
+    layers = trace_layers(model, batch(0)[0].cuda())
+    reader = LayerReader(model, layers)
+    assert reader.reads_later
+    positions = {layer: np.arange(0, 18, 3) for layer in NET}
+    expected = reader.tailored(positions)  # this moves the positions to the GPU
+    torch.cuda._sleep(10**9)
+    with no_waiting():
+        later = reader.tailored_later(positions)
+        copied = copy_later(torch.arange(5, device="cuda"))
+    assert not torch.cuda.current_stream().query(), "the GPU is still behind"
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    for layer, sampled in later().items():
+        np.testing.assert_array_equal(sampled, expected[layer])
+    assert copied().is_pinned()
+    assert copied().tolist() == [0, 1, 2, 3, 4]
+    with no_waiting(), pytest.raises(RuntimeError, match="synchronizing"):
+        copied().cuda().sum().item()
+    model.head.cpu()
+    assert not LayerReader(model, layers).reads_later, "on two devices"
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_recording_looking_and_deciding_wait_for_nothing_as_long_as_nothing_freezes(frozen):
+    model = network().cuda()
+    optimizer = sgd(model)
+    freezer = attach(model, optimizer, NET, {"conv1"} if frozen else set())
+    train(
+        model, optimizer, freezer, 5
+    )  # at the first stage it waits, to see that every layer has moved since the start
+    for step in range(5, STEPS):
+        inputs, targets = (tensor.cuda() for tensor in batch(step))
+        cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.cuda._sleep(10**7)
+        with no_waiting():
+            freezer.step()
+    assert sorted({event.step for event in freezer.events}) == [3, 5, 7, 9, 11]
+    assert freezer.frozen_layers == (["conv1"] if frozen else [])
+    freezer.close()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mixed_precision_with_a_scaler(dtype):
     model = network().cuda()
@@ -118,7 +180,8 @@ def test_mixed_precision_with_a_scaler(dtype):
     assert [layer for _, _, layer in freezer.report().changes] == ["conv1"]
 
 
-def test_a_run_that_is_resumed_goes_on_as_if_nothing_had_happened(tmp_path):
+@pytest.mark.parametrize("stop", [3, 4])  # after the fourth step a decision is due
+def test_a_run_that_is_resumed_goes_on_as_if_nothing_had_happened(tmp_path, stop):
     def start(stages_done=0):
         model = network().cuda()
         optimizer, predictor = sgd(model), ScriptedPredictor(script(NET, {"conv1"}, {"conv2"})[stages_done:])
@@ -127,11 +190,11 @@ def test_a_run_that_is_resumed_goes_on_as_if_nothing_had_happened(tmp_path):
     whole = start()
     expected = train(*whole, STEPS)
     first, second = start(), start(1)
-    found = train(*first, 3)
+    found = train(*first, stop)
     torch.save([part.state_dict() for part in first], tmp_path / "run.pt")
     for part, state in zip(second, torch.load(tmp_path / "run.pt", weights_only=True), strict=True):
         part.load_state_dict(state)
-    found += train(*second, STEPS - 3, start=3)
+    found += train(*second, STEPS - stop, start=stop)
     assert found == expected
     assert not moved(values(whole[0]), second[0])
 
@@ -196,13 +259,13 @@ def test_the_prefix_cache_leaves_the_curve_as_it_is():
 def test_a_compiled_model_freezes():
     model = network().cuda()
     optimizer = sgd(model)
-    # compiled models freeze at a quarter of the stages: the second, the fourth and so on of these
+    # compiled models freeze at a quarter of the stages: the second, the fourth and so on of these, a step later
     freezer = attach(model, optimizer, NET, set(), {"conv1"}, total_steps=STEPS)
     compiled = torch.compile(model)
-    train(compiled, optimizer, freezer, 4)
+    train(compiled, optimizer, freezer, 5)
     assert freezer.frozen_layers == ["conv1"]
     before = values(model)
-    assert np.isfinite(train(compiled, optimizer, freezer, STEPS - 4, start=4)).all()
+    assert np.isfinite(train(compiled, optimizer, freezer, STEPS - 5, start=5)).all()
     assert not parts(moved(before, model), ["conv1"])
     assert parts(moved(before, model), ["head"])
 
