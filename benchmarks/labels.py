@@ -128,7 +128,7 @@ def best_schedule(costs, price, moments=None):
         price: Share of the computation that one unit of accuracy is worth.
         moments: At which layers may freeze; by default those at which a policy decides.
     """
-    moments = np.arange(2 * RECORDS_PER_STAGE, RECORDS + 1, RECORDS_PER_STAGE) / RECORDS if moments is None else moments
+    moments = np.arange(2 * RECORDS_PER_STAGE, RECORDS, RECORDS_PER_STAGE) / RECORDS if moments is None else moments
     depths = np.arange(costs.num_layers)  # one layer always trains
     cost = np.minimum(CostSurface.of(costs)(moments[:, None], depths), 1.0)
     gain = np.diff(costs.saved[:-1]) * (1 - moments[:, None]) - price * np.diff(cost, axis=1)
