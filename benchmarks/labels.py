@@ -51,7 +51,7 @@ FROZEN = 1 / 3
 RECORDS = 30
 HINDSIGHT = "hindsight"
 PRICES = np.geomspace(1, 1000, 41)
-EVERY = 3  # of the thresholds, one is written down
+THRESHOLDS = np.linspace(0.0, 1.0, 51)  # shares of all confidences that are lower
 
 
 def run(options):
@@ -75,7 +75,7 @@ def run(options):
                     continue
                 training = replace(TrainingOptions(seed=seed), **({"epochs": options.epochs} if options.epochs else {}))
                 judged = leave_one_out(runs, training, group, _progress(f"{labels} {group} {seed}"), num_seeds=1)
-                found = {method: {} for method in METHODS}
+                said = {method: {} for method in METHODS}
                 error = {method: [0.0, 0] for method in METHODS}
                 for held_out, methods in judged.items():
                     names = [one.name for one in runs if getattr(one, group) == held_out]
@@ -83,8 +83,8 @@ def run(options):
                         (one,) = methods[method]
                         error[method][0] += one.reliability.error * int(one.reliability.counts.sum())
                         error[method][1] += int(one.reliability.counts.sum())
-                        said = dict(zip(names, one.confidence, strict=True))
-                        found[method] |= _outcomes([r for r in recorded if r.name in said and r.costs], said, right)
+                        said[method] |= dict(zip(names, one.confidence, strict=True))
+                found = {method: outcomes_of(recorded, _ranks(said[method]), right) for method in METHODS}
                 line = {"calibration_error": {method: total / number for method, (total, number) in error.items()}}
                 add_line(options.results, facts | line | {"held_out": found})
 
@@ -100,20 +100,31 @@ def _progress(name):
     return progress
 
 
-def _outcomes(recorded, said, right):
+def _ranks(said):
+    """Confidences of all runs as shares of those that are lower, so that thresholds of every method are spread alike."""
+    pooled = np.sort(np.concatenate([values[np.isfinite(values)] for values in said.values()]))
+    return {
+        name: np.where(np.isnan(values), np.nan, np.searchsorted(pooled, values) / len(pooled))
+        for name, values in said.items()
+    }
+
+
+def outcomes_of(recorded, said, right):
     """Run to what each threshold costs, leaves, freezes and gets right."""
     made = {}
     for one in recorded:
-        outcomes = simulate([said[one.name]], [one])
+        if one.name not in said or one.costs is None:
+            continue
+        outcomes = simulate([said[one.name]], [one], THRESHOLDS)
         rights, times = [], []
-        for threshold in outcomes.thresholds[::EVERY]:
+        for threshold in THRESHOLDS:
             frozen = first_freezes(said[one.name], threshold, PATIENCE, RECORDS_PER_STAGE)
             labels = right[one.name]
             rights.append(float(np.mean([labels[place] == 1 for place in frozen])) if frozen else None)
             times.append(sum(labels.shape[1] - record - 1 for _, record in frozen) / labels.size)
         made[one.name] = {
-            "points": outcomes.points[0, ::EVERY].round(3).tolist(),
-            "computation": outcomes.computation[0, ::EVERY].round(4).tolist(),
+            "points": outcomes.points[0].round(3).tolist(),
+            "computation": outcomes.computation[0].round(4).tolist(),
             "right": [None if value is None else round(value, 3) for value in rights],
             "frozen": [round(value, 4) for value in times],
         }
