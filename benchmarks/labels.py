@@ -14,6 +14,9 @@ One JSON line a round is added to `--results`, and none is made twice. `table` n
   training time comes after their freezes. Labels here are those by costs, whatever was trained on.
 
 Figures are means over runs, with the standard deviation over seeds.
+
+The row *hindsight* is the schedule from front to back that is best once the costs are known, where each point of accuracy is
+worth as much computation in every run: no policy that freezes from front to back can be better on these surfaces.
 """
 
 import argparse
@@ -31,6 +34,7 @@ import torch
 from benchmarks.arguments import errors_as_messages, lines_of, list_of, positive, seeds
 from smartfrz.comparing.lines import add_line, matching
 from smartfrz.control.learned import PATIENCE, RECORDS_PER_STAGE
+from smartfrz.dataset_builder.costs import CostSurface, judge
 from smartfrz.dataset_builder.datasets import read_dataset
 from smartfrz.dataset_builder.labelling import labelled_runs
 from smartfrz.dataset_builder.labels import LabelRule, Source
@@ -45,13 +49,19 @@ METHODS = ("predictor", "schedule", "logistic_regression", "weight_change_calibr
 SHARES = (0.85, 0.75, 0.65)  # of full training's computation
 FROZEN = 1 / 3
 RECORDS = 30
-EVERY = 3  # of the thresholds, one is written down
+HINDSIGHT = "hindsight"
+PRICES = np.geomspace(1, 1000, 41)
+THRESHOLDS = np.linspace(0.0, 1.0, 51)  # shares of all confidences that are lower
 
 
 def run(options):
     """Train without each group; one line for each kind of labels and seed."""
     recorded, _ = read_dataset(options.dataset)
     digest = hashlib.sha256(options.dataset.read_bytes()).hexdigest()
+    facts = {"group": "none", "dataset": digest}
+    if not matching(lines_of(options.results), facts):
+        held_out = {one.name: in_hindsight(one.costs) for one in recorded if one.costs}
+        add_line(options.results, facts | {"held_out": {HINDSIGHT: held_out}})
     for labels in options.labels:
         rule = LabelRule(source=labels, cost_limit=options.limit)
         runs = labelled_runs([one for one in recorded if one.costs or labels != "costs"], rule, RECORDS)
@@ -65,7 +75,7 @@ def run(options):
                     continue
                 training = replace(TrainingOptions(seed=seed), **({"epochs": options.epochs} if options.epochs else {}))
                 judged = leave_one_out(runs, training, group, _progress(f"{labels} {group} {seed}"), num_seeds=1)
-                found = {method: {} for method in METHODS}
+                said = {method: {} for method in METHODS}
                 error = {method: [0.0, 0] for method in METHODS}
                 for held_out, methods in judged.items():
                     names = [one.name for one in runs if getattr(one, group) == held_out]
@@ -73,8 +83,8 @@ def run(options):
                         (one,) = methods[method]
                         error[method][0] += one.reliability.error * int(one.reliability.counts.sum())
                         error[method][1] += int(one.reliability.counts.sum())
-                        said = dict(zip(names, one.confidence, strict=True))
-                        found[method] |= _outcomes([r for r in recorded if r.name in said and r.costs], said, right)
+                        said[method] |= dict(zip(names, one.confidence, strict=True))
+                found = {method: outcomes_of(recorded, _ranks(said[method]), right) for method in METHODS}
                 line = {"calibration_error": {method: total / number for method, (total, number) in error.items()}}
                 add_line(options.results, facts | line | {"held_out": found})
 
@@ -90,24 +100,70 @@ def _progress(name):
     return progress
 
 
-def _outcomes(recorded, said, right):
+def _ranks(said):
+    """Confidences of all runs as shares of those that are lower, so that thresholds of every method are spread alike."""
+    pooled = np.sort(np.concatenate([values[np.isfinite(values)] for values in said.values()]))
+    return {
+        name: np.where(np.isnan(values), np.nan, np.searchsorted(pooled, values) / len(pooled))
+        for name, values in said.items()
+    }
+
+
+def outcomes_of(recorded, said, right):
     """Run to what each threshold costs, leaves, freezes and gets right."""
     made = {}
     for one in recorded:
-        outcomes = simulate([said[one.name]], [one])
+        if one.name not in said or one.costs is None:
+            continue
+        outcomes = simulate([said[one.name]], [one], THRESHOLDS)
         rights, times = [], []
-        for threshold in outcomes.thresholds[::EVERY]:
+        for threshold in THRESHOLDS:
             frozen = first_freezes(said[one.name], threshold, PATIENCE, RECORDS_PER_STAGE)
             labels = right[one.name]
             rights.append(float(np.mean([labels[place] == 1 for place in frozen])) if frozen else None)
             times.append(sum(labels.shape[1] - record - 1 for _, record in frozen) / labels.size)
         made[one.name] = {
-            "points": outcomes.points[0, ::EVERY].round(3).tolist(),
-            "computation": outcomes.computation[0, ::EVERY].round(4).tolist(),
+            "points": outcomes.points[0].round(3).tolist(),
+            "computation": outcomes.computation[0].round(4).tolist(),
             "right": [None if value is None else round(value, 3) for value in rights],
             "frozen": [round(value, 4) for value in times],
         }
     return made
+
+
+def best_schedule(costs, price, moments=None):
+    """Stages `(moment, depth)` for which the share of saved computation less the price of what they cost is highest.
+
+    Args:
+        costs: What freezing costs.
+        price: Share of the computation that one unit of accuracy is worth.
+        moments: At which layers may freeze; by default those at which a policy decides.
+    """
+    moments = np.arange(2 * RECORDS_PER_STAGE, RECORDS, RECORDS_PER_STAGE) / RECORDS if moments is None else moments
+    depths = np.arange(costs.num_layers)  # one layer always trains
+    cost = np.minimum(CostSurface.of(costs)(moments[:, None], depths), 1.0)
+    gain = np.diff(costs.saved[:-1]) * (1 - moments[:, None]) - price * np.diff(cost, axis=1)
+    gain = np.vstack([gain, np.zeros(len(depths) - 1)])  # the last row: never
+    value, choices = np.zeros(len(gain)), []
+    for layer in reversed(range(gain.shape[1])):  # a layer freezes no earlier than those before it
+        total = gain[:, layer] + value
+        value = np.maximum.accumulate(total[::-1])[::-1]
+        choices.append([place + int(np.argmax(total[place:])) for place in range(len(total))])
+    place, stages = 0, []
+    for layer, choice in enumerate(reversed(choices)):
+        place = choice[place]
+        if place < len(moments):
+            stages.append((float(moments[place]), layer + 1))
+    return stages
+
+
+def in_hindsight(costs):
+    """Points and computation of the best schedules at several prices, from cheap accuracy to dear."""
+    judged = [judge(costs, best_schedule(costs, price)) for price in PRICES]
+    return {
+        "points": [round(100 * one.cost, 3) for one in judged],
+        "computation": [round(1 - one.saved, 4) for one in judged],
+    }
 
 
 def at_one_threshold(found, share):
@@ -138,20 +194,28 @@ def table(lines):
     rows = []
     grouped = defaultdict(list)
     for line in lines:
+        if line["group"] == "none":
+            row = {"held out": "", "labels": "", "method": HINDSIGHT, "seeds": ""}
+            rows.append(row | _costs([line["held_out"][HINDSIGHT]]) | {"right freezes": "", "calibration error": ""})
+            continue
         rule = line["labels"]
         grouped[line["group"], rule.get("source", "cka")].append(line)
     for (group, labels), found in sorted(grouped.items()):
         for method in METHODS:
             each = [line["held_out"][method] for line in found]
             row = {"held out": group, "labels": labels, "method": method.replace("_", " "), "seeds": str(len(found))}
-            for share in SHARES:
-                row[f"one threshold, {share:.0%}"] = _cell([at_one_threshold(one, share) for one in each])
-            for share in SHARES:
-                row[f"own threshold, {share:.0%}"] = _cell([at_own_threshold(one, share) for one in each])
+            row |= _costs(each)
             row["right freezes"] = _cell([right_freezes(one) for one in each])
             row["calibration error"] = _cell([line["calibration_error"][method] for line in found])
             rows.append(row)
     return rows
+
+
+def _costs(each):
+    """Cells of what is lost; `each` has one mapping from runs to what was written down a seed."""
+    one = {f"one threshold, {share:.0%}": _cell([at_one_threshold(found, share) for found in each]) for share in SHARES}
+    own = {f"own threshold, {share:.0%}": _cell([at_own_threshold(found, share) for found in each]) for share in SHARES}
+    return one | own
 
 
 def _cell(values):

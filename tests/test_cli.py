@@ -187,7 +187,7 @@ def test_label_shows_shares(places):
     assert len(lines) == 4 * 7
     for run in labelled_runs():
         share = (run.labels == 1).mean()
-        start = lines.index(f"{run.name}: {share:.0%} ready, 100% known")
+        start = lines.index(f"{run.name}: {share:.0%} of the labels say freeze")
         first = (run.labels[0] == 1).mean()
         assert re.fullmatch(rf"  layer0 +{first:.0%}", lines[start + 1])
 
@@ -326,7 +326,7 @@ def test_from_recipes_to_an_evaluated_predictor(tmp_path):
 
     result = invoke(build, "label", runs, "--plots", tmp_path / "plots")
     assert result.exit_code == 0, result.output
-    assert re.search(r"^first: \d+% ready, 100% known$", result.stdout, re.MULTILINE)
+    assert re.search(r"^first: \d+% of the labels say freeze$", result.stdout, re.MULTILINE)
     for name in ("first", "second"):
         content = (tmp_path / "plots" / f"{name}.png").read_bytes()
         assert content.startswith(PNG)

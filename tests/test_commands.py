@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import os
-import pty
 import re
 import shlex
 import signal
@@ -16,6 +15,7 @@ import warnings
 import click
 import pytest
 from builder_fixtures import environment_without, invoke, write_recipe, write_runs
+from terminal import run_on_a_terminal
 
 from smartfrz import commands, doctor, progress
 from smartfrz.cli import main as smartfrz
@@ -456,27 +456,15 @@ def test_versions_outside_of_what_is_asked_for_are_problems(monkeypatch):
 
 
 def test_a_progress_bar_on_a_terminal():
-    code = """if True:
+    program = """if True:
         import sys
         from smartfrz.progress import progress
         with progress("measuring") as tell:
             for part in range(5):
                 tell(part / 4, f"part {part}")
     """
-    terminal, end = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=end, env=os.environ | {"TERM": "xterm"})
-    os.close(end)
-    drawn = b""
-    while True:
-        try:
-            part = os.read(terminal, 2**16)
-        except OSError:  # Linux says so at the end
-            break
-        if not part:
-            break
-        drawn += part
-    os.close(terminal)
-    assert process.wait() == 0
+    drawn, _, code = run_on_a_terminal([sys.executable, "-c", program])
+    assert code == 0
     assert b"measuring" in drawn
     assert b"100%" in drawn
     assert b"part 4" in drawn

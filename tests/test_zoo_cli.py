@@ -1,14 +1,12 @@
 """`smartfrz zoo` in-process: exit code 0 done, 1 failed, 2 wrong usage."""
 
 import json
-import os
-import pty
 import shutil
-import subprocess
 import sys
 
 import pytest
 from click.testing import CliRunner
+from terminal import run_on_a_terminal
 from zoo_fixtures import ServerProcess, write_registry
 
 from smartfrz.cli import main
@@ -256,21 +254,8 @@ def test_a_bar_is_drawn_on_a_terminal_only(server, tmp_path):
     path = write_registry(tmp_path, BASE, server, "slow")
     code = "from smartfrz.cli import main; main()"
     command = [sys.executable, "-c", code, "zoo", "download", "tiny-zoo", "--registry", str(path)]
-    terminal, end = pty.openpty()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=end, env=os.environ | {"TERM": "xterm"})
-    os.close(end)
-    drawn = b""
-    while True:
-        try:
-            part = os.read(terminal, 2**16)
-        except OSError:  # Linux says so at the end
-            break
-        if not part:
-            break
-        drawn += part
-    os.close(terminal)
-    output = process.communicate()[0].decode()
-    assert process.returncode == 0
+    drawn, output, returned = run_on_a_terminal(command)
+    assert returned == 0
     assert output == f"{fetch.path_of(SHA256)}\n"
     assert b"tiny-zoo" in drawn
     assert f"/{BASE.stat().st_size / 1e6:.1f} MB".encode() in drawn

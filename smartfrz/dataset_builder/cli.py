@@ -446,7 +446,8 @@ def _show_labels(run: Any, rule: Any) -> Any:
 
     labels = label_run(run, rule).hard
     known = labels >= 0
-    commands.show(f"{run.name}: {(labels == 1).sum() / max(1, known.sum()):.0%} ready, {known.mean():.0%} known")
+    told = f"{run.name}: {(labels == 1).sum() / max(1, known.sum()):.0%} of the labels say freeze"
+    commands.show(told if known.all() else f"{told}, and {1 - known.mean():.0%} are not known")
     return labels
 
 

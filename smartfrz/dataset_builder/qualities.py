@@ -46,7 +46,11 @@ class Outcomes:
         return float(np.interp(computation, self.computation.mean(0), self.points.mean(0), left=np.nan, right=np.nan))
 
 
-def simulate(confidences: Sequence[NDArray[np.float32]], runs: Sequence[RecordedRun]) -> Outcomes:
+def simulate(
+    confidences: Sequence[NDArray[np.float32]],
+    runs: Sequence[RecordedRun],
+    thresholds: NDArray[np.float64] = _THRESHOLDS,
+) -> Outcomes:
     """Find out what freezing by some confidences would have cost in recorded runs, without training again.
 
     Layers freeze as `LearnedPolicy` has them freeze. A run's cost is read off its cost surface, which was measured for
@@ -55,6 +59,7 @@ def simulate(confidences: Sequence[NDArray[np.float32]], runs: Sequence[Recorded
     Args:
         confidences: Of each run, float32 `[num_layers, records]`, NaN where nothing is decided.
         runs: The runs, with costs.
+        thresholds: Thresholds to try, rising.
 
     Raises:
         DatasetFormatError: If a run has no costs.
@@ -65,7 +70,7 @@ def simulate(confidences: Sequence[NDArray[np.float32]], runs: Sequence[Recorded
         layers, records = confidence.shape
         progress = np.arange(1, records + 1) / records
         row = []
-        for threshold in _THRESHOLDS:
+        for threshold in thresholds:
             frozen = np.zeros((layers, records), bool)
             for layer, record in first_freezes(confidence, threshold, PATIENCE, RECORDS_PER_STAGE):
                 frozen[layer, record:] = True
@@ -74,7 +79,7 @@ def simulate(confidences: Sequence[NDArray[np.float32]], runs: Sequence[Recorded
             row.append((min(100 * judged.cost, 100.0), 1 - judged.saved))
         rows.append(row)
     points, computation = np.moveaxis(np.array(rows), 2, 0)
-    return Outcomes(_THRESHOLDS, points, computation)
+    return Outcomes(thresholds, points, computation)
 
 
 def simulate_predictor(predictor: Predictor, runs: Sequence[RecordedRun]) -> Outcomes:
