@@ -111,13 +111,15 @@ def test_a_layer_freezes_one_step_after_the_record_and_until_then_nothing_is_ask
     assert controller.frozen == {"a": 5}
 
 
-def test_steps_at_which_layers_were_looked_at():
-    controller, adapter = scripted(total_steps=10)
-    looked = []
+@pytest.mark.parametrize(("record_every", "expected"), [(1, range(2, 11)), (2, [3, 5, 7, 9, 10])])
+def test_layers_are_looked_at_once_after_each_record(monkeypatch, record_every, expected):
+    controller, adapter = scripted(total_steps=10, record_every=record_every)
+    looks, looked = [], []
+    monkeypatch.setattr(adapter, "find_layers", lambda: looks.append(controller.num_steps) or list(SIZES))
     for _ in range(10):
         run(controller, adapter, 1)
         looked.append(controller.just_looked)
-    assert [step for step, looks in enumerate(looked, 1) if looks] == [3, 5, 7, 9, 10]
+    assert [step for step, just_looked in enumerate(looked, 1) if just_looked] == list(expected) == looks
 
 
 @pytest.mark.parametrize("record_every", [1, 2])
@@ -239,16 +241,17 @@ def test_layers_that_come_and_go_between_record_and_decision():
 @pytest.mark.parametrize("thawed", [False, True])
 def test_a_frozen_layer_that_moves_is_found_as_it_was_at_the_record(thawed, caplog):
     controller, adapter = scripted({"a": 0.9, "b": 0.1, "c": 0.1})
-    run(controller, adapter, 5)
-    adapter.decays = {"a"}
+    run(controller, adapter, 6)
+    adapter.decays = {"a"}  # from the seventh step on, after the record
+    run(controller, adapter, 2)
+    assert controller.frozen == {"a": 5}
     if not thawed:
-        run(controller, adapter, 2)
-        assert [(e.step, e.action, e.since) for e in controller.acts] == [(5, "freeze", None), (7, "thaw", 5)]
-        assert "between step 5 and step 7" in caplog.text
+        run(controller, adapter, 1)
+        assert [(e.step, e.action, e.since) for e in controller.acts] == [(5, "freeze", None), (9, "thaw", 6)]
+        assert "between step 6 and step 9" in caplog.text
         return
-    run(controller, adapter, 1)
     controller.thaw()  # before what was found is asked for
     with caplog.at_level(logging.WARNING):
         run(controller, adapter, 1)
-    assert [(event.step, event.action, event.reason) for event in controller.acts[1:]] == [(6, "thaw", "by_hand")]
+    assert [(event.step, event.action, event.reason) for event in controller.acts[1:]] == [(8, "thaw", "by_hand")]
     assert not caplog.records
