@@ -52,13 +52,14 @@ TELL_EVERY = 60  # seconds
 # Methods
 
 
-def methods_for(job, kind=None, cached=False):
+def methods_for(job, kind=None, cached=False, rivals=RIVALS):
     """Everything that is compared, but full training itself.
 
     Args:
         job: What is trained.
         kind: `thresholds` or `qualities` of SmartFRZ; None for qualities if the predictor was calibrated for all of them.
         cached: Whether SmartFRZ is run with the prefix cache, too, where samples come back as they were.
+        rivals: Other policies to compare with.
 
     Raises:
         ValueError: If the predictor has not been calibrated for the qualities.
@@ -93,7 +94,7 @@ def methods_for(job, kind=None, cached=False):
             )
             for value in CACHED
         ]
-    made += [_shorter(name, known[name], share) for name in RIVALS for share in SHARES]
+    made += [_shorter(name, known[name], share) for name in rivals for share in SHARES]
     return [*fewer_steps(PLAIN_SHARES), *made]
 
 
@@ -119,7 +120,7 @@ def run_all(options, predictor, results):
         facts = job.facts | {"metric": job.benchmark.metric, "norm_batches": norm_batches}
         about = {"predictor": facts.pop("predictor"), "machine": machine(job.device)}
         del facts["seed"]
-        methods: list[Method] = methods_for(job, options.kind, options.cached)
+        methods: list[Method] = methods_for(job, options.kind, options.cached, options.rivals)
         try:
             data = job.data()
             about["test_samples"] = len(data.test)
@@ -164,6 +165,14 @@ def main(given=None):
         "--settings", dest="kind", choices=("thresholds", "qualities"), help="Default: qualities, if calibrated."
     )
     parser.add_argument("--cache", dest="cached", action="store_true", help="SmartFRZ with the prefix cache, too.")
+    parser.add_argument(
+        "--no-rivals",
+        dest="rivals",
+        action="store_const",
+        const=(),
+        default=RIVALS,
+        help=f"Without {', '.join(RIVALS)}.",
+    )
     parser.add_argument("--picture", type=Path, default=RESULTS.parent / "pictures" / "fronts.png")
     options = parse_job(parser, given)
     lines_of(options.results)  # a damaged file is found before anything is trained
