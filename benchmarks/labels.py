@@ -39,7 +39,7 @@ from smartfrz.dataset_builder.datasets import read_dataset
 from smartfrz.dataset_builder.labelling import labelled_runs
 from smartfrz.dataset_builder.labels import LabelRule, Source
 from smartfrz.dataset_builder.qualities import Outcomes, simulate
-from smartfrz.predictor.training.cross_validation import Group, leave_one_out
+from smartfrz.predictor.training.cross_validation import leave_one_out
 from smartfrz.predictor.training.judging import first_freezes
 from smartfrz.predictor.training.runs import TrainingOptions
 
@@ -47,6 +47,7 @@ RESULTS = Path(__file__).parent / "results" / "labels.jsonl"
 DATASET = Path("datasets/smartfrz.parquet")
 METHODS = ("predictor", "schedule", "logistic_regression", "weight_change_calibrated")
 SHARES = (0.85, 0.75, 0.65)  # of full training's computation
+GROUPS = ("architecture", "dataset")
 FROZEN = 1 / 3
 RECORDS = 30
 HINDSIGHT = "hindsight"
@@ -233,7 +234,7 @@ def main(given=None):
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--dataset", type=Path, default=DATASET)
     parser.add_argument("--labels", type=list_of(get_args(Source)), default=list(get_args(Source)))
-    parser.add_argument("--groups", type=list_of(get_args(Group)), default=list(get_args(Group)))
+    parser.add_argument("--groups", type=list_of(GROUPS), default=list(GROUPS))
     parser.add_argument("--limit", type=float, default=0.5, help="Points that freezing may cost.")
     parser.add_argument("--seeds", type=seeds, default=[0, 1, 2])
     parser.add_argument("--epochs", type=positive, help="To try something out.")

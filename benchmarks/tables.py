@@ -19,6 +19,7 @@ import pandas as pd
 from benchmarks import paper
 from benchmarks.arguments import lines_of
 from benchmarks.frames import ORDERED, by_task, clock_of, frame, frozen_at, mean_of_tasks, tasks_of
+from benchmarks.labels import table as label_table
 from benchmarks.methods import METHODS, SWEEPS, SWEPT, TRADEOFF, stops_early
 from benchmarks.tasks import TIERS
 from benchmarks.time_to_accuracy import groups_of, headline, points
@@ -515,6 +516,7 @@ def sections(folder=FOLDER):
         "predictors",
         "fronts",
         "full_size",
+        "labels",
     )
     found = {name: lines_of(folder / "results" / f"{name}.jsonl") for name in names}
     lines, longer, on_gpu = (found[tier] for tier in ("cpu", "long", "gpu"))
@@ -529,6 +531,7 @@ def sections(folder=FOLDER):
         "fronts-picture": picture(folder, "fronts", "Fronts of accuracy over time"),
         "longer": ours(tasks_of(longer)),
         "predictors": other_predictors(found["predictors"], lines + longer),
+        "labels": markdown(label_table(found["labels"])),
         "gpu": "\n\n".join([ours(tasks_of(on_gpu)), shares_by_clock(on_gpu)]) if on_gpu else NOTHING,
         "full-size": full_size([line for line in found["full_size"] if not line["toy"]]),
         "rates": rates(tried, "cpu", {}),

@@ -9,7 +9,7 @@ import numpy as np
 
 from smartfrz.dataset_builder.cards import mean_of, pooled, quality_table, write_card
 from smartfrz.dataset_builder.labels import LabelRule
-from smartfrz.dataset_builder.qualities import calibrate_qualities, simulate_held_out
+from smartfrz.dataset_builder.qualities import MIN_RUNS, Outcomes, calibrate_qualities, simulate_held_out
 from smartfrz.dataset_builder.storage import RecordedRun
 from smartfrz.files import replacing
 from smartfrz.predictor.contract import PredictorInfo
@@ -36,6 +36,7 @@ from smartfrz.predictor.training.model import FreezePredictor
 from smartfrz.predictor.training.runs import LabelledRun, Scores, TrainingOptions, split
 
 Progress = Callable[[float, str], None]
+CALIBRATION_SEEDS = 2
 
 
 @dataclass(frozen=True)
@@ -151,11 +152,14 @@ def build_predictor(
         PredictorFileError: If the exported file answers differently from the trained network.
     """
     check_runs(*plan.split(material.runs), plan.options)
-    share = 0.8 if plan.cross_validate else 0.0
-    held_out = _hold_out(material.runs, plan.options, _part(progress, 0.0, share)) if plan.cross_validate else {}
-    outcomes = simulate_held_out(held_out, material.recorded)
+    held_out: HeldOut = {}
+    outcomes: dict[str, Outcomes] = {}
+    if plan.cross_validate:
+        held_out = _hold_out(material.runs, plan.options, _part(progress, 0.0, 0.5))
+        outcomes = _find_costs(material, plan, _part(progress, 0.5, 0.45))
     qualities = calibrate_qualities(outcomes["predictor"]) if outcomes else {}
-    fitted = _fit(material.runs, plan, _part(progress, share, 1 - share, "final: "))
+    done = 0.95 if plan.cross_validate else 0.0
+    fitted = _fit(material.runs, plan, _part(progress, done, 1 - done, "final: "))
     if "same" in qualities:
         fitted = replace(fitted, threshold=qualities["same"].threshold)
     on_validation = _judge(fitted, plan)
@@ -195,6 +199,17 @@ def _hold_out(runs: Sequence[LabelledRun], options: TrainingOptions, progress: P
         kind: leave_one_out(runs, options, kind, _part(progress, index * part, part))
         for index, kind in enumerate(kinds)
     }
+
+
+def _find_costs(material: Material, plan: Plan, progress: Progress) -> dict[str, Outcomes]:
+    """Find out what freezing costs in each run with costs, by networks that have not seen it; empty if these are too few."""
+    known = [run for run in material.recorded if run.costs is not None]
+    if len(known) < MIN_RUNS:
+        return {}
+    names = [run.name for run in known]
+    return simulate_held_out(
+        leave_one_out(material.runs, plan.options, "name", progress, CALIBRATION_SEEDS, names), known
+    )
 
 
 def _fit(runs: Sequence[LabelledRun], plan: Plan, progress: Progress) -> _Fitted:

@@ -140,8 +140,8 @@ def _costs(info: PredictorInfo, outcomes: Mapping[str, Outcomes], names: Sequenc
     lines = [
         "## What freezing by it costs",
         "",
-        f"From {len(names)} recordings with costs (`record --costs`), each judged by networks that had not seen its "
-        "architecture, or its data set. Each quality's threshold is the lowest that costs no more than its target in the "
+        f"From {len(names)} recordings with costs (`record --costs`), each judged by networks that had not seen it. Each "
+        "quality's threshold is the lowest that costs no more than its target in the "
         "mean over these runs. What it then means for a new run was found by leaving each run out once, and choosing "
         "thresholds on the others. Nothing was trained again for that: costs are read off what was measured when the first "
         "layers were frozen at some moments, with linear interpolation between.",

@@ -1,6 +1,6 @@
 """Calibrate a predictor: which thresholds cost no, little and some accuracy, by what freezing cost in recorded runs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from smartfrz.control.learned import PATIENCE, RECORDS_PER_STAGE
 from smartfrz.control.quality import TARGETS, Calibration
 from smartfrz.dataset_builder.costs import judge, prefix_schedule
-from smartfrz.dataset_builder.labelling import dataset_of, labelled_runs, records_of
+from smartfrz.dataset_builder.labelling import labelled_runs, records_of
 from smartfrz.dataset_builder.labels import LabelRule
 from smartfrz.dataset_builder.storage import RecordedRun
 from smartfrz.errors import DatasetFormatError
 from smartfrz.predictor.runtime import Predictor
-from smartfrz.predictor.training.cross_validation import HeldOut
+from smartfrz.predictor.training.baselines import Judged
 from smartfrz.predictor.training.export import with_info
 from smartfrz.predictor.training.judging import first_freezes, score
 from smartfrz.predictor.training.runs import TrainingOptions
@@ -94,47 +94,27 @@ def simulate_predictor(predictor: Predictor, runs: Sequence[RecordedRun]) -> Out
     return simulate(score(predictor, labelled_runs(runs, LabelRule(), records_of(info)), options), runs)
 
 
-def simulate_held_out(held_out: HeldOut, runs: Sequence[RecordedRun]) -> dict[str, Outcomes]:
+def simulate_held_out(
+    held_out: Mapping[str, Mapping[str, Sequence[Judged]]], runs: Sequence[RecordedRun]
+) -> dict[str, Outcomes]:
     """Find out what freezing by each method of a cross-validation would have cost in the runs that were held out.
 
     Args:
-        held_out: What was found by holding out architectures, and data sets.
-        runs: All recordings that it was made with, in their order.
+        held_out: What was found by holding out each of the runs alone.
+        runs: These runs, with costs.
 
     Returns:
-        Method to outcomes in the runs that have costs, means over seeds and over what was held out; empty if these are too
-        few to calibrate with.
+        Method to outcomes, means over seeds.
     """
-    known = [run for run in runs if run.costs is not None]
-    if len(known) < MIN_RUNS:
-        return {}
-    found: dict[str, list[Outcomes]] = {}
-    for kind, groups in held_out.items():
-        of_group = {
-            group: [
-                run.name
-                for run in runs
-                if group == (run.architecture if kind == "architecture" else dataset_of(run.facts))
-            ]
-            for group in groups
-        }
-        first = next(iter(groups.values()))
-        for method, seeds in first.items():
-            for seed in range(len(seeds)):
-                said = {
-                    name: confidence
-                    for group, methods in groups.items()
-                    for name, confidence in zip(of_group[group], methods[method][seed].confidence, strict=True)
-                }
-                found.setdefault(method, []).append(simulate([said[run.name] for run in known], known))
-    return {
-        method: Outcomes(
-            _THRESHOLDS,
-            np.mean([one.points for one in each], axis=0),
-            np.mean([one.computation for one in each], axis=0),
-        )
-        for method, each in found.items()
-    }
+    found = {}
+    for method, seeds in held_out[runs[0].name].items():
+        each = [
+            simulate([held_out[run.name][method][seed].confidence[0] for run in runs], runs)
+            for seed in range(len(seeds))
+        ]
+        points, computation = (np.mean([getattr(o, key) for o in each], axis=0) for key in ("points", "computation"))
+        found[method] = Outcomes(_THRESHOLDS, points, computation)
+    return found
 
 
 def with_costs(runs: Sequence[RecordedRun]) -> list[RecordedRun]:

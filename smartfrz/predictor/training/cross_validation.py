@@ -1,7 +1,7 @@
 """Cross-validation: training without one architecture or data set, and judging on it."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
 from smartfrz.predictor.training import baselines
@@ -10,7 +10,8 @@ from smartfrz.predictor.training.fit import check_runs, fit
 from smartfrz.predictor.training.judging import Reliability, calibrate, measure_quality, score
 from smartfrz.predictor.training.runs import LabelledRun, TrainingOptions, split
 
-Group = Literal["architecture", "dataset"]
+Group = Literal["architecture", "dataset", "name"]
+_SAID: dict[Group, str] = {"architecture": "an architecture", "dataset": "a data set", "name": "a run"}
 METHODS = ("predictor", *baselines.METHODS)
 HeldOut = dict[str, dict[str, dict[str, list[Judged]]]]  # kind, group held out, method: one judgement per seed
 
@@ -35,8 +36,9 @@ def leave_one_out(
     group: Group = "architecture",
     progress: Callable[[float, str], None] = lambda fraction, text: None,
     num_seeds: int = 3,
+    only: Collection[str] | None = None,
 ) -> dict[str, dict[str, list[Judged]]]:
-    """Train without one architecture, or data set, and judge on it; repeat for each.
+    """Train without one architecture, data set or run, and judge on it; repeat for each.
 
     Args:
         runs: All runs.
@@ -44,6 +46,7 @@ def leave_one_out(
         group: Attribute of `LabelledRun` whose runs are held out together.
         progress: Called with the fraction done, and a description of the current step.
         num_seeds: Number of seeds, each for the predictor and for the split into training and validation runs.
+        only: Groups to hold out; all by default.
 
     Returns:
         For each group that was held out and each of `METHODS`, one judgement per seed.
@@ -51,8 +54,8 @@ def leave_one_out(
     Raises:
         ValueError: If `check_rounds` refuses the runs.
     """
-    check_rounds(runs, options, group, num_seeds)
-    rounds = _rounds(runs, options, group, num_seeds)
+    check_rounds(runs, options, group, num_seeds, only)
+    rounds = _rounds(runs, options, group, num_seeds, only)
     results: dict[str, dict[str, list[Judged]]] = {name: {method: [] for method in METHODS} for name, _ in rounds}
     for done_before, (held_out, seed) in enumerate(rounds):
 
@@ -67,7 +70,11 @@ def leave_one_out(
 
 
 def check_rounds(
-    runs: Sequence[LabelledRun], options: TrainingOptions, group: Group = "architecture", num_seeds: int = 3
+    runs: Sequence[LabelledRun],
+    options: TrainingOptions,
+    group: Group = "architecture",
+    num_seeds: int = 3,
+    only: Collection[str] | None = None,
 ) -> None:
     """Refuse before training what `leave_one_out` cannot train in one of its rounds; the arguments are the same.
 
@@ -77,25 +84,25 @@ def check_rounds(
     groups = sorted({getattr(run, group) for run in runs})
     if len(groups) < 2:
         raise ValueError(
-            f"Holding out {'an architecture' if group == 'architecture' else 'a data set'} needs at least two: received "
-            f"runs of {groups}. Record another one."
+            f"Holding out {_SAID[group]} needs at least two: received runs of {groups}. Record another one."
         )
-    for held_out, seed in _rounds(runs, options, group, num_seeds):
+    for held_out, seed in _rounds(runs, options, group, num_seeds, only):
         train, validation = split([run for run in runs if getattr(run, group) != held_out], seed)
         try:
             check_runs(train, validation, options)
         except ValueError as error:
+            what = _SAID[group].partition(" ")[2]
             raise ValueError(
-                f"Nothing can be trained without the {group} {held_out!r}, which is to be held out: {error} Or hold nothing "
+                f"Nothing can be trained without the {what} {held_out!r}, which is to be held out: {error} Or hold nothing "
                 "out (--no-cross-validate)."
             ) from error
 
 
 def _rounds(
-    runs: Sequence[LabelledRun], options: TrainingOptions, group: Group, num_seeds: int
+    runs: Sequence[LabelledRun], options: TrainingOptions, group: Group, num_seeds: int, only: Collection[str] | None
 ) -> list[tuple[str, int]]:
     """Return the group to hold out and the seed of each round."""
-    groups = sorted({getattr(run, group) for run in runs})
+    groups = sorted(only if only is not None else {getattr(run, group) for run in runs})
     return [(name, options.seed + number) for name in groups for number in range(num_seeds)]
 
 
