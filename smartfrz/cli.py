@@ -10,6 +10,7 @@ from smartfrz import commands
 from smartfrz.commands import Group
 from smartfrz.comparing.cli import compare
 from smartfrz.completing import PREDICTOR
+from smartfrz.control.quality import TARGETS
 from smartfrz.errors import not_installed
 from smartfrz.progress import progress
 from smartfrz.serving.cli import serve
@@ -90,6 +91,7 @@ def doctor(context: click.Context) -> None:
     type=click.FloatRange(0, 1, min_open=True),
     help="Confidence from which a layer is frozen. Default: the predictor's own.",
 )
+@click.option("--quality", type=click.Choice(list(TARGETS)), help="What may be lost, instead of --threshold.")
 def demo(framework: str, output: Path, **options: Any) -> None:
     """Fine-tune an ImageNet network fully and with SmartFRZ, and compare accuracy and time."""
     try:
@@ -105,6 +107,8 @@ def demo(framework: str, output: Path, **options: Any) -> None:
     from smartfrz.demo.printing import save, sentence, table
 
     demo_of: Any = importlib.import_module(f"smartfrz.demo.{'pytorch' if framework == 'torch' else 'keras'}")
+    if options["threshold"] is not None and options["quality"] is not None:
+        raise click.UsageError("Received both --threshold and --quality, which stands for one. Pass one of them.")
     chosen = DemoOptions(**options)
     task = demo_of.demo_task(chosen)
     with progress("training both runs") as tell:

@@ -17,7 +17,7 @@ from builder_fixtures import invoke
 
 from smartfrz import progress
 from smartfrz.cli import main
-from smartfrz.comparing import study
+from smartfrz.comparing import command, study
 from smartfrz.comparing.engine import FULL, Result
 from smartfrz.comparing.lines import read_lines
 from smartfrz.comparing.own_task import FEWEST_STEPS, Part, build_task, find_task, fit_budget
@@ -379,7 +379,21 @@ WRONG_USAGE = {
     "type": (["x:y", "--variant", "threshold=high"], "`threshold` is 'high'; expected a confid"),
     "share": (["x:y", "--fewer-steps", "150"], "'150' is no share of the steps"),
     "threshold": (["x:y", "--threshold", "0"], "0.0 is not in the range"),
+    "quality": (["x:y", "--quality", "best"], "'best' is not one of 'same', 'balanced', 'fast'"),
 }
+
+
+def test_qualities_and_thresholds_of_the_command_are_variants(monkeypatch):
+    found = []
+    monkeypatch.setattr(command, "run_compare", lambda source, chosen, tell: found.extend(chosen.variants))
+    invoke(main, "compare", "x:y", "--quality", "fast", "--quality", "same", "--threshold", "0.5")
+    assert found == ["default", "threshold=0.5", "quality=fast", "quality=same"]
+
+
+def test_the_demo_takes_a_threshold_or_a_quality():
+    result = invoke(main, "demo", "--threshold", "0.5", "--quality", "same")
+    assert result.exit_code == 2
+    assert "Pass one of them" in result.stderr
 
 
 @pytest.mark.parametrize("case", WRONG_USAGE)

@@ -11,6 +11,7 @@ import click
 from smartfrz import commands
 from smartfrz.commands import Command, ParamType
 from smartfrz.completing import PREDICTOR
+from smartfrz.control.quality import TARGETS
 from smartfrz.errors import MissingDependencyError, not_installed
 from smartfrz.progress import progress
 
@@ -91,6 +92,13 @@ class Duration(ParamType[float]):
     help="Short for --variant threshold=VALUE; can be repeated.",
 )
 @click.option(
+    "--quality",
+    "qualities",
+    multiple=True,
+    type=click.Choice(list(TARGETS)),
+    help="Short for --variant quality=VALUE; can be repeated.",
+)
+@click.option(
     "--fewer-steps",
     "fewer",
     default="50,70",
@@ -122,7 +130,13 @@ class Duration(ParamType[float]):
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder of the results.",
 )
-def compare(task: str | None, variants: tuple[str, ...], thresholds: tuple[float, ...], **options: Any) -> None:
+def compare(
+    task: str | None,
+    variants: tuple[str, ...],
+    thresholds: tuple[float, ...],
+    qualities: tuple[str, ...],
+    **options: Any,
+) -> None:
     """Will it help? Train your own task fully, with SmartFRZ, and in fewer steps.
 
     The function that MODULE:CALLABLE names is called without arguments and returns a smartfrz.comparing.pytorch.Task: model,
@@ -137,7 +151,8 @@ def compare(task: str | None, variants: tuple[str, ...], thresholds: tuple[float
     from smartfrz.comparing.verdict import text_table
 
     ready = {name: options.pop(name) for name in _READY}
-    ways = ("default", *variants, *(f"threshold={value:g}" for value in thresholds))
+    short = [*(f"threshold={value:g}" for value in thresholds), *(f"quality={name}" for name in qualities)]
+    ways = ("default", *variants, *short)
     chosen = command.CompareOptions(variants=ways, **options)
     try:
         methods_of(chosen.predictor, chosen.variants, chosen.fewer)

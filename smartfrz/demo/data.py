@@ -32,6 +32,7 @@ class DemoOptions:
         seed: Seed of the new head, the data order and dropout, in both runs.
         predictor: What decides about freezing; see `SmartFRZ`.
         threshold: Confidence from which a layer is frozen; None for the predictor's own.
+        quality: What may be lost, instead of a threshold; see `SmartFRZ`.
     """
 
     data: str = "mnist"
@@ -44,11 +45,14 @@ class DemoOptions:
     seed: int = 0
     predictor: str = "smartfrz-base"
     threshold: float | None = None
+    quality: str | None = None
 
 
 def demo_methods(options: DemoOptions) -> tuple[Method, Method]:
     """Full training, and SmartFRZ as the options say."""
-    freezing = Method("SmartFRZ", lambda run: options.predictor, {"threshold": options.threshold})
+    freezing = Method(
+        "SmartFRZ", lambda run: options.predictor, {"threshold": options.threshold, "quality": options.quality}
+    )
     return FULL, freezing
 
 
