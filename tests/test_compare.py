@@ -385,6 +385,7 @@ WRONG_USAGE = {
 
 def test_qualities_and_thresholds_of_the_command_are_variants(monkeypatch):
     found = []
+    monkeypatch.setattr("smartfrz.comparing.cli._source", lambda task, ready: None)
     monkeypatch.setattr(command, "run_compare", lambda source, chosen, tell: found.extend(chosen.variants))
     invoke(main, "compare", "x:y", "--quality", "fast", "--quality", "same", "--threshold", "0.5")
     assert found == ["default", "threshold=0.5", "quality=fast", "quality=same"]
