@@ -52,7 +52,7 @@ TELL_EVERY = 60  # seconds
 # Methods
 
 
-def methods_for(job, kind=None, cached=False, rivals=RIVALS):
+def methods_for(job, kind=None, cached=False, rivals=RIVALS, shares=SHARES):
     """Everything that is compared, but full training itself.
 
     Args:
@@ -60,6 +60,7 @@ def methods_for(job, kind=None, cached=False, rivals=RIVALS):
         kind: `thresholds` or `qualities` of SmartFRZ; None for qualities if the predictor was calibrated for all of them.
         cached: Whether SmartFRZ is run with the prefix cache, too, where samples come back as they were.
         rivals: Other policies to compare with.
+        shares: Numbers of steps of what freezes, in percent of full training's.
 
     Raises:
         ValueError: If the predictor has not been calibrated for the qualities.
@@ -83,7 +84,7 @@ def methods_for(job, kind=None, cached=False, rivals=RIVALS):
         f"{label}, {name}": dataclasses.replace(smartfrz, options={**smartfrz.options, **options})
         for name, options in settings.items()
     }
-    made = [_shorter(family, method, share) for family, method in families.items() for share in SHARES]
+    made = [_shorter(family, method, share) for family, method in families.items() for share in shares]
     if cached and job.benchmark.repeats:
         made += [
             dataclasses.replace(
@@ -94,7 +95,7 @@ def methods_for(job, kind=None, cached=False, rivals=RIVALS):
             )
             for value in CACHED
         ]
-    made += [_shorter(name, known[name], share) for name in rivals for share in SHARES]
+    made += [_shorter(name, known[name], share) for name in rivals for share in shares]
     return [*fewer_steps(PLAIN_SHARES), *made]
 
 
@@ -120,7 +121,7 @@ def run_all(options, predictor, results):
         facts = job.facts | {"metric": job.benchmark.metric, "norm_batches": norm_batches}
         about = {"predictor": facts.pop("predictor"), "machine": machine(job.device)}
         del facts["seed"]
-        methods: list[Method] = methods_for(job, options.kind, options.cached, options.rivals)
+        methods: list[Method] = methods_for(job, options.kind, options.cached, options.rivals, options.shares)
         try:
             data = job.data()
             about["test_samples"] = len(data.test)
@@ -172,6 +173,9 @@ def main(given=None):
         const=(),
         default=RIVALS,
         help=f"Without {', '.join(RIVALS)}.",
+    )
+    parser.add_argument(
+        "--shares", type=seeds, default=list(SHARES), help="Steps of what freezes, in percent. Default: 100,70,50."
     )
     parser.add_argument("--picture", type=Path, default=RESULTS.parent / "pictures" / "fronts.png")
     options = parse_job(parser, given)

@@ -142,7 +142,12 @@ def test_everything_is_run_once(tmp_path, capsys, monkeypatch):
 
 
 def test_qualities_need_a_predictor_that_is_calibrated(tmp_path):
-    job = fronts.Job("digits", "vgg-digits", 0, {}, zoo.load("smartfrz-base"), tmp_path, "cpu", 24)
+    job = fronts.Job("digits", "vgg-digits", 0, {}, zoo.load("smartfrz-vision"), tmp_path, "cpu", 24)
     assert isinstance(job.predictor.info, PredictorInfo)
+    shown = [method.name.partition(", ")[2] for method in fronts.methods_for(job, rivals=(), shares=[100])]
+    assert shown[4:] == [
+        f"{name}, 100 %"
+        for name in ("threshold 0.95", "threshold 0.85", "own threshold", "threshold 0.5", "threshold 0.3")
+    ]
     with pytest.raises(ValueError, match=r"is not calibrated for same, balanced, fast; expected .* --settings"):
         fronts.methods_for(job, "qualities")
