@@ -19,6 +19,7 @@ from builder_fixtures import (
     write_runs,
 )
 
+from smartfrz.dataset_builder import labelling
 from smartfrz.dataset_builder.building import Base, Material, Plan, build_predictor
 from smartfrz.dataset_builder.cli import main as build
 from smartfrz.dataset_builder.recipes import load_recipe
@@ -58,7 +59,7 @@ def recorded(tmp_path_factory):
 
 
 def new_runs(recorded):
-    return labelled_runs(recorded, RULE, 16)
+    return labelling.labelled_runs(recorded, RULE, 16)
 
 
 # Weights out of the file

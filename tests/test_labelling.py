@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from builder_fixtures import PLAN, SMALL, invoke, recorded_run
 from click.testing import CliRunner
+from numpy_adapter import make_info
 from test_freeze_costs import costs_of, monotone
 
 from smartfrz.control.quality import TARGETS
 from smartfrz.dataset_builder.building import Material, Plan, build_predictor
 from smartfrz.dataset_builder.cli import main
 from smartfrz.dataset_builder.costs import FreezeCosts
-from smartfrz.dataset_builder.labelling import label_run, labelled_runs
+from smartfrz.dataset_builder.labelling import label_run, labelled_runs, rule_of
 from smartfrz.dataset_builder.labels import LabelRule
 from smartfrz.dataset_builder.storage import write_run
 from smartfrz.errors import DatasetFormatError
@@ -91,6 +92,14 @@ def test_bad_rules(wrong):
 def test_a_rule_survives_as_plain_data():
     assert LabelRule(**COSTS.to_dict()) == COSTS
     assert set(LabelRule().to_dict()) == {"kind", "tolerance", "records"}  # as older versions read it
+
+
+def test_without_costs_a_predictor_that_was_trained_on_them_is_judged_by_cka(run, caplog):
+    info = make_info(metrics={"label_rule": COSTS.to_dict()})
+    assert rule_of(info, [run]) == COSTS
+    assert rule_of(info, [run, recorded_run("bare")]).source == "cka"
+    assert "which bare lacks. All recordings are labelled by CKA instead" in caplog.text
+    assert rule_of(make_info(), [recorded_run("bare")]) == LabelRule()
 
 
 # Accuracy that is expected for a loss

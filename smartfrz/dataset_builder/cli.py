@@ -483,13 +483,12 @@ def _evaluate(predictor: Path, files: Sequence[Path]) -> dict[str, Any]:
     """Judge, and print the tables."""
     from smartfrz.dataset_builder.building import evaluation_text, judge_predictor
     from smartfrz.dataset_builder.datasets import read_together
-    from smartfrz.dataset_builder.labelling import labelled_runs, records_of
-    from smartfrz.dataset_builder.labels import LabelRule
+    from smartfrz.dataset_builder.labelling import labelled_runs, records_of, rule_of
     from smartfrz.predictor.runtime import Predictor
 
     loaded = Predictor(predictor, device="cpu")
     recorded = read_together(files)
-    rule = LabelRule(**loaded.info.metrics.get("label_rule", {}))
+    rule = rule_of(loaded.info, recorded)
     judged = judge_predictor(loaded, labelled_runs(recorded, rule, records_of(loaded.info)))
     commands.show(evaluation_text(loaded.info, judged))
     qualities = {run: {method: one.quality for method, one in methods.items()} for run, methods in judged.items()}

@@ -12,7 +12,7 @@ from smartfrz.dataset_builder import building
 from smartfrz.dataset_builder.building import Base, Material, Plan
 from smartfrz.dataset_builder.cards import few_recordings
 from smartfrz.dataset_builder.datasets import read_together
-from smartfrz.dataset_builder.labelling import labelled_runs, records_of
+from smartfrz.dataset_builder.labelling import labelled_runs, records_of, rule_of
 from smartfrz.dataset_builder.labels import LabelRule
 from smartfrz.dataset_builder.options import FURTHER_LEARNING_RATE, PULL, RuleOptions, TrainingArguments, given
 from smartfrz.dataset_builder.recipes import Recipe
@@ -36,12 +36,14 @@ class Job:
         plan: How to train it.
         cross_validate: As in `Plan`; None to decide by the number of runs.
         old_files: Recordings of the base that are mixed in.
+        as_base: Whether the label rule is the base's, because the user chose none.
     """
 
     output: Path
     plan: Plan
     cross_validate: bool | None = None
     old_files: Sequence[Path] = ()
+    as_base: bool = False
 
     def check_recipes(self, recipes: Sequence[Recipe]) -> None:
         """Refuse before recording what training would refuse afterwards.
@@ -80,6 +82,8 @@ class Job:
         architectures = [run.architecture for run in new]
         chosen = self.cross_validate
         plan = replace(plan, cross_validate=can_hold_out(architectures) if chosen is None else chosen)
+        if plan.base and self.as_base:
+            plan = replace(plan, rule=rule_of(plan.base.info, everything))
         try:
             runs, old_runs = (labelled_runs(some, plan.rule, plan.records) for some in (new, old))
             if plan.base:
@@ -132,7 +136,8 @@ def _continue_from(name: str, arguments: TrainingArguments, rule: LabelRule, new
     base = _load_base(name)
     info = base.info
     _check_format(arguments, info)
-    if not any(map(given, ("labels", "rule", "tolerance", "rule_records", "cost_limit"))):
+    as_base = not any(map(given, ("labels", "rule", "tolerance", "rule_records", "cost_limit")))
+    if as_base:
         rule = LabelRule(**info.metrics.get("label_rule", {}))
     old_files = _old_files(base, arguments.base_runs, set(new_names)) if arguments.base_runs else []
     if not old_files:
@@ -151,7 +156,7 @@ def _continue_from(name: str, arguments: TrainingArguments, rule: LabelRule, new
         learning_rate=arguments.learning_rate if given("learning_rate") else FURTHER_LEARNING_RATE,
     )
     plan = Plan(arguments.name or arguments.output.stem, rule, options, records_of(info), base=base)
-    return Job(arguments.output, plan, cross_validate=False, old_files=old_files)
+    return Job(arguments.output, plan, cross_validate=False, old_files=old_files, as_base=as_base)
 
 
 def _check_format(arguments: TrainingArguments, info: PredictorInfo) -> None:
