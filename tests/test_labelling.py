@@ -148,8 +148,8 @@ def test_a_predictor_from_recordings_with_costs_has_qualities(built):
     assert info.qualities
     assert set(info.qualities) <= set(TARGETS)
     assert {one.runs for one in info.qualities.values()} == {4}
-    if "same" in info.qualities:
-        assert info.threshold == info.qualities["same"].threshold
+    if "fast" in info.qualities:
+        assert info.threshold == info.qualities["fast"].threshold
     assert LabelRule(**info.metrics["label_rule"]) == BOTH
 
 

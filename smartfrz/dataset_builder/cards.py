@@ -77,8 +77,8 @@ def write_card(
 ) -> str:
     """Return the card of a predictor, Markdown."""
     threshold = (
-        "that of the quality `same`"
-        if "same" in info.qualities
+        "that of the quality `fast`"
+        if "fast" in info.qualities
         else f"the lowest at which {options.precision:.0%} of the freezes of the validation runs are right"
     )
     few = "" if "base" in info.metrics else few_recordings([run.architecture for run in recorded])
