@@ -5,6 +5,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +244,7 @@ def run(
 
     loaded = _load_recipes(recipes)
     job = make_job(training, rule, [recipe.name for recipe in loaded])
-    job.check_recipes(loaded)
+    job.check_recipes(loaded, costs=recording.costs)
     with on_this_machine(_record_all(loaded, runs, recording)) as files:
         for path in files:
             _show_labels(read_run(path), job.plan.rule)
@@ -276,15 +277,28 @@ def calibrate(predictor: Path, runs: Path, output: Path) -> None:
     RUNS is a folder of recordings, or a dataset. They need costs (record --costs), and should be of runs that the predictor
     was not trained on. Nothing is trained. Users then choose with `quality="same"`, `"balanced"` or `"fast"`.
     """
+    from smartfrz.control.quality import TARGETS
     from smartfrz.dataset_builder.datasets import read_together
-    from smartfrz.dataset_builder.qualities import calibrate_file
+    from smartfrz.dataset_builder.qualities import calibrate_file, seen_by
 
-    found = calibrate_file(predictor, read_together(_files_in([runs])), output)
+    recorded = read_together(_files_in([runs]))
+    found = calibrate_file(predictor, recorded, output)
     lines = [
         f"{name:<9} threshold {one.threshold:.3f}: {one.points:+.2f} points (spread {one.spread:.2f}) at "
         f"{one.computation:.0%} of the computation, over {one.runs} runs, each with thresholds chosen without it"
         for name, one in found.items()
     ]
+    lines += [
+        f"{name:<9} is left out: no threshold costs {target:g} points or less in the mean"
+        for name, target in TARGETS.items()
+        if name not in found
+    ]
+    seen = seen_by(output, recorded)
+    if seen:
+        commands.note(
+            f"The predictor was trained or validated on {', '.join(seen)}, so the figures flatter. Calibrate it on "
+            "other runs."
+        )
     commands.answer({name: one.to_dict() for name, one in found.items()}, "\n".join(lines))
 
 
@@ -490,6 +504,13 @@ def _evaluate(predictor: Path, files: Sequence[Path]) -> dict[str, Any]:
     loaded = Predictor(predictor, device="cpu")
     recorded = read_together(files)
     rule = LabelRule(**loaded.info.metrics.get("label_rule", {}))
+    without = [run.name for run in recorded if run.costs is None]
+    if without and rule.source == "costs":
+        rule = replace(rule, source="cka")
+        commands.note(
+            f"No costs of freezing are known of {', '.join(without)}, so all runs are judged by labels by CKA, although "
+            f"{loaded.info.name!r} was trained on labels by costs."
+        )
     judged = judge_predictor(loaded, labelled_runs(recorded, rule, records_of(loaded.info)))
     commands.show(evaluation_text(loaded.info, judged))
     qualities = {run: {method: one.quality for method, one in methods.items()} for run, methods in judged.items()}

@@ -99,7 +99,7 @@ class RecordedRun:
         if self.costs is None:
             raise DatasetFormatError(
                 f"The recording {self.name!r} has no costs of freezing. Add them with: smartfrz-build record --costs "
-                "RECIPE, to the same --output, or leave that recording out."
+                "RECIPE, to the same --output, or leave that recording out. Labels by CKA (--labels cka) need none."
             )
         return self.costs
 
