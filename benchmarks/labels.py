@@ -44,7 +44,7 @@ from smartfrz.predictor.training.judging import first_freezes
 from smartfrz.predictor.training.runs import TrainingOptions
 
 RESULTS = Path(__file__).parent / "results" / "labels.jsonl"
-DATASET = Path("datasets/smartfrz.parquet")
+DATASET = Path("dataset/smartfrz.parquet")
 METHODS = ("predictor", "schedule", "logistic_regression", "weight_change_calibrated")
 SHARES = (0.85, 0.75, 0.65)  # of full training's computation
 GROUPS = ("architecture", "dataset")
