@@ -16,8 +16,7 @@ from matplotlib.figure import Figure
 from benchmarks.arguments import errors_as_messages
 from smartfrz import zoo
 from smartfrz.control.learned import PATIENCE, RECORDS_PER_STAGE
-from smartfrz.dataset_builder.labelling import labelled_runs
-from smartfrz.dataset_builder.labels import LabelRule
+from smartfrz.dataset_builder.labelling import labelled_runs, rule_of
 from smartfrz.dataset_builder.storage import read_run, run_file, run_files
 from smartfrz.errors import DatasetFormatError
 from smartfrz.files import replacing
@@ -67,7 +66,7 @@ def decide(predictor, recorded, layer=None):
     info = predictor.info
     options = TrainingOptions(window=info.window, tailored_size=info.tailored_size, min_records=info.min_records)
     records = round(1 / info.record_fraction)
-    (run,) = labelled_runs([recorded], LabelRule(**info.metrics.get("label_rule", {})), records)
+    (run,) = labelled_runs([recorded], rule_of(info, [recorded]), records)
     places = sorted(
         first_freezes(score(predictor, [run], options)[0], info.threshold, PATIENCE, RECORDS_PER_STAGE),
         key=lambda place: place[1],

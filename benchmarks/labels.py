@@ -51,6 +51,7 @@ GROUPS = ("architecture", "dataset")
 FROZEN = 1 / 3
 RECORDS = 30
 HINDSIGHT = "hindsight"
+ERROR = "calibration error, mean of groups"
 PRICES = np.geomspace(1, 1000, 41)
 THRESHOLDS = np.linspace(0.0, 1.0, 51)  # shares of all confidences that are lower
 
@@ -200,7 +201,7 @@ def table(lines):
         settings = ", ".join(text for text, varies in zip(_settings(line), varied, strict=True) if text and varies)
         if line["group"] == "none":
             row = {"held out": "", "labels": settings, "method": HINDSIGHT, "seeds": ""}
-            rows.append(row | _costs([line["held_out"][HINDSIGHT]]) | {"right freezes": "", "calibration error": ""})
+            rows.append(row | _costs([line["held_out"][HINDSIGHT]]) | {"right freezes": "", ERROR: ""})
             continue
         grouped[line["group"], line["labels"].get("source", "cka"), settings].append(line)
     for (group, labels, settings), found in sorted(grouped.items(), key=lambda item: item[0][:2]):
@@ -210,7 +211,7 @@ def table(lines):
             row = {"held out": group, "labels": told, "method": method.replace("_", " "), "seeds": str(len(found))}
             row |= _costs(each)
             row["right freezes"] = _cell([right_freezes(one) for one in each])
-            row["calibration error"] = _cell([line["calibration_error"][method] for line in found])
+            row[ERROR] = _cell([line["calibration_error"][method] for line in found])
             rows.append(row)
     return rows
 

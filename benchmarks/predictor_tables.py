@@ -46,8 +46,7 @@ from smartfrz.adapters.torch import trace_layers
 from smartfrz.comparing.lines import add_line, matching
 from smartfrz.control.history import WeightHistory
 from smartfrz.control.tailoring import tailoring_positions
-from smartfrz.dataset_builder.labelling import labelled_runs
-from smartfrz.dataset_builder.labels import LabelRule
+from smartfrz.dataset_builder.labelling import labelled_runs, rule_of
 from smartfrz.dataset_builder.storage import read_run, run_files
 from smartfrz.predictor.runtime import Predictor
 from smartfrz.predictor.training.cross_validation import leave_one_out
@@ -72,8 +71,8 @@ NUM_LAYERS = 54  # of ResNet-50
 def run(options):
     """Train predictors without each architecture; one line for each setting and seed."""
     predictor = zoo.load(options.like, device="cpu")
-    rule = LabelRule(**predictor.info.metrics.get("label_rule", {}))
     recorded = [read_run(path) for path in run_files(options.runs)]
+    rule = rule_of(predictor.info, recorded)
     smaller = {"epochs": options.epochs, "steps_per_epoch": options.steps}
     smaller = {key: value for key, value in smaller.items() if value is not None}
     for name in options.tables:

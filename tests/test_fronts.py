@@ -112,7 +112,7 @@ def test_everything_is_run_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(fronts, "THRESHOLDS", (None, 0.3))
     monkeypatch.setattr(fronts, "SHARES", (100, 50))
     results = tmp_path / "fronts.jsonl"
-    command = [*SMALL, "--results", str(results), "--folder", str(tmp_path)]
+    command = [*SMALL, "--results", str(results), "--folder", str(tmp_path), "--settings", "thresholds"]
     fronts.main(["run", *command, "--seeds", "0", "--cache"])
     lines = read_lines(results)
     assert len(lines) == 5 + 2 * (2 + 2) + 2

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from builder_fixtures import PLAN, RULE, SMALL, invoke, labelled, recorded_run, recorded_runs, write_recipe
 from click.testing import CliRunner
+from numpy_adapter import make_info
 from test_freeze_costs import costs_of, monotone
 
 from smartfrz import zoo
@@ -14,7 +15,7 @@ from smartfrz.dataset_builder import building
 from smartfrz.dataset_builder.building import Material, Plan, build_predictor
 from smartfrz.dataset_builder.cli import main
 from smartfrz.dataset_builder.costs import FreezeCosts
-from smartfrz.dataset_builder.labelling import label_run, labelled_runs
+from smartfrz.dataset_builder.labelling import label_run, labelled_runs, rule_of
 from smartfrz.dataset_builder.labels import LabelRule
 from smartfrz.dataset_builder.qualities import Outcomes
 from smartfrz.dataset_builder.storage import write_run
@@ -22,6 +23,7 @@ from smartfrz.errors import DatasetFormatError
 from smartfrz.predictor.runtime import Predictor
 from smartfrz.predictor.training.export import with_info
 
+BASE = zoo.embedded_folder() / "smartfrz-base.onnx"
 COSTS, BOTH = LabelRule(source="costs", cost_limit=2), LabelRule(source="both", cost_limit=2)
 
 
@@ -95,6 +97,14 @@ def test_bad_rules(wrong):
 def test_a_rule_survives_as_plain_data():
     assert LabelRule(**COSTS.to_dict()) == COSTS
     assert set(LabelRule().to_dict()) == {"kind", "tolerance", "records"}  # as older versions read it
+
+
+def test_without_costs_a_predictor_that_was_trained_on_them_is_judged_by_cka(run, caplog):
+    info = make_info(metrics={"label_rule": COSTS.to_dict()})
+    assert rule_of(info, [run]) == COSTS
+    assert rule_of(info, [run, recorded_run("bare")]).source == "cka"
+    assert "which bare lacks. All recordings are labelled by CKA instead" in caplog.text
+    assert rule_of(make_info(), [recorded_run("bare")]) == LabelRule()
 
 
 # Accuracy that is expected for a loss
@@ -206,20 +216,15 @@ def test_costs_that_are_not_going_to_be_measured_are_said_before_recording(tmp_p
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_base_that_was_labelled_by_costs_needs_costs_or_another_choice(tmp_path):
-    base, more = tmp_path / "base.onnx", tmp_path / "more.onnx"
-    shipped = zoo.embedded_folder() / "smartfrz-base.onnx"
-    info = Predictor(shipped).info
-    with_info(shipped, replace(info, metrics=info.metrics | {"label_rule": COSTS.to_dict()}), base)
-    recipes = [write_recipe(tmp_path, name) for name in ("one", "other")]
-    result = invoke(main, "run", *recipes, "--runs", tmp_path / "runs", "-o", more, "--base", base)
-    assert f"(--labels costs, as the base {info.name!r} has them), which is measured with --costs only" in result.output
+def test_a_base_that_was_labelled_by_costs_judges_recordings_without(tmp_path, caplog):
+    base, info = tmp_path / "base.onnx", Predictor(BASE).info
+    with_info(BASE, replace(info, metrics=info.metrics | {"label_rule": COSTS.to_dict()}), base)
     write_run(tmp_path / "new" / "cnn-a.parquet", recorded_run(pool=1024))
-    result = invoke(main, "train", tmp_path / "new", "-o", more, "--base", base)
+    more = ("-o", tmp_path / "more.onnx", "--base", base)
+    result = invoke(main, "train", tmp_path / "new", *more, "--labels", "costs")
     assert "Labels by CKA (--labels cka) need none." in result.output
-    assert not more.exists()
     judged = invoke(main, "evaluate", base, tmp_path / "new")
-    assert "No costs of freezing are known of cnn-a, so all runs are judged by labels by CKA" in judged.stderr
+    assert "which cnn-a lacks. All recordings are labelled by CKA instead" in caplog.text
     assert "| cnn-a (held out) | predictor |" in judged.stdout
 
 

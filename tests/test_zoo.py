@@ -31,7 +31,7 @@ def test_the_default_predictor_loads_and_says_what_it_is(base):
 
 def test_the_card_gives_the_threshold_of_the_file(base):
     card = (FOLDER / "smartfrz-base.md").read_text(encoding="utf-8")
-    assert f"freezes from a confidence of {base.info.threshold:.3f}." in card
+    assert f"a confidence of {base.info.threshold:.3f} or more" in card
 
 
 def test_it_prefers_a_layer_that_stands_still(base):

@@ -5,7 +5,6 @@ import logging
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -497,20 +496,12 @@ def _evaluate(predictor: Path, files: Sequence[Path]) -> dict[str, Any]:
     """Judge, and print the tables."""
     from smartfrz.dataset_builder.building import evaluation_text, judge_predictor
     from smartfrz.dataset_builder.datasets import read_together
-    from smartfrz.dataset_builder.labelling import labelled_runs, records_of
-    from smartfrz.dataset_builder.labels import LabelRule
+    from smartfrz.dataset_builder.labelling import labelled_runs, records_of, rule_of
     from smartfrz.predictor.runtime import Predictor
 
     loaded = Predictor(predictor, device="cpu")
     recorded = read_together(files)
-    rule = LabelRule(**loaded.info.metrics.get("label_rule", {}))
-    without = [run.name for run in recorded if run.costs is None]
-    if without and rule.source == "costs":
-        rule = replace(rule, source="cka")
-        commands.note(
-            f"No costs of freezing are known of {', '.join(without)}, so all runs are judged by labels by CKA, although "
-            f"{loaded.info.name!r} was trained on labels by costs."
-        )
+    rule = rule_of(loaded.info, recorded)
     judged = judge_predictor(loaded, labelled_runs(recorded, rule, records_of(loaded.info)))
     commands.show(evaluation_text(loaded.info, judged))
     qualities = {run: {method: one.quality for method, one in methods.items()} for run, methods in judged.items()}

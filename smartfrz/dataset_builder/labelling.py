@@ -1,6 +1,8 @@
 """From recorded runs to labelled ones that a predictor can be trained on."""
 
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +15,8 @@ from smartfrz.dataset_builder.storage import RecordedRun
 from smartfrz.errors import DatasetFormatError
 from smartfrz.predictor.contract import PredictorInfo
 from smartfrz.predictor.training.runs import LabelledRun
+
+logger = logging.getLogger("smartfrz")
 
 
 class Labels(NamedTuple):
@@ -41,6 +45,25 @@ def label_run(run: RecordedRun, rule: LabelRule) -> Labels:
         return Labels(costs.hard, costs.soft.astype(np.float32))
     mean = ((by_cka.soft + costs.soft) / 2).astype(np.float32)
     return Labels(np.where(np.isnan(mean), UNKNOWN, mean >= 0.5).astype(np.int8), mean)
+
+
+def rule_of(info: PredictorInfo, recorded: Sequence[RecordedRun]) -> LabelRule:
+    """Return the rule of the labels that a predictor was trained on.
+
+    If it asks for costs and a run has none, it is CKA's, and a warning says so.
+    """
+    rule = LabelRule(**info.metrics.get("label_rule", {}))
+    without = [run.name for run in recorded if run.costs is None]
+    if rule.source != "costs" or not without:
+        return rule
+    logger.warning(
+        "%s was trained on labels by what freezing costs, which %s lack%s. All recordings are labelled by CKA instead; "
+        "record with --costs for the others.",
+        info.name,
+        ", ".join(without),
+        "s" if len(without) == 1 else "",
+    )
+    return replace(rule, source="cka")
 
 
 def labelled_runs(recorded: Sequence[RecordedRun], rule: LabelRule, records: int) -> list[LabelledRun]:

@@ -12,7 +12,7 @@ from smartfrz.dataset_builder import building
 from smartfrz.dataset_builder.building import Base, Material, Plan
 from smartfrz.dataset_builder.cards import few_recordings
 from smartfrz.dataset_builder.datasets import read_together
-from smartfrz.dataset_builder.labelling import labelled_runs, records_of
+from smartfrz.dataset_builder.labelling import labelled_runs, records_of, rule_of
 from smartfrz.dataset_builder.labels import LabelRule
 from smartfrz.dataset_builder.options import FURTHER_LEARNING_RATE, PULL, RuleOptions, TrainingArguments, given
 from smartfrz.dataset_builder.recipes import Recipe
@@ -36,12 +36,14 @@ class Job:
         plan: How to train it.
         cross_validate: As in `Plan`; None to decide by the number of runs.
         old_files: Recordings of the base that are mixed in.
+        as_base: Whether the label rule is the base's, because the user chose none.
     """
 
     output: Path
     plan: Plan
     cross_validate: bool | None = None
     old_files: Sequence[Path] = ()
+    as_base: bool = False
 
     def check_recipes(self, recipes: Sequence[Recipe], *, costs: bool) -> None:
         """Refuse before recording what training would refuse afterwards.
@@ -55,12 +57,10 @@ class Job:
                 costs that are not measured.
         """
         plan = self.plan
-        if plan.rule.source != "cka" and not costs:
-            same = plan.base and plan.rule == LabelRule(**plan.base.info.metrics.get("label_rule", {}))
-            whose = f", as the base {plan.base.info.name!r} has them" if plan.base and same else ""
+        if plan.rule.source != "cka" and not costs and not self.as_base:  # those of a base may become labels by CKA
             raise RecipeError(
-                f"The labels need what freezing costs (--labels {plan.rule.source}{whose}), which is measured with --costs "
-                "only. Add --costs, which makes recording take about five times as long, or choose --labels cka."
+                f"The labels need what freezing costs (--labels {plan.rule.source}), which is measured with --costs only. "
+                "Add --costs, which makes recording take about five times as long, or choose --labels cka."
             )
         for recipe in recipes:
             if recipe.recording.pool_size < plan.options.tailored_size:
@@ -92,7 +92,9 @@ class Job:
         architectures = [run.architecture for run in new]
         chosen = self.cross_validate
         plan = replace(plan, cross_validate=can_hold_out(architectures) if chosen is None else chosen)
-        if plan.rule.source == "both" and all(run.costs is None for run in everything):
+        if plan.base and self.as_base:
+            plan = replace(plan, rule=rule_of(plan.base.info, everything))
+        if plan.rule.source == "both" and not self.as_base and all(run.costs is None for run in everything):
             raise click.ClickException(
                 f"None of the {len(everything)} recordings has costs of freezing, which --labels both needs of some. Add "
                 "them with: smartfrz-build record --costs RECIPE..., to the same --output, or choose --labels cka."
@@ -149,7 +151,8 @@ def _continue_from(name: str, arguments: TrainingArguments, rule: LabelRule, new
     base = _load_base(name)
     info = base.info
     _check_format(arguments, info)
-    if not any(map(given, ("labels", "rule", "tolerance", "rule_records", "cost_limit"))):
+    as_base = not any(map(given, ("labels", "rule", "tolerance", "rule_records", "cost_limit")))
+    if as_base:
         rule = LabelRule(**info.metrics.get("label_rule", {}))
     old_files = _old_files(base, arguments.base_runs, set(new_names)) if arguments.base_runs else []
     if not old_files:
@@ -168,7 +171,7 @@ def _continue_from(name: str, arguments: TrainingArguments, rule: LabelRule, new
         learning_rate=arguments.learning_rate if given("learning_rate") else FURTHER_LEARNING_RATE,
     )
     plan = Plan(arguments.name or arguments.output.stem, rule, options, records_of(info), base=base)
-    return Job(arguments.output, plan, cross_validate=False, old_files=old_files)
+    return Job(arguments.output, plan, cross_validate=False, old_files=old_files, as_base=as_base)
 
 
 def _check_format(arguments: TrainingArguments, info: PredictorInfo) -> None:
