@@ -26,7 +26,7 @@ space := $(subst ,, )
 RUN := $(VENV)/bin/python -m
 DATA ?= $(SMARTFRZ_DATA)
 RUNS ?= runs
-DATASET ?= datasets/smartfrz.parquet
+DATASET ?= dataset/smartfrz.parquet
 # What the dataset, and so smartfrz-base 3, is made from. The others are for its next version: nobody has measured yet what
 # freezing costs there.
 RECORDED := mobilenetv2-imagenet-to-fashion efficientnet-imagenet-to-cifar10 minilm-sst2 vit-fashion vit-fashion-to-mnist \

@@ -38,13 +38,13 @@ from smartfrz.dataset_builder.costs import CostSurface, judge
 from smartfrz.dataset_builder.datasets import read_dataset
 from smartfrz.dataset_builder.labelling import labelled_runs
 from smartfrz.dataset_builder.labels import LabelRule, Source
-from smartfrz.dataset_builder.qualities import Outcomes, simulate
+from smartfrz.dataset_builder.qualities import Outcomes, simulate, with_costs
 from smartfrz.predictor.training.cross_validation import leave_one_out
 from smartfrz.predictor.training.judging import first_freezes
 from smartfrz.predictor.training.runs import TrainingOptions
 
 RESULTS = Path(__file__).parent / "results" / "labels.jsonl"
-DATASET = Path("datasets/smartfrz.parquet")
+DATASET = Path("dataset/smartfrz.parquet")
 METHODS = ("predictor", "schedule", "logistic_regression", "weight_change_calibrated")
 SHARES = (0.85, 0.75, 0.65)  # of full training's computation
 GROUPS = ("architecture", "dataset")
@@ -58,22 +58,23 @@ THRESHOLDS = np.linspace(0.0, 1.0, 51)  # shares of all confidences that are low
 
 def run(options):
     """Train without each group; one line for each kind of labels and seed."""
+    rules = {labels: LabelRule(source=labels, cost_limit=options.limit) for labels in options.labels}
     recorded, _ = read_dataset(options.dataset)
+    judged_by = with_costs(recorded)
     digest = hashlib.sha256(options.dataset.read_bytes()).hexdigest()
     facts = {"group": "none", "dataset": digest}
     if not matching(lines_of(options.results), facts):
-        held_out = {one.name: in_hindsight(one.costs) for one in recorded if one.costs}
+        held_out = {one.name: in_hindsight(one.costs) for one in judged_by}
         add_line(options.results, facts | {"held_out": {HINDSIGHT: held_out}})
-    for labels in options.labels:
-        rule = LabelRule(source=labels, cost_limit=options.limit)
-        runs = labelled_runs([one for one in recorded if one.costs or labels != "costs"], rule, RECORDS)
-        costs = labelled_runs([one for one in recorded if one.costs], LabelRule(source="costs"), RECORDS)
+    for labels, rule in rules.items():
+        runs = labelled_runs(judged_by if labels == "costs" else recorded, rule, RECORDS)
+        costs = labelled_runs(judged_by, LabelRule(source="costs"), RECORDS)
         right = {one.name: one.labels for one in costs}
         for group in options.groups:
             for seed in options.seeds:
                 facts = {"group": group, "seed": seed, "labels": rule.to_dict(), "dataset": digest}
                 facts |= {"epochs": options.epochs} if options.epochs else {}
-                if matching(lines_of(options.results), facts):
+                if any(line.get("epochs") == options.epochs for line in matching(lines_of(options.results), facts)):
                     continue
                 training = replace(TrainingOptions(seed=seed), **({"epochs": options.epochs} if options.epochs else {}))
                 judged = leave_one_out(runs, training, group, _progress(f"{labels} {group} {seed}"), num_seeds=1)
@@ -195,22 +196,34 @@ def table(lines):
     """Rows: each kind of labels and method, means over seeds."""
     rows = []
     grouped = defaultdict(list)
+    varied = [len(set(each) - {""}) > 1 for each in zip(*map(_settings, lines), strict=True)]
     for line in lines:
+        settings = ", ".join(text for text, varies in zip(_settings(line), varied, strict=True) if text and varies)
         if line["group"] == "none":
-            row = {"held out": "", "labels": "", "method": HINDSIGHT, "seeds": ""}
+            row = {"held out": "", "labels": settings, "method": HINDSIGHT, "seeds": ""}
             rows.append(row | _costs([line["held_out"][HINDSIGHT]]) | {"right freezes": "", ERROR: ""})
             continue
-        rule = line["labels"]
-        grouped[line["group"], rule.get("source", "cka")].append(line)
-    for (group, labels), found in sorted(grouped.items()):
+        grouped[line["group"], line["labels"].get("source", "cka"), settings].append(line)
+    for (group, labels, settings), found in sorted(grouped.items(), key=lambda item: item[0][:2]):
         for method in METHODS:
             each = [line["held_out"][method] for line in found]
-            row = {"held out": group, "labels": labels, "method": method.replace("_", " "), "seeds": str(len(found))}
+            told = f"{labels}, {settings}" if settings else labels
+            row = {"held out": group, "labels": told, "method": method.replace("_", " "), "seeds": str(len(found))}
             row |= _costs(each)
             row["right freezes"] = _cell([right_freezes(one) for one in each])
             row[ERROR] = _cell([line["calibration_error"][method] for line in found])
             rows.append(row)
     return rows
+
+
+def _settings(line):
+    """Texts of what has to be the same in a row of the table: limit of the cost, epochs, dataset; "" where there is none."""
+    if line["group"] == "none":
+        return "", "", f"dataset {line['dataset'][:7]}"
+    limit = line["labels"].get("cost_limit")
+    epochs = line.get("epochs") or TrainingOptions().epochs
+    told = "" if limit is None else f"up to {limit:g} points", f"{epochs} epochs"
+    return *told, f"dataset {line['dataset'][:7]}"
 
 
 def _costs(each):
@@ -225,7 +238,7 @@ def _cell(values):
     return f"{statistics.mean(values):.2f}{spread}"
 
 
-@errors_as_messages()
+@errors_as_messages(ValueError)
 def main(given=None):
     """Measure, or show what was measured."""
     from benchmarks.tables import markdown

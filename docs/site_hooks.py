@@ -12,7 +12,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parent.parent
 OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md", "smartfrz/zoo/*.md")
 OUTSIDE += ("benchmarks/pictures/*.png", "examples/*.*", "examples/notebooks/*.ipynb", "examples/serving/*")
-OUTSIDE += ("requirements/*.txt",)
+OUTSIDE += ("requirements/*.txt", "dataset/*.md")
 LINK = re.compile(r"(\]\()((?:\.\./)*)([^):#\s]*)")
 
 

@@ -193,6 +193,7 @@ def test_a_folder_of_old_runs_is_mixed_in_by_the_command(base_file, tmp_path, re
     options = dataclasses.replace(SMALL)
     assert mean_auc(score(Predictor(output), runs, options), runs, options) > 0.8
 
+    (old / "stranger.parquet").unlink()  # or cnn-a would be there twice
     shown = invoke(build, "evaluate", output, old).stdout
     assert "| cnn-a (trained on) |" in shown or "| cnn-a (validated on) |" in shown
     alone = invoke(build, "train", new, "-o", output, "--base", base_file, "--epochs", 1)

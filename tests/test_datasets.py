@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -8,6 +9,7 @@ import pytest
 import torch
 from builder_fixtures import PLAN, RULE, SMALL, invoke, recorded_run, recorded_runs, write_runs
 
+from smartfrz import zoo
 from smartfrz.dataset_builder.cli import main
 from smartfrz.dataset_builder.datasets import (
     PathOptions,
@@ -311,6 +313,20 @@ def test_a_recording_that_the_dataset_has_is_refused(made, tmp_path):
     result = train(tmp_path / "my.onnx", made[0], tmp_path / "own")
     assert "The recordings 'cnn-a' and 'renamed' have the same values" in " ".join(result.output.split())
     assert not (tmp_path / "my.onnx").exists()
+
+
+def test_recordings_that_are_there_twice_are_refused_without_a_dataset_too(tmp_path):
+    runs, copies = write_runs(tmp_path / "runs"), tmp_path / "copies"
+    copies.mkdir()
+    shutil.copy(runs / "cnn-a.parquet", copies / "another-name.parquet")
+    for command, *more in ("train", "-o", tmp_path / "my.onnx"), ("evaluate",):
+        places = (runs, copies) if command == "train" else (runs,)
+        if command == "evaluate":
+            shutil.copy(copies / "another-name.parquet", runs)
+            places = (zoo.embedded_folder() / "smartfrz-base.onnx", runs)
+        result = invoke(main, command, *places, *more)
+        assert "Two recordings are called 'cnn-a'; expected different names" in " ".join(result.output.split())
+        assert result.exit_code == 1
 
 
 @pytest.mark.parametrize(

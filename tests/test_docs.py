@@ -207,6 +207,17 @@ def test_linked_files_exist(page):
             assert (page.parent / target).exists(), f"{name_of(page)} links to {target}"
 
 
+def test_linked_pages_outside_of_docs_are_taken_into_the_site():
+    hooks = (ROOT / "docs" / "site_hooks.py").read_text("utf-8")
+    patterns = sum(map(ast.literal_eval, re.findall(r"^OUTSIDE \+?= (.*)$", hooks, re.M)), ("README.md",))
+    taken = {path for pattern in patterns for path in ROOT.glob(pattern)}
+    for page in PAGES[1:]:
+        for target in re.findall(r"\]\(([^)#\s]+\.md)", BLOCK.sub("", page.read_text("utf-8"))):
+            path = (page.parent / target).resolve()
+            if "://" not in target and not path.is_relative_to(ROOT / "docs"):
+                assert path in taken, f"{name_of(page)} links to {target}, which site_hooks.py leaves out"
+
+
 def test_pages_named_in_messages_exist():
     for path in ROOT.glob("smartfrz/**/*.py"):
         for name in re.findall(r"docs/[\w/-]+\.md", path.read_text("utf-8")):

@@ -83,6 +83,10 @@ WRONG = {
     "a step beyond the end": ({"steps": [10, 25, 45, 100]}, "steps do not increase from 1 to less than the total"),
     "too deep": ({"depths": [1, 2, 4, 5, 7]}, "depths do not increase"),
     "an accuracy of 2": ({"accuracy": [[2.0] * 5] * 4}, "an accuracy is neither"),
+    "a loss without bounds": (
+        {"loss": [[float("inf")] * 5] * 4, "accuracy": [[None] * 5] * 4},
+        "neither NaN nor finite",
+    ),
     "only a loss": ({"accuracy": [[None] * 5] * 4}, "a loss or an accuracy, and not both"),
     "no final loss": ({"final_loss": NAN}, "its own loss or accuracy is not finite"),
     "nothing saved": ({"saved": []}, "not three lists"),

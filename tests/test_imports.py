@@ -159,6 +159,12 @@ def test_modules_import_only_what_the_table_allows(module):
     assert wrong == []
 
 
+@pytest.mark.parametrize("package", ["accelerate", "datasets", "evaluate", "keras", "peft", "tokenizers"])
+def test_no_folder_of_the_repository_passes_for_a_package(package):
+    """Trainer of transformers takes a folder `datasets` in the working directory for the package, and ends."""
+    assert not (ROOT.parent / package).is_dir()
+
+
 def test_there_is_no_import_circle():
     assert find_circle({"a": ["b"], "b": ["c"], "c": ["b"]}) == ["b", "c"]
     graph = {module: set(modules_imported_by(path)) - {module} for module, path in MODULES.items()}

@@ -1,5 +1,7 @@
 """`benchmarks.labels`: what freezing by predictors of other labels would have cost, at a size of seconds."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from benchmark_source import ROOT
@@ -9,7 +11,7 @@ from test_labelling import with_costs
 
 from benchmarks import labels
 from benchmarks.labels import at_one_threshold, at_own_threshold, best_schedule, main, right_freezes
-from smartfrz.comparing.lines import read_lines
+from smartfrz.comparing.lines import add_line, read_lines
 from smartfrz.dataset_builder.costs import judge
 from smartfrz.dataset_builder.datasets import PathOptions, with_paths, write_dataset
 
@@ -77,6 +79,65 @@ def test_all_kinds_of_labels_are_judged_once(tmp_path, capsys, monkeypatch):
     before = results.read_bytes()
     main([*command, "--epochs", "1"])
     assert results.read_bytes() == before
+
+
+def written(points, *, seed=0, digest="d", **facts):
+    method = {name: one | {"points": points} for name, one in FOUND.items()}
+    rule = {
+        "kind": "forward",
+        "tolerance": 0.02,
+        "records": 10,
+        "source": "costs",
+        "cost_limit": facts.pop("limit", 0.5),
+    }
+    held_out, errors = dict.fromkeys(labels.METHODS, method), dict.fromkeys(labels.METHODS, 0.1)
+    line = {"group": "architecture", "seed": seed, "labels": rule, "dataset": digest}
+    return line | facts | {"held_out": held_out, "calibration_error": errors}
+
+
+def test_what_was_measured_otherwise_is_in_rows_of_its_own():
+    same = [written([4.0, 2.0, 0.0], seed=seed, epochs=4) for seed in (0, 1)]
+    others = [
+        written([9.0, 9.0, 9.0], **one) for one in ({}, {"epochs": 1}, {"epochs": 4, "digest": "e"}, {"limit": 2.0})
+    ]
+    rows = [row for row in labels.table([*same, *others]) if row["method"] == "predictor"]
+    assert [row["seeds"] for row in rows] == ["2", "1", "1", "1", "1"]
+    assert [row["labels"] for row in rows] == [
+        "costs, up to 0.5 points, 4 epochs, dataset d",
+        "costs, up to 0.5 points, 10 epochs, dataset d",
+        "costs, up to 0.5 points, 1 epochs, dataset d",
+        "costs, up to 0.5 points, 4 epochs, dataset e",
+        "costs, up to 2 points, 10 epochs, dataset d",
+    ]
+    assert [row["labels"] for row in labels.table(same) if row["method"] == "predictor"] == ["costs"]
+
+
+def test_a_round_of_fewer_epochs_does_not_pass_for_one_of_all(tmp_path, monkeypatch):
+    options = PathOptions(tailored_size=32, draws=1)
+    dataset, results = tmp_path / "d.parquet", tmp_path / "r.jsonl"
+    runs = [with_costs(recorded_run(name, kind, seed=i)) for i, (name, kind) in enumerate(PLAN.items())]
+    write_dataset(dataset, [with_paths(run, options) for run in runs], options)
+    add_line(results, written([4.0, 2.0, 0.0], digest=hashlib.sha256(dataset.read_bytes()).hexdigest(), epochs=1))
+    monkeypatch.setattr(labels, "leave_one_out", lambda *given, **more: pytest.fail("training"))
+    command = ["run", "--dataset", str(dataset), "--results", str(results), "--labels", "costs"]
+    command += ["--groups", "architecture", "--seeds", "0"]
+    main([*command, "--epochs", "1"])
+    with pytest.raises(pytest.fail.Exception, match="training"):
+        main(command)
+
+
+@pytest.mark.parametrize("limit", ["nan", "-1", "100"])
+def test_a_limit_that_is_none_is_said_at_once(tmp_path, limit):
+    with pytest.raises(SystemExit, match=r"points from 0 to less than 100"):
+        main(["run", "--limit", limit, "--results", str(tmp_path / "r.jsonl")])
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+def test_a_dataset_without_costs_cannot_be_judged(tmp_path):
+    options = PathOptions(tailored_size=32, draws=1)
+    write_dataset(tmp_path / "d.parquet", [with_paths(recorded_run(), options)], options)
+    with pytest.raises(SystemExit, match="0 recordings with costs; expected at least 3"):
+        main(["run", "--dataset", str(tmp_path / "d.parquet"), "--results", str(tmp_path / "r.jsonl")])
 
 
 def labels_options(**given):

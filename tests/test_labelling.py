@@ -4,21 +4,26 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from builder_fixtures import PLAN, SMALL, invoke, recorded_run
+from builder_fixtures import PLAN, RULE, SMALL, invoke, labelled, recorded_run, recorded_runs, write_recipe
 from click.testing import CliRunner
 from numpy_adapter import make_info
 from test_freeze_costs import costs_of, monotone
 
+from smartfrz import zoo
 from smartfrz.control.quality import TARGETS
+from smartfrz.dataset_builder import building
 from smartfrz.dataset_builder.building import Material, Plan, build_predictor
 from smartfrz.dataset_builder.cli import main
 from smartfrz.dataset_builder.costs import FreezeCosts
 from smartfrz.dataset_builder.labelling import label_run, labelled_runs, rule_of
 from smartfrz.dataset_builder.labels import LabelRule
+from smartfrz.dataset_builder.qualities import Outcomes
 from smartfrz.dataset_builder.storage import write_run
 from smartfrz.errors import DatasetFormatError
 from smartfrz.predictor.runtime import Predictor
+from smartfrz.predictor.training.export import with_info
 
+BASE = zoo.embedded_folder() / "smartfrz-base.onnx"
 COSTS, BOTH = LabelRule(source="costs", cost_limit=2), LabelRule(source="both", cost_limit=2)
 
 
@@ -180,3 +185,95 @@ def test_the_command_trains_on_costs_and_says_what_lacks_them(tmp_path):
     (folder / "vit-a.parquet").unlink()
     invoke(main, "train", folder, "--no-cross-validate", *options)
     assert "costs at most 0.5 points" in (tmp_path / "mine.md").read_text()
+
+
+OPTIONS = ("--tailored-size", "32", "--window", "8", "--epochs", "1", "--no-cross-validate")
+
+
+def recordings(folder, without=()):
+    folder.mkdir()
+    for i, (name, kind) in enumerate(PLAN.items()):
+        made = recorded_run(name, kind, seed=i, pool=64)
+        write_run(folder / f"{name}.parquet", made if name in without else with_costs(made))
+    return folder
+
+
+def test_both_needs_costs_of_some_recording(tmp_path):
+    folder = recordings(tmp_path / "runs", without=PLAN)
+    result = invoke(main, "train", folder, "--labels", "both", "-o", tmp_path / "mine.onnx", *OPTIONS)
+    assert result.exit_code == 1
+    assert "None of the 4 recordings has costs of freezing, which --labels both needs of some" in result.output
+    assert not (tmp_path / "mine.onnx").exists()
+
+
+@pytest.mark.parametrize("labels", ["costs", "both"])
+def test_costs_that_are_not_going_to_be_measured_are_said_before_recording(tmp_path, labels):
+    recipes = [write_recipe(tmp_path, name) for name in ("one", "other")]
+    places = ("--runs", tmp_path / "runs", "-o", tmp_path / "mine.onnx")
+    result = invoke(main, "run", *recipes, *places, "--labels", labels, *OPTIONS)
+    assert result.exit_code == 1
+    assert f"(--labels {labels}), which is measured with --costs only. Add --costs" in result.output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_base_that_was_labelled_by_costs_judges_recordings_without(tmp_path, caplog):
+    base, info = tmp_path / "base.onnx", Predictor(BASE).info
+    with_info(BASE, replace(info, metrics=info.metrics | {"label_rule": COSTS.to_dict()}), base)
+    write_run(tmp_path / "new" / "cnn-a.parquet", recorded_run(pool=1024))
+    more = ("-o", tmp_path / "more.onnx", "--base", base)
+    result = invoke(main, "train", tmp_path / "new", *more, "--labels", "costs")
+    assert "Labels by CKA (--labels cka) need none." in result.output
+    judged = invoke(main, "evaluate", base, tmp_path / "new")
+    assert "which cnn-a lacks. All recordings are labelled by CKA instead" in caplog.text
+    assert "| cnn-a (held out) | predictor |" in judged.stdout
+
+
+def test_a_run_that_cannot_be_held_out_is_said_before_anything_is_trained(tmp_path, monkeypatch):
+    recorded = [with_costs(run) for run in recorded_runs()]
+    runs = [run if run.name == "cnn-b" else replace(run, labels=np.ones_like(run.labels)) for run in labelled(recorded)]
+    monkeypatch.setattr(building, "check_runs", lambda *given: None)
+    monkeypatch.setattr(building, "_hold_out", lambda *given: pytest.fail("something was trained"))
+    with pytest.raises(ValueError, match=r"without the run '[a-z-]+', which is to be held out: .*--no-cross-validate"):
+        build_predictor(Material(recorded, runs, "0" * 64), Plan("mine", RULE, SMALL), tmp_path / "mine.onnx")
+
+
+COSTLY = np.array([5.0, 5.0, 0.1])
+
+
+@pytest.fixture
+def judged_as(monkeypatch, tmp_path):
+    """Trains a predictor of which is claimed that its thresholds cost this."""
+
+    def build(thresholds, points):
+        points = np.broadcast_to(points, (3, len(points)))
+        outcomes = Outcomes(np.array(thresholds), points, np.broadcast_to(np.linspace(0.75, 0.85, 3), points.shape))
+        monkeypatch.setattr(building, "_hold_out", lambda *given: {})
+        monkeypatch.setattr(building, "_find_costs", lambda *given: {"predictor": outcomes})
+        monkeypatch.setattr(building, "export", lambda model, info, output: infos.append(info) or 0.0)
+        infos, recorded = [], [with_costs(run) for run in recorded_runs()]
+        recorded[1:2] = [replace(run, costs=None) for run in recorded[1:2]]
+        options = replace(SMALL, epochs=1, steps_per_epoch=2)
+        material = Material(recorded, labelled_runs(recorded, BOTH, 30), "0" * 64)
+        card = build_predictor(material, Plan("mine", BOTH, options), tmp_path / "mine.onnx")
+        return infos[0], card
+
+    return build
+
+
+def test_the_threshold_is_that_of_fast_however_high_it_is(judged_as):
+    info, card = judged_as([0.5, 0.9, 0.9985], COSTLY)
+    assert info.threshold == info.qualities["fast"].threshold == 0.9985
+    assert "Threshold: that of the quality `fast`" in card
+    assert "as measured (CKA alone without costs: cnn-b)." in card
+
+
+def test_the_card_says_which_qualities_no_threshold_reaches(judged_as):
+    info, card = judged_as([0.5, 0.9, 0.99], COSTLY + 0.2)
+    assert set(info.qualities) == {"balanced", "fast"}
+    assert "No threshold costs little enough in the mean for `same` (0.2 points)." in card
+    assert "| predictor |  | 5.20 |  |  |" in card
+    info, card = judged_as([0.5, 0.9, 0.99], COSTLY + 9)
+    assert info.qualities == {}
+    assert "for `same` (0.2 points), `balanced` (0.5 points), `fast` (1.5 points)." in card
+    assert "| quality |" not in card
+    assert "nan" not in card[: card.index("## Runs that it was validated on")]

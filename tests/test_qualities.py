@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -6,6 +7,7 @@ from builder_fixtures import recorded_run
 from click.testing import CliRunner
 
 from smartfrz import zoo
+from smartfrz.dataset_builder import qualities
 from smartfrz.dataset_builder.cli import main
 from smartfrz.dataset_builder.costs import FreezeCosts
 from smartfrz.dataset_builder.datasets import PathOptions, read_dataset, with_paths, write_dataset
@@ -92,6 +94,56 @@ def test_the_command_writes_qualities_and_nothing_else(runs, tmp_path):
     for one, other in zip(before.predict(history, lengths), after.predict(history, lengths), strict=True):
         assert np.array_equal(one, other)
     assert "threshold" in result.output
+
+
+@pytest.fixture
+def folder(runs, tmp_path):
+    for run in runs:
+        write_run(tmp_path / "runs" / f"{run.name}.parquet", run)
+    return tmp_path / "runs"
+
+
+def calibrate_as(monkeypatch, folder, output, points):
+    points = np.broadcast_to(points, (4, 2))
+    outcomes = Outcomes(np.array([0.5, 0.999]), points, np.full(points.shape, 0.5))
+    monkeypatch.setattr(qualities, "simulate_predictor", lambda *given: outcomes)
+    return CliRunner().invoke(main, ["calibrate", str(output), str(folder), "-o", str(output)])
+
+
+def test_the_command_names_the_qualities_that_no_threshold_reaches(folder, tmp_path, monkeypatch):
+    output = shutil.copy(BASE, tmp_path / "mine.onnx")
+    result = calibrate_as(monkeypatch, folder, output, [9.0, 1.0])
+    assert result.exit_code == 0, result.output
+    assert "same      is left out: no threshold costs 0.2 points or less in the mean" in result.output
+    assert set(Predictor(output).info.qualities) == {"fast"}
+
+
+def test_a_file_keeps_its_qualities_where_none_is_reached(folder, tmp_path, monkeypatch):
+    output = shutil.copy(BASE, tmp_path / "mine.onnx")
+    before = output.read_bytes()
+    result = calibrate_as(monkeypatch, folder, output, [9.0, 2.0])
+    assert result.exit_code == 1
+    assert "is good enough for any quality: the highest, 0.999, costs 2.0 points in the mean" in result.output
+    assert output.read_bytes() == before
+
+
+def test_runs_that_the_predictor_has_seen_are_named(runs, tmp_path):
+    known = Predictor(BASE, device="cpu").info.metrics["trained_on"][0]
+    for index, run in enumerate(runs):
+        run = replace(run, facts=run.facts | {"name": known}) if index == 0 else run
+        write_run(tmp_path / "runs" / f"{run.name}.parquet", run)
+    result = CliRunner().invoke(main, ["calibrate", str(BASE), str(tmp_path / "runs"), "-o", str(tmp_path / "c.onnx")])
+    assert f"was trained or validated on {known}, so the figures flatter" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["calibrate", "evaluate"])
+def test_a_dataset_of_other_records_is_an_error(runs, tmp_path, command):
+    options = PathOptions(records=10, draws=1)
+    write_dataset(tmp_path / "d.parquet", [with_paths(run, options) for run in runs], options)
+    more = ["-o", str(tmp_path / "c.onnx")] if command == "calibrate" else []
+    result = CliRunner().invoke(main, [command, str(BASE), str(tmp_path / "d.parquet"), *more])
+    assert isinstance(result.exception, SystemExit)
+    assert "of 30 timestamps of 'cnn-0', but 30 records a run need every 1" in " ".join(result.output.split())
 
 
 def test_too_few_recordings_with_costs(runs):

@@ -225,6 +225,33 @@ def test_a_thaw_drops_the_decision_that_was_due():
     assert [(event.step, event.action) for event in controller.acts] == [(5, "freeze"), (8, "thaw")]
 
 
+@pytest.mark.parametrize("layers", [None, ["a"]])
+def test_a_thaw_drops_the_decision_that_was_due_where_nothing_is_frozen_yet(layers):
+    controller, adapter = scripted({"a": 0.9, "b": 0.1, "c": 0.1}, dict.fromkeys("abc", 0.1))
+    run(controller, adapter, 4)
+    assert controller.thaw(layers) == []
+    run(controller, adapter, 3)
+    assert (controller.events, adapter.frozen, controller.num_records) == ([], set(), 3)
+
+
+@pytest.mark.parametrize("raised_at", [3, 4, 5])
+def test_a_learning_rate_that_is_raised_before_the_first_decision_drops_it(raised_at):
+    """Without reading later: a layer that froze at the step at which the rate is raised is thawed at that step."""
+    acts = []
+    for make in (NumpyAdapter, LaterAdapter):
+        adapter = make.random(SIZES)
+        predictor = ScriptedPredictor([{"a": 0.9, "b": 0.1, "c": 0.1}, dict.fromkeys("abc", 0.1)])
+        controller = controller_of(
+            adapter, predictor, record_every=2, patience=1, threshold=0.5, thaw_on_restart=True, total_steps=100
+        )
+        for step in range(1, 8):
+            run(controller, adapter, 1)
+            controller.observe_learning_rates([1.0 if step >= raised_at else 0.01])
+        acts.append([event.action for event in controller.acts])
+        assert adapter.frozen == ({"a"} if raised_at == 3 else set())
+    assert acts == {3: [["freeze"]] * 2, 4: [["freeze", "thaw"], []], 5: [["freeze", "thaw"]] * 2}[raised_at]
+
+
 def test_layers_that_come_and_go_between_record_and_decision():
     adapter = LaterAdapter({name: np.ones(size, np.float32) for name, size in SIZES.items()} | {"d": np.ones(3)}, "abc")
     predictor = ScriptedPredictor([{"b": 0.9, "c": 0.1}])

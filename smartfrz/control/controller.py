@@ -416,6 +416,8 @@ class FreezeController:
     ) -> list[FreezeDecision]:
         """Train layers again that this controller froze; they may freeze again later.
 
+        A decision that is still due from the latest record is dropped, even if nothing is frozen yet.
+
         Args:
             layers: Names of the layers; all by default. Layers that are not frozen stay as they are.
             reason: The reason that the decisions give.
@@ -428,7 +430,7 @@ class FreezeController:
             ValueError: If a name belongs to no layer, or to a layer that the user froze.
         """
         thawed = self._frozen_among(layers)
-        if not thawed:
+        if not thawed and self._due != "stage":  # else the decision that is due is dropped
             return []
         self._ranks.meet(f"thawing after step {self.num_steps}", {"layers": thawed})
         if not self.dry_run:
@@ -472,7 +474,8 @@ class FreezeController:
         Returns:
             One decision for each layer that was thawed.
         """
-        raised = self._restarts.is_restart(rates, frozen=bool(self.frozen))
+        freezes = bool(self.frozen) or self._due == "stage"  # it may freeze layers one step later
+        raised = self._restarts.is_restart(rates, frozen=freezes)
         return self.thaw(reason="learning_rate_raised") if raised else []
 
     # Saving and resuming.

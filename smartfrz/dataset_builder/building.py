@@ -152,24 +152,30 @@ def build_predictor(
         PredictorFileError: If the exported file answers differently from the trained network.
     """
     check_runs(*plan.split(material.runs), plan.options)
+    known = [run for run in material.recorded if run.costs is not None]
+    calibrates = plan.cross_validate and len(known) >= MIN_RUNS
+    if calibrates:
+        check_rounds(material.runs, plan.options, "name", CALIBRATION_SEEDS, [run.name for run in known])
     held_out: HeldOut = {}
     outcomes: dict[str, Outcomes] = {}
     if plan.cross_validate:
         held_out = _hold_out(material.runs, plan.options, _part(progress, 0.0, 0.5))
-        outcomes = _find_costs(material, plan, _part(progress, 0.5, 0.45))
+    if calibrates:
+        outcomes = _find_costs(material.runs, known, plan.options, _part(progress, 0.5, 0.45))
     qualities = calibrate_qualities(outcomes["predictor"]) if outcomes else {}
     done = 0.95 if plan.cross_validate else 0.0
     fitted = _fit(material.runs, plan, _part(progress, done, 1 - done, "final: "))
-    if "fast" in qualities:  # right freezes of a few validation runs say less than what freezing cost in all runs
-        fitted = replace(fitted, threshold=qualities["fast"].threshold)
+    # Right freezes of a few validation runs say less than what freezing cost in all runs. A confidence of exactly 0 or 1
+    # would freeze everything or nothing; that of a quality is neither.
+    threshold = qualities["fast"].threshold if "fast" in qualities else float(np.clip(fitted.threshold, 0.01, 0.99))
+    fitted = replace(fitted, threshold=threshold)
     on_validation = _judge(fitted, plan)
     info = PredictorInfo(
         name=plan.name,
         tailored_size=plan.options.tailored_size,
         window=plan.options.window,
         representation=plan.options.representation,
-        # A confidence of exactly 0 or 1 would freeze everything or nothing.
-        threshold=float(np.clip(fitted.threshold, 0.01, 0.99)),
+        threshold=threshold,
         record_fraction=1.0 / plan.records,
         dataset_sha256=material.sha256,
         metrics=_metrics(fitted, plan, on_validation, held_out),
@@ -201,15 +207,12 @@ def _hold_out(runs: Sequence[LabelledRun], options: TrainingOptions, progress: P
     }
 
 
-def _find_costs(material: Material, plan: Plan, progress: Progress) -> dict[str, Outcomes]:
-    """Find out what freezing costs in each run with costs, by networks that have not seen it; empty if these are too few."""
-    known = [run for run in material.recorded if run.costs is not None]
-    if len(known) < MIN_RUNS:
-        return {}
+def _find_costs(
+    runs: Sequence[LabelledRun], known: Sequence[RecordedRun], options: TrainingOptions, progress: Progress
+) -> dict[str, Outcomes]:
+    """Find out what freezing costs in each of the runs with costs, by networks that have not seen it."""
     names = [run.name for run in known]
-    return simulate_held_out(
-        leave_one_out(material.runs, plan.options, "name", progress, CALIBRATION_SEEDS, names), known
-    )
+    return simulate_held_out(leave_one_out(runs, options, "name", progress, CALIBRATION_SEEDS, names), known)
 
 
 def _fit(runs: Sequence[LabelledRun], plan: Plan, progress: Progress) -> _Fitted:

@@ -90,8 +90,8 @@ def write_card(
         f"{info.threshold:.3f} or more. License: {info.license}.",
         "",
         *([f"**{few}**", ""] if few else []),
-        f"Labels: {_labels(info.metrics['label_rule'])}. Threshold: {threshold}. PyTorch and ONNX Runtime differ by at most "
-        f"{difference:.1g}.",
+        f"Labels: {_labels(info.metrics['label_rule'], recorded)}. Threshold: {threshold}. PyTorch and ONNX Runtime "
+        f"differ by at most {difference:.1g}.",
         "",
     ]
     if outcomes:
@@ -126,13 +126,17 @@ def write_card(
     return "\n".join([*lines, "", f"SHA-256 of the recordings: `{info.dataset_sha256}`.", ""])
 
 
-def _labels(rule: Mapping[str, Any]) -> str:
+def _labels(rule: Mapping[str, Any], recorded: Sequence[RecordedRun]) -> str:
     by_cka = f"CKA to a finished reference model, `{rule['kind']}` rule, tolerance {rule['tolerance']}"
     source = rule.get("source", "cka")
     if source == "cka":
         return by_cka
     by_costs = f"whether freezing everything up to the layer costs at most {rule['cost_limit']:g} points, as measured"
-    return by_costs if source == "costs" else f"the mean of two targets, {by_cka}, and {by_costs}"
+    if source == "costs":
+        return by_costs
+    without = [run.name for run in recorded if run.costs is None]
+    alone = f" (CKA alone without costs: {', '.join(without)})" if without else ""
+    return f"the mean of two targets, {by_cka}, and {by_costs}{alone}"
 
 
 def _costs(info: PredictorInfo, outcomes: Mapping[str, Outcomes], names: Sequence[str]) -> list[str]:
@@ -146,18 +150,24 @@ def _costs(info: PredictorInfo, outcomes: Mapping[str, Outcomes], names: Sequenc
         "thresholds on the others. Nothing was trained again for that: costs are read off what was measured when the first "
         "layers were frozen at some moments, with linear interpolation between.",
         "",
-        "| quality | target, points | threshold | accuracy, points | standard deviation over runs | computation |",
-        "|---|---|---|---|---|---|",
     ]
+    missing = [f"`{name}` ({target:g} points)" for name, target in TARGETS.items() if name not in info.qualities]
+    if missing:
+        lines += [f"No threshold costs little enough in the mean for {', '.join(missing)}.", ""]
+    if info.qualities:
+        lines += [
+            "| quality | target, points | threshold | accuracy, points | standard deviation over runs | computation |",
+            "|---|---|---|---|---|---|",
+        ]
     for name, one in info.qualities.items():
         lines.append(
             f"| {name} | {-TARGETS[name]:+.1f} | {one.threshold:.3f} | {one.points:+.2f} | {one.spread:.2f} | "
             f"{one.computation:.0%} |"
         )
+    lines += [""] if info.qualities else []
     lines += [
-        "",
         "Points lost in the mean over runs, at the threshold that leaves such a share of the computation in the mean over "
-        "runs; less is better:",
+        "runs; less is better. A cell is empty where no threshold leaves so little or so much:",
         "",
         f"| frozen by | {' | '.join(f'{share:.0%}' for share in _SHARES)} |",
         "|---" * (len(_SHARES) + 1) + "|",
@@ -165,10 +175,11 @@ def _costs(info: PredictorInfo, outcomes: Mapping[str, Outcomes], names: Sequenc
     for method, found in outcomes.items():
         if method == "weight_change":
             continue  # ranks as the calibrated one does
-        cells = (f"{points:.2f}" for points in map(found.points_at, _SHARES))
+        cells = ("" if np.isnan(points) else f"{points:.2f}" for points in map(found.points_at, _SHARES))
         lines.append(f"| {method.replace('_', ' ').replace(' calibrated', '')} | {' | '.join(cells)} |")
     if info.qualities:
-        lines += ["", f"| run | {' | '.join(info.qualities)} |", "|---" * (len(info.qualities) + 1) + "|"]
+        lines += ["", "Each run, at the thresholds of the qualities:", ""]
+        lines += [f"| run | {' | '.join(info.qualities)} |", "|---" * (len(info.qualities) + 1) + "|"]
     found = outcomes["predictor"]
     for place, name in enumerate(names if info.qualities else ()):
         cells = (

@@ -243,7 +243,7 @@ def run(
 
     loaded = _load_recipes(recipes)
     job = make_job(training, rule, [recipe.name for recipe in loaded])
-    job.check_recipes(loaded)
+    job.check_recipes(loaded, costs=recording.costs)
     with on_this_machine(_record_all(loaded, runs, recording)) as files:
         for path in files:
             _show_labels(read_run(path), job.plan.rule)
@@ -276,15 +276,28 @@ def calibrate(predictor: Path, runs: Path, output: Path) -> None:
     RUNS is a folder of recordings, or a dataset. They need costs (record --costs), and should be of runs that the predictor
     was not trained on. Nothing is trained. Users then choose with `quality="same"`, `"balanced"` or `"fast"`.
     """
+    from smartfrz.control.quality import TARGETS
     from smartfrz.dataset_builder.datasets import read_together
-    from smartfrz.dataset_builder.qualities import calibrate_file
+    from smartfrz.dataset_builder.qualities import calibrate_file, seen_by
 
-    found = calibrate_file(predictor, read_together(_files_in([runs])), output)
+    recorded = read_together(_files_in([runs]))
+    found = calibrate_file(predictor, recorded, output)
     lines = [
         f"{name:<9} threshold {one.threshold:.3f}: {one.points:+.2f} points (spread {one.spread:.2f}) at "
         f"{one.computation:.0%} of the computation, over {one.runs} runs, each with thresholds chosen without it"
         for name, one in found.items()
     ]
+    lines += [
+        f"{name:<9} is left out: no threshold costs {target:g} points or less in the mean"
+        for name, target in TARGETS.items()
+        if name not in found
+    ]
+    seen = seen_by(output, recorded)
+    if seen:
+        commands.note(
+            f"The predictor was trained or validated on {', '.join(seen)}, so the figures flatter. Calibrate it on "
+            "other runs."
+        )
     commands.answer({name: one.to_dict() for name, one in found.items()}, "\n".join(lines))
 
 

@@ -127,6 +127,7 @@ class FreezeCosts:
                 self.depths[0] >= 1 and self.depths[-1] <= self.num_layers and (np.diff(self.depths) > 0).all()
             ),
             "an accuracy is neither NaN nor in [0, 1]": bool((within | np.isnan(self.accuracy)).all()),
+            "a loss is neither NaN nor finite": not np.isinf(self.loss).any(),
             "a branch has a loss or an accuracy, and not both": np.array_equal(finite_loss, finite_accuracy),
             "its own loss or accuracy is not finite": bool(
                 np.isfinite(self.final_loss) and 0 <= self.final_accuracy <= 1

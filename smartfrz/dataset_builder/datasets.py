@@ -280,13 +280,15 @@ def read_together(files: Iterable[str | os.PathLike[str]]) -> list[RecordedRun]:
     """Read datasets and recordings. If there is a dataset among them, the recordings get paths, made as its own were.
 
     Raises:
-        DatasetFormatError: If a file cannot be used, datasets were made with different options, or a dataset holds a
-            recording that is there twice.
+        DatasetFormatError: If a file cannot be used, datasets were made with different options, or a recording is there
+            twice.
     """
     files = [Path(path) for path in files]
     datasets = {path: read_dataset(path) for path in files if is_dataset(path)}
     if not datasets:
-        return [read_run(path) for path in files]
+        recorded = [read_run(path) for path in files]
+        check_doubles(recorded)
+        return recorded
     first, (_, options) = next(iter(datasets.items()))
     for path, (_, other) in datasets.items():
         if other != options:

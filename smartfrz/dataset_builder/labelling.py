@@ -12,6 +12,7 @@ from smartfrz.dataset_builder.costs import cost_targets
 from smartfrz.dataset_builder.datasets import thinning
 from smartfrz.dataset_builder.labels import UNKNOWN, LabelRule, label_layers, soft_targets
 from smartfrz.dataset_builder.storage import RecordedRun
+from smartfrz.errors import DatasetFormatError
 from smartfrz.predictor.contract import PredictorInfo
 from smartfrz.predictor.training.runs import LabelledRun
 
@@ -71,8 +72,8 @@ def labelled_runs(recorded: Sequence[RecordedRun], rule: LabelRule, records: int
     Labels are made first: they look at every recorded timestamp.
 
     Raises:
-        ValueError: If the paths of a run are of fewer records, or of others.
-        DatasetFormatError: If the rule asks for costs, and those of a run were not measured.
+        DatasetFormatError: If the paths of a run are of fewer records, or of others, or the rule asks for costs, and those
+            of a run were not measured.
     """
     runs = []
     for run in recorded:
@@ -83,7 +84,7 @@ def labelled_runs(recorded: Sequence[RecordedRun], rule: LabelRule, records: int
         paths = None
         if run.paths is not None:
             if every % run.paths.every:
-                raise ValueError(
+                raise DatasetFormatError(
                     f"The dataset has every {run.paths.every}. of {len(run.step)} timestamps of {run.name!r}, but {records} "
                     f"records a run need every {every}. Choose other --records, or train on the recordings."
                 )

@@ -45,13 +45,23 @@ class Job:
     old_files: Sequence[Path] = ()
     as_base: bool = False
 
-    def check_recipes(self, recipes: Sequence[Recipe]) -> None:
+    def check_recipes(self, recipes: Sequence[Recipe], *, costs: bool) -> None:
         """Refuse before recording what training would refuse afterwards.
 
+        Args:
+            recipes: What is recorded.
+            costs: Whether what freezing costs is measured, too.
+
         Raises:
-            RecipeError: If there is only one recipe, or one records fewer weights than the predictor reads.
+            RecipeError: If there is only one recipe, one records fewer weights than the predictor reads, or labels need
+                costs that are not measured.
         """
         plan = self.plan
+        if plan.rule.source != "cka" and not costs and not self.as_base:  # those of a base may become labels by CKA
+            raise RecipeError(
+                f"The labels need what freezing costs (--labels {plan.rule.source}), which is measured with --costs only. "
+                "Add --costs, which makes recording take about five times as long, or choose --labels cka."
+            )
         for recipe in recipes:
             if recipe.recording.pool_size < plan.options.tailored_size:
                 raise RecipeError(
@@ -84,6 +94,11 @@ class Job:
         plan = replace(plan, cross_validate=can_hold_out(architectures) if chosen is None else chosen)
         if plan.base and self.as_base:
             plan = replace(plan, rule=rule_of(plan.base.info, everything))
+        if plan.rule.source == "both" and not self.as_base and all(run.costs is None for run in everything):
+            raise click.ClickException(
+                f"None of the {len(everything)} recordings has costs of freezing, which --labels both needs of some. Add "
+                "them with: smartfrz-build record --costs RECIPE..., to the same --output, or choose --labels cka."
+            )
         try:
             runs, old_runs = (labelled_runs(some, plan.rule, plan.records) for some in (new, old))
             if plan.base:

@@ -132,6 +132,14 @@ def with_costs(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
     return found
 
 
+def seen_by(path: Path, runs: Sequence[RecordedRun]) -> list[str]:
+    """Return the names of those runs that a predictor file, or its base, was trained or validated on."""
+    metrics = Predictor(path, device="cpu").info.metrics
+    facts = (metrics, metrics.get("base", {}))
+    known = {name for of in facts for key in ("trained_on", "validated_on") for name in of.get(key, [])}
+    return [run.name for run in runs if run.costs is not None and run.name in known]
+
+
 def calibrate_qualities(outcomes: Outcomes) -> dict[str, Calibration]:
     """Choose the threshold of each quality, and tell what it means for a run that it was not chosen on.
 
@@ -172,10 +180,19 @@ def calibrate_file(path: Path, runs: Sequence[RecordedRun], output: Path) -> dic
 
     Raises:
         PredictorFileError: If the predictor cannot be used.
-        DatasetFormatError: If too few recordings have costs.
+        DatasetFormatError: If too few recordings have costs, or no threshold is good enough in them for any quality.
+            Nothing is written then.
         OSError: If the output cannot be written.
     """
     predictor = Predictor(path, device="cpu")
-    qualities = calibrate_qualities(simulate_predictor(predictor, runs))
+    outcomes = simulate_predictor(predictor, runs)
+    qualities = calibrate_qualities(outcomes)
+    if not qualities:
+        raise DatasetFormatError(
+            f"No threshold of {predictor.info.name!r} is good enough for any quality: the highest, "
+            f"{outcomes.thresholds[-1]:.3f}, costs {outcomes.points[:, -1].mean():.1f} points in the mean over these "
+            f"{len(outcomes.points)} runs; expected at most {max(TARGETS.values()):g}. Nothing was written. Train it on "
+            "runs like these first: smartfrz-build train --labels costs."
+        )
     with_info(path, replace(predictor.info, qualities=qualities), output)
     return qualities

@@ -99,7 +99,7 @@ class RecordedRun:
         if self.costs is None:
             raise DatasetFormatError(
                 f"The recording {self.name!r} has no costs of freezing. Add them with: smartfrz-build record --costs "
-                "RECIPE, to the same --output, or leave that recording out."
+                "RECIPE, to the same --output, or leave that recording out. Labels by CKA (--labels cka) need none."
             )
         return self.costs
 
@@ -391,7 +391,7 @@ def _sort_rows(columns: dict[str, NDArray[Any]], layers: list[str]) -> Iterator[
         columns.update({name: values[order] for name, values in columns.items()})
     for name in ("step", "progress", "loss", "learning_rate"):
         tiled = columns[name].reshape(len(layers), timestamps)
-        if (tiled != tiled[0]).any():
+        if not np.array_equal(tiled, np.broadcast_to(tiled[0], tiled.shape), equal_nan=tiled.dtype.kind == "f"):
             yield f"its layers differ in {name} at the same timestamp"
 
 
