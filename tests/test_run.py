@@ -89,7 +89,7 @@ def test_a_run_killed_while_it_records_and_while_it_trains_gives_the_file_of_an_
 
     # In the middle of `train`: it begins once the labels are shown.
     again = Started(tmp_path, *arguments)
-    again.kill_when(lambda: again.log.read_text().count(" known\n") == 2)
+    again.kill_when(lambda: again.log.read_text().count(" of the labels say freeze\n") == 2)
     assert not output.exists()
     recorded = times(runs)
     assert {name: recorded[name] for name in kept} == kept  # nothing is recorded, and no reference trained, twice

@@ -30,10 +30,21 @@ def lines_of(task, seed=0):
 
 def test_the_settings_are_run_once_and_differ_in_threshold_and_length(tmp_path, capsys):
     compared, results = tmp_path / "c.jsonl", tmp_path / "t.jsonl"
-    methods = ("--methods", "full,smartfrz,early-stop-50", "--results", str(compared), "--folder", str(tmp_path))
+    # Such a small network freezes at confidences that this predictor reaches.
+    predictor = ("--predictor", "smartfrz-vision")
+    methods = (
+        "--methods",
+        "full,smartfrz,early-stop-50",
+        "--results",
+        str(compared),
+        "--folder",
+        str(tmp_path),
+        *predictor,
+    )
     compare.main(["run", *SMALL, *methods])
     command = [
         *SMALL,
+        *predictor,
         "--methods",
         "tradeoff",
         "--results",

@@ -5,6 +5,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +247,9 @@ def run(
     job.check_recipes(loaded, costs=recording.costs)
     with on_this_machine(_record_all(loaded, runs, recording)) as files:
         for path in files:
-            _show_labels(read_run(path), job.plan.rule)
+            recorded = read_run(path)
+            by_cka = job.as_base and recorded.costs is None  # as training will label it
+            _show_labels(recorded, replace(job.plan.rule, source="cka") if by_cka else job.plan.rule)
         document = _train(job, files)
         document["evaluation"] = _evaluate(job.output, files)
         commands.answer({"recordings": [str(path) for path in files], **document})
