@@ -24,7 +24,6 @@ import hashlib
 import statistics
 import sys
 from collections import defaultdict
-from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -61,22 +60,21 @@ def run(options):
     rules = {labels: LabelRule(source=labels, cost_limit=options.limit) for labels in options.labels}
     recorded, _ = read_dataset(options.dataset)
     judged_by = with_costs(recorded)
+    right = {one.name: one.labels for one in labelled_runs(judged_by, LabelRule(source="costs"), RECORDS)}
     digest = hashlib.sha256(options.dataset.read_bytes()).hexdigest()
+    smaller = {"epochs": options.epochs} if options.epochs else {}
     facts = {"group": "none", "dataset": digest}
     if not matching(lines_of(options.results), facts):
         held_out = {one.name: in_hindsight(one.costs) for one in judged_by}
         add_line(options.results, facts | {"held_out": {HINDSIGHT: held_out}})
     for labels, rule in rules.items():
         runs = labelled_runs(judged_by if labels == "costs" else recorded, rule, RECORDS)
-        costs = labelled_runs(judged_by, LabelRule(source="costs"), RECORDS)
-        right = {one.name: one.labels for one in costs}
         for group in options.groups:
             for seed in options.seeds:
-                facts = {"group": group, "seed": seed, "labels": rule.to_dict(), "dataset": digest}
-                facts |= {"epochs": options.epochs} if options.epochs else {}
+                facts = {"group": group, "seed": seed, "labels": rule.to_dict(), "dataset": digest} | smaller
                 if any(line.get("epochs") == options.epochs for line in matching(lines_of(options.results), facts)):
                     continue
-                training = replace(TrainingOptions(seed=seed), **({"epochs": options.epochs} if options.epochs else {}))
+                training = TrainingOptions(seed=seed, **smaller)
                 judged = leave_one_out(runs, training, group, _progress(f"{labels} {group} {seed}"), num_seeds=1)
                 said = {method: {} for method in METHODS}
                 error = {method: [0.0, 0] for method in METHODS}

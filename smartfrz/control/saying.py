@@ -201,6 +201,4 @@ def warn_differences(state: Mapping[str, Any], chosen: Mapping[str, Any], option
 
 def _enumerate(layers: Sequence[str]) -> str:
     """Return `layer 'a'`, or `layers 'a', 'b'`, for a message."""
-    shown = ", ".join(repr(layer) for layer in layers[:4])
-    more = f" and {len(layers) - 4} more" if len(layers) > 4 else ""
-    return f"{'layer' if len(layers) == 1 else 'layers'} {shown}{more}"
+    return f"{'layer' if len(layers) == 1 else 'layers'} {_shorten([repr(layer) for layer in layers])}"

@@ -248,7 +248,7 @@ def run(
     with on_this_machine(_record_all(loaded, runs, recording)) as files:
         for path in files:
             recorded = read_run(path)
-            by_cka = job.as_base and recorded.costs is None  # as training will label it
+            by_cka = job.as_base and recorded.costs is None  # a base's rule may ask for costs that were not recorded
             _show_labels(recorded, replace(job.plan.rule, source="cka") if by_cka else job.plan.rule)
         document = _train(job, files)
         document["evaluation"] = _evaluate(job.output, files)
