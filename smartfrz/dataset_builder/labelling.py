@@ -80,7 +80,7 @@ def labelled_runs(recorded: Sequence[RecordedRun], rule: LabelRule, records: int
         every = thinning(run.facts, records)
         labels, targets = label_run(run, rule)
         thin = slice(every - 1, None, every)
-        weights, dataset = run.weights[:, thin], dataset_of(run.facts)
+        weights, dataset, loss = run.weights[:, thin], dataset_of(run.facts), _thin_loss(run, every)
         paths = None
         if run.paths is not None:
             if every % run.paths.every:
@@ -89,8 +89,16 @@ def labelled_runs(recorded: Sequence[RecordedRun], rule: LabelRule, records: int
                     f"records a run need every {every}. Choose other --records, or train on the recordings."
                 )
             paths = run.paths.unpack().thinned(every // run.paths.every)
-        runs.append(LabelledRun(run.name, run.architecture, weights, labels[:, thin], targets[:, thin], dataset, paths))
+        runs.append(
+            LabelledRun(run.name, run.architecture, weights, labels[:, thin], targets[:, thin], dataset, paths, loss)
+        )
     return runs
+
+
+def _thin_loss(run: RecordedRun, every: int) -> NDArray[np.float32]:
+    """Average the training loss over the timestamps that one of the kept ones stands for."""
+    kept = len(run.loss) // every
+    return np.asarray(run.loss[: kept * every], np.float64).reshape(kept, every).mean(1).astype(np.float32)
 
 
 def dataset_of(facts: dict[str, Any]) -> str:

@@ -4,6 +4,8 @@
     in   lengths     int64   [layers]                          how many of the last rows are real
     in   position    float32 [layers]                          optional, and only if `POSITIONAL`: where in the network
                                                                the layer is; see `check_position`
+    in   loss        float32 [layers, window]                  optional, and only if `READS_LOSS`: mean training loss
+                                                               since the record before; see `check_loss`
     out  confidence  float32 [layers, 2]                       keep training, freeze (Eq. 4)
     out  attention   float32 [layers, window]                  alpha of Eq. 2, zero on padding
 
@@ -32,11 +34,13 @@ from smartfrz.files import unique_keys
 
 FORMAT_VERSION = 1
 HISTORY, LENGTHS, CONFIDENCE, ATTENTION = "history", "lengths", "confidence", "attention"
-POSITION = "position"
+POSITION, LOSS = "position", "loss"
 PREFIX = "smartfrz."
-REPRESENTATIONS = ("raw", "trajectory")
-POSITIONAL = ("trajectory",)  # representations whose graphs have the input `position`
+REPRESENTATIONS = ("raw", "trajectory", "trajectory+loss")
+POSITIONAL = ("trajectory", "trajectory+loss")  # representations whose graphs have the input `position`
+READS_LOSS = ("trajectory+loss",)  # representations whose graphs have the input `loss`, too
 UNKNOWN_POSITION = -1.0
+UNKNOWN_LOSS = 0.0
 MAX_HISTORY = 2**20  # values in the history of one layer, window * tailored_size; the shipped predictors read 30,720
 MIN_RECORD_FRACTION = 1e-4  # a stage at every few steps of a long run would hold training up
 _MAX_NAME = 200
@@ -228,6 +232,30 @@ def check_position(position: NDArray[np.float32], info: PredictorInfo) -> None:
         raise ValueError(
             f"position holds the value {wrong[0]:g}; expected values from 0, the first layer, to 1, the last, or "
             f"{UNKNOWN_POSITION} where that is not known."
+        )
+
+
+def check_loss(loss: NDArray[np.float32], history_shape: tuple[int, ...], info: PredictorInfo) -> None:
+    """Check that a predictor reads losses, and that there is one for each record.
+
+    Args:
+        loss: Mean training loss of the steps since the record before, one for each row of the history, float32
+            `[layers, window]`. In any unit: only ratios are looked at. A value that is zero or less, infinite or NaN means
+            that the loss is not known.
+        history_shape: Shape of the history, `(layers, window, tailored_size)`.
+        info: Facts about the predictor.
+
+    Raises:
+        ValueError: If the predictor reads no loss, or dtype or shape are wrong.
+    """
+    if info.representation not in READS_LOSS:
+        raise ValueError(
+            f"Predictor {info.name!r} reads no loss: its representation is {info.representation!r}. Leave `loss` out, or "
+            f"use a predictor that was exported with {', '.join(READS_LOSS)}."
+        )
+    if loss.shape != history_shape[:2] or loss.dtype != np.float32:
+        raise ValueError(
+            f"loss is {loss.dtype} {loss.shape}; expected float32 {history_shape[:2]}, one value for each row of the history."
         )
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from smartfrz.control.learned import RECORDS_PER_STAGE
-from smartfrz.predictor.contract import UNKNOWN_POSITION
+from smartfrz.predictor.contract import READS_LOSS, UNKNOWN_LOSS, UNKNOWN_POSITION
 from smartfrz.predictor.training.judging import mean_auc, score
 from smartfrz.predictor.training.model import FreezePredictor, describe_path, real_rows
 from smartfrz.predictor.training.paths import check_paths
@@ -99,11 +99,11 @@ def _make_optimizer(model: FreezePredictor, options: TrainingOptions, weight_dec
 
 def _train_step(model: FreezePredictor, optimizer: torch.optim.Optimizer, batch: "_Batch") -> float:
     if batch.evenness is None:
-        logits, _ = model.logits(batch.history, batch.lengths, batch.position)
+        logits, _ = model.logits(batch.history, batch.lengths, batch.position, batch.loss)
     else:
         real = real_rows(batch.history, batch.lengths)
         seen = describe_path(batch.start, batch.history, batch.evenness, real)
-        logits, _ = model.judge(seen, real, batch.lengths, batch.position)
+        logits, _ = model.judge(seen, real, batch.lengths, batch.position, batch.loss)
     loss = nn.functional.cross_entropy(logits, batch.targets)
     optimizer.zero_grad()
     loss.backward()
@@ -196,6 +196,7 @@ class _Batch(NamedTuple):
     targets: torch.Tensor
     start: torch.Tensor
     evenness: torch.Tensor | None
+    loss: torch.Tensor | None
 
 
 class _Window(NamedTuple):
@@ -204,6 +205,7 @@ class _Window(NamedTuple):
     ready: float
     start: float
     evenness: NDArray[np.float32] | None
+    loss: NDArray[np.float32] | None
 
 
 class _Windows:
@@ -230,11 +232,14 @@ class _Windows:
         windows = [self._draw_window(row % 2) for row in range(options.batch_size)]
         history = np.zeros((options.batch_size, options.window, self._dimensions), np.float32)
         evenness = None if windows[0].evenness is None else np.zeros(history.shape[:2], np.float32)
+        loss = np.full(history.shape[:2], UNKNOWN_LOSS, np.float32) if options.representation in READS_LOSS else None
         for row, window in enumerate(windows):
             real = slice(options.window - len(window.rows), None)
             history[row, real, : window.rows.shape[1]] = window.rows
             if evenness is not None:
                 evenness[row, real] = window.evenness
+            if loss is not None and window.loss is not None:
+                loss[row, real] = window.loss
         return _Batch(
             torch.from_numpy(history),
             torch.tensor([len(window.rows) for window in windows]),
@@ -242,6 +247,7 @@ class _Windows:
             torch.tensor([[1.0 - window.ready, window.ready] for window in windows], dtype=torch.float32),
             torch.tensor([window.start for window in windows], dtype=torch.float32),
             None if evenness is None else torch.from_numpy(evenness),
+            None if loss is None else torch.from_numpy(loss),
         )
 
     def _draw_window(self, label: int) -> _Window:
@@ -254,7 +260,9 @@ class _Windows:
         hidden = rng.random() < options.unplaced
         position = UNKNOWN_POSITION if hidden else layer_positions(len(run.weights))[layer]
         past = slice(max(0, timestamp + 1 - options.window), timestamp + 1)
-        start, evenness = 0.0, None
+        start, evenness, loss = 0.0, None, None
+        if options.representation in READS_LOSS and rng.random() >= options.unheard and run.loss is not None:
+            loss = run.loss[past]
         if run.paths is None:
             samples = self._samples_rng.choice(run.weights.shape[2], options.tailored_size, replace=False)
             rows = run.weights[layer, past][:, samples]
@@ -265,7 +273,7 @@ class _Windows:
         ready = float(label if run.targets is None else run.targets[layer, timestamp])
         if options.representation != "raw" and options.jitter:
             rows, ready = self._jitter(rows, ready)
-        return _Window(rows, position, ready, start, evenness)
+        return _Window(rows, position, ready, start, evenness, loss)
 
     def _jitter(self, rows: NDArray[np.float32], ready: float) -> tuple[NDArray[np.float32], float]:
         decades = self._rng.normal(scale=self._options.jitter)

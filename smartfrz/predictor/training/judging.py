@@ -60,6 +60,7 @@ def _score_run(
     decidable = is_decidable(run, options)
     confidence = np.full(run.labels.shape, np.nan, np.float32)
     places = layer_positions(len(run.labels)) if model.positional and options.unplaced < 1 else None
+    losses = run.loss if model.reads_loss and options.unheard < 1 else None
     samples = spread_samples(run.weights.shape[2], options.tailored_size)  # any fixed ones will do
     for timestamp in range(options.min_records - 1, run.labels.shape[1]):
         layers = np.flatnonzero(decidable[:, timestamp])
@@ -67,12 +68,14 @@ def _score_run(
             continue
         length = min(timestamp + 1, options.window)
         lengths = np.full(len(layers), length, np.int64)
+        past = slice(timestamp + 1 - length, timestamp + 1)
         position = None if places is None else places[layers]
+        loss = None if losses is None else np.tile(losses[past], (len(layers), 1))
         if run.paths is not None and isinstance(model, FreezePredictor):
-            told = _ask_about_paths(model, run.paths, layers, timestamp, lengths, position)
+            told = _ask_about_paths(model, run.paths, layers, past, lengths, position, loss)
         else:
-            rows = run.weights[layers, timestamp + 1 - length : timestamp + 1][:, :, samples]
-            told = _ask(model, np.ascontiguousarray(rows), lengths, position)
+            rows = run.weights[layers, past][:, :, samples]
+            told = _ask(model, np.ascontiguousarray(rows), lengths, position, loss)
         confidence[layers, timestamp] = told[:, 1]
     return confidence
 
@@ -81,19 +84,19 @@ def _ask_about_paths(
     model: FreezePredictor,
     paths: Paths,
     layers: NDArray[np.int64],
-    timestamp: int,
+    past: slice,
     lengths: NDArray[np.int64],
     position: NDArray[np.float32] | None,
+    loss: NDArray[np.float32] | None,
 ) -> NDArray[np.float32]:
     """Ask a network about the first draw, which has the weights that are asked about where there are weights."""
-    rows = slice(timestamp + 1 - int(lengths[0]), timestamp + 1)
-    moved = torch.from_numpy(paths.moved[0, layers, rows])
-    evenness = torch.from_numpy(paths.evenness[0, layers, timestamp, rows])
+    moved = torch.from_numpy(paths.moved[0, layers, past])
+    evenness = torch.from_numpy(paths.evenness[0, layers, past.stop - 1, past])
     known = torch.from_numpy(lengths)
     real = real_rows(moved, known)
     with torch.no_grad():
         seen = describe_path(torch.from_numpy(paths.start[0, layers]), moved, evenness, real)
-        logits, _ = model.eval().judge(seen, real, known, None if position is None else torch.from_numpy(position))
+        logits, _ = model.eval().judge(seen, real, known, _tensor(position), _tensor(loss))
     answer: NDArray[np.float32] = logits.softmax(-1).numpy()
     return answer
 
@@ -103,14 +106,19 @@ def _ask(
     history: NDArray[np.float32],
     lengths: NDArray[np.int64],
     position: NDArray[np.float32] | None,
+    loss: NDArray[np.float32] | None,
 ) -> NDArray[np.float32]:
     if isinstance(model, Predictor):
-        return model.predict(history, lengths, position).confidence
-    placed = None if position is None else torch.from_numpy(position)
+        return model.predict(history, lengths, position, loss).confidence
+    known = torch.from_numpy(history), torch.from_numpy(lengths), _tensor(position), _tensor(loss)
     with torch.no_grad():
-        confidence, _ = model.eval()(torch.from_numpy(history), torch.from_numpy(lengths), placed)
+        confidence, _ = model.eval()(*known)
     answer: NDArray[np.float32] = confidence.numpy()
     return answer
+
+
+def _tensor(array: NDArray[np.float32] | None) -> torch.Tensor | None:
+    return None if array is None else torch.from_numpy(array)
 
 
 @dataclass(frozen=True)

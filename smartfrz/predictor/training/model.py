@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from smartfrz.predictor.contract import POSITIONAL, REPRESENTATIONS, UNKNOWN_POSITION
+from smartfrz.predictor.contract import POSITIONAL, READS_LOSS, REPRESENTATIONS, UNKNOWN_LOSS, UNKNOWN_POSITION
 
 ENCODING_SIZE = 64
 _MASKED = -1e9  # finite: a row of -inf would make softmax return NaN
@@ -23,7 +23,8 @@ class FreezePredictor(nn.Module):
         1024-256-256-64, one head of all-to-one attention, MLP_z is 64-32-32-2. Departures: scores
         are divided by sqrt(64), without which the softmax saturates early in training. With `trajectory` the MLPs see
         norms and angles of displacements instead of weights, and the layer's position: layers near the input converge
-        first, and weights do not show it.
+        first, and weights do not show it. With `trajectory+loss` they also see how the training loss falls: what
+        freezing costs depends on whether the run still learns.
     """
 
     def __init__(self, tailored_size: int = 1024, representation: str = "trajectory", dropout: float = 0.0):
@@ -33,7 +34,9 @@ class FreezePredictor(nn.Module):
         self.tailored_size = tailored_size
         self.representation = representation
         self.positional = representation in POSITIONAL
-        inside = len(FIGURES) + 2 if representation == "trajectory" else tailored_size
+        self.reads_loss = representation in READS_LOSS
+        inside = tailored_size if representation == "raw" else len(FIGURES) + 2
+        inside += len(LOSS_FIGURES) if self.reads_loss else 0
         self.key = _mlp(inside, 256, ENCODING_SIZE)
         self.query = _mlp(inside, 256, ENCODING_SIZE)
         self.value = _mlp(inside, 256, ENCODING_SIZE)
@@ -41,7 +44,11 @@ class FreezePredictor(nn.Module):
         self.head = _mlp(ENCODING_SIZE, 32, 2)
 
     def forward(
-        self, history: torch.Tensor, lengths: torch.Tensor, position: torch.Tensor | None = None
+        self,
+        history: torch.Tensor,
+        lengths: torch.Tensor,
+        position: torch.Tensor | None = None,
+        loss: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute confidences and attention.
 
@@ -50,25 +57,38 @@ class FreezePredictor(nn.Module):
             lengths: How many of the last rows are real, int64 `[layers]`.
             position: Place of each layer in execution order, in [0, 1], or -1 where it is not known; float32 `[layers]`.
                 Ignored unless the representation is positional; unknown by default.
+            loss: Mean training loss since the record before, float32 `[layers, window]`; zero or less, infinite or NaN
+                where it is not known. Ignored unless the representation reads it; unknown by default.
 
         Returns:
             `confidence`, float32 `[layers, 2]`, and `attention`, float32 `[layers, window]`.
         """
-        logits, attention = self.logits(history, lengths, position)
+        logits, attention = self.logits(history, lengths, position, loss)
         return logits.softmax(-1), attention
 
     def logits(
-        self, history: torch.Tensor, lengths: torch.Tensor, position: torch.Tensor | None = None
+        self,
+        history: torch.Tensor,
+        lengths: torch.Tensor,
+        position: torch.Tensor | None = None,
+        loss: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute what `forward` returns, but without the last softmax."""
         real = real_rows(history, lengths)
-        return self.judge(represent(history, real, self.representation), real, lengths, position)
+        return self.judge(represent(history, real, self.representation), real, lengths, position, loss)
 
     def judge(
-        self, seen: torch.Tensor, real: torch.Tensor, lengths: torch.Tensor, position: torch.Tensor | None = None
+        self,
+        seen: torch.Tensor,
+        real: torch.Tensor,
+        lengths: torch.Tensor,
+        position: torch.Tensor | None = None,
+        loss: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute what `logits` returns, from what `represent` or `describe_path` made of the histories."""
         num_records = seen.shape[1]
+        if self.reads_loss:
+            seen = torch.cat([seen, describe_loss(loss, real)], dim=-1)
         if self.positional:
             seen = torch.cat([seen, _describe_position(position, lengths)[:, None].expand(-1, num_records, -1)], dim=-1)
         keys, values, query = self.key(seen), self.value(seen), self.query(seen[:, -1])
@@ -101,7 +121,7 @@ def represent(history: torch.Tensor, real: torch.Tensor, representation: str) ->
     Args:
         history: float32 `[layers, window, tailored_size]`.
         real: True for rows that are not padding, bool `[layers, window]`.
-        representation: `raw`: the weights, as in the paper. `trajectory`: the `FIGURES` of each record; see `trajectory`.
+        representation: `raw`: the weights, as in the paper. Otherwise the `FIGURES` of each record; see `trajectory`.
 
     Returns:
         `history` itself, or float32 `[layers, window, len(FIGURES)]`.
@@ -209,6 +229,64 @@ def _figures(
     figures += [to_now - of_way, of_step - of_way, of_step - of_step[:, -1:], of_lag - of_step]
     figures += [*cosines, evenness, growth, records, ago]
     return torch.cat(figures, dim=-1)
+
+
+# Of record j; t is the newest record and 0 the first one whose loss is known. A figure is 0 if it needs an unknown loss.
+LOSS_FIGURES = (
+    "loss_to_now",  # log loss_j - log loss_t
+    "loss_since_first",  # log loss_j - log loss_0
+    "loss_fall",  # log loss_t - log loss_0, the same for all records
+    "loss_lag",  # log loss_j - log loss_{j-4}
+    "loss_speed",  # log loss_t - log loss_{t-4}, the same for all records
+    "loss_slope",  # log loss_t - log loss_{t-10}, the same for all records
+    "loss_known",  # whether loss_j is
+)
+_LOSS_LAGS = (_LAG, 10)
+_MOST_LOSS = 1e30
+_MOST_FALL = 4.0  # of log loss: beyond a factor of 50 it hardly matters
+
+
+def describe_loss(loss: torch.Tensor | None, real: torch.Tensor) -> torch.Tensor:
+    """Describe how the training loss falls, by logarithms of ratios, which do not depend on its unit.
+
+    Args:
+        loss: Mean training loss since the record before, float32 `[layers, window]`; None if no loss is known.
+        real: True for rows that are not padding, bool `[layers, window]`.
+
+    Returns:
+        float32 `[layers, window, len(LOSS_FIGURES)]`.
+    """
+    if loss is None:
+        loss = torch.full_like(real, UNKNOWN_LOSS, dtype=torch.float32)
+    known = real & (loss > 0) & (loss < _MOST_LOSS)  # both are false for NaN
+    level = torch.log(torch.where(known, loss, torch.ones_like(loss)))
+    window = loss.shape[1]
+    index = torch.arange(window, device=loss.device)
+    # The first known loss has the greatest distance from the end; ArgMax would be one more operator to allow.
+    first = window - ((window - index)[None, :] * known).amax(1, keepdim=True)
+    at_first = index[None, :] == first
+    start = (level * at_first).sum(1, keepdim=True)
+    now, now_known = level[:, -1:], known[:, -1:]
+
+    def since(before: torch.Tensor, both: torch.Tensor, level: torch.Tensor = level) -> torch.Tensor:
+        return torch.where(both, level - before, 0.0).clamp(-_MOST_FALL, _MOST_FALL)
+
+    def lagged(lag: int) -> torch.Tensor:
+        behind = (index - lag).clamp(min=0)
+        both = known & known.index_select(1, behind) & (index >= lag)[None, :]
+        return since(level.index_select(1, behind), both)
+
+    near, far = map(lagged, _LOSS_LAGS)
+    figures = [
+        since(now, known & now_known),
+        since(start, known),
+        since(start, now_known, now).expand_as(near),
+        2.0 * near,
+        2.0 * near[:, -1:].expand_as(near),
+        2.0 * far[:, -1:].expand_as(near),
+        known.to(torch.float32),
+    ]
+    return torch.stack(figures, dim=-1)
 
 
 def _mean(x: torch.Tensor) -> torch.Tensor:

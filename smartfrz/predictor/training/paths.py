@@ -12,7 +12,7 @@ from smartfrz.errors import DatasetFormatError
 class Paths:
     """Paths of the layers of a run, each for a few draws of its sampled weights.
 
-    The representation `trajectory` sees norms and angles of displacements. A rotation changes none of them, and the
+    The representations `trajectory` and `trajectory+loss` see norms and angles of displacements. A rotation changes none of them, and the
     `records` points of a path, together with the origin, span no more than `records` dimensions. So each path is rotated
     into that many. The one figure that a rotation does change, how evenly a displacement is spread over the weights, is
     kept beside them. Lengths are root mean squares over the weights of a draw: the sum of squares over dimensions is the
@@ -127,7 +127,7 @@ def check_paths(name: str, paths: Paths, representation: str, tailored_size: int
     Raises:
         DatasetFormatError: If the network reads weights, or another number of weights.
     """
-    if representation != "trajectory":
+    if representation == "raw":
         raise DatasetFormatError(
             f"Of run {name!r} the dataset has paths only, but the representation {representation!r} reads the weights. Use "
             "the recordings, or a predictor with the representation 'trajectory'."

@@ -26,6 +26,8 @@ class LabelledRun:
         dataset: Name of the data set; cross-validation holds out all runs of one together.
         paths: What the representation `trajectory` needs to know of the weights, instead of them; None if there are
             weights.
+        loss: Mean training loss since the timestamp before, float32 `[timestamps]`, NaN where it is not known; None if it
+            never is.
     """
 
     name: str
@@ -35,6 +37,7 @@ class LabelledRun:
     targets: NDArray[np.float32] | None = None
     dataset: str = "unknown"
     paths: Paths | None = None
+    loss: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class TrainingOptions:
             that the size of a displacement does not matter.
         unplaced: Share of the windows that hide the layer's position from a network that reads it, so that it can also
             answer callers that do not know positions. With 1 they are hidden always, also when it is scored.
+        unheard: Share of the windows that hide the training loss from a network that reads it, so that it can also answer
+            callers that do not know it. With 1 it is hidden always, also when it is scored.
         batch_size: Windows per step.
         steps_per_epoch: Steps between two evaluations on the validation runs.
         epochs: Maximum number of epochs.
@@ -67,7 +72,7 @@ class TrainingOptions:
         seed: Seed of initial weights and sampling; the same seed trains the same predictor.
     """
 
-    representation: str = "trajectory"
+    representation: str = "trajectory+loss"
     window: int = 30
     tailored_size: int = 1024
     min_records: int = 4
@@ -78,6 +83,7 @@ class TrainingOptions:
     jitter: float = 0.5
     jitter_slope: float = 2.0
     unplaced: float = 0.15
+    unheard: float = 0.15
     batch_size: int = 64
     steps_per_epoch: int = 40
     epochs: int = 10
