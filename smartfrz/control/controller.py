@@ -195,6 +195,15 @@ class FreezeController:
         """Whether the next step is one at which layers are looked at and recorded."""
         return bool(self._due) or (self.num_steps + 1) % self.record_every == 0
 
+    def note_loss(self, loss: Any) -> None:
+        """Tell the policy the training loss of the step that `step` counts next, if the policy reads losses.
+
+        Args:
+            loss: A float, or a scalar on a device, which is read with the weights.
+        """
+        if self._policy.reads_loss:
+            self._policy.note_loss(loss)
+
     def step(self) -> list[FreezeDecision]:
         """Record, decide and freeze if it is time to. Call it after every optimizer step.
 
