@@ -177,9 +177,9 @@ class LearnedPolicy(Policy):
             for layer in layers
         }
 
-    def note_loss(self, loss: Any) -> None:
+    def note_loss(self, loss: Any, weight: int = 1) -> None:
         """Add the loss to the mean that belongs to the next record."""
-        self._losses.add(loss)
+        self._losses.add(loss, weight)
 
     def record(self, active: list[str], *, ask: bool) -> None:
         """Read the tailored weights of the active layers, or begin to, where the adapter reads them later."""

@@ -27,10 +27,10 @@ class LossCurve:
         self._sum: Any = 0.0
         self._count = 0
 
-    def add(self, loss: Any) -> None:
-        """Add the loss of one step: a float, or a scalar on a device, which is not waited for."""
-        self._sum = self._sum + loss
-        self._count += 1
+    def add(self, loss: Any, weight: int = 1) -> None:
+        """Add the mean of `weight` losses: a float, or a scalar on a device, which is not waited for."""
+        self._sum = self._sum + (loss if weight == 1 else weight * loss)
+        self._count += weight
 
     def take_mean(self) -> Any:
         """Return the mean of what was added since the last call: a float, or a scalar on the device of the losses."""

@@ -97,12 +97,13 @@ class Policy:
     def layers_changed(self, layers: Sequence[str]) -> None:
         """Go on with these layers, in execution order: some are new, or some are not trained any more."""
 
-    def note_loss(self, loss: Any) -> None:
+    def note_loss(self, loss: Any, weight: int = 1) -> None:
         """Take the training loss of one step, if `reads_loss` is true. Each process has its own.
 
         Args:
             loss: A float, or a scalar on a device that reads it later, as a policy that `waits_for_weights` does. Between
                 two records nobody waits for the device.
+            weight: The number of losses of which it is the mean.
         """
 
     def record(self, active: list[str], *, ask: bool) -> None:
