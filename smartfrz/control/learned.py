@@ -76,16 +76,8 @@ class AsksPredictor(Protocol):
         ...
 
 
-class ReadsPosition(Protocol):
-    """What a predictor whose attribute `positional` is true offers in addition to `AsksPredictor`."""
-
-    def predict(self, history: NDArray[np.float32], lengths: NDArray[np.int64], position: NDArray[np.float32]) -> Any:
-        """Predict with `position`, float32 `[layers]`: 0 for the first layer in execution order and 1 for the last."""
-        ...
-
-
-class ReadsLoss(Protocol):
-    """What a predictor whose attribute `reads_loss` is true offers in addition to `AsksPredictor`."""
+class ReadsMore(Protocol):
+    """What a predictor whose attribute `positional` or `reads_loss` is true offers in addition to `AsksPredictor`."""
 
     def predict(
         self,
@@ -94,9 +86,15 @@ class ReadsLoss(Protocol):
         position: NDArray[np.float32] | None = None,
         loss: NDArray[np.float32] | None = None,
     ) -> Any:
-        """Predict with `loss`, float32 `[layers, window]`: the mean training loss of the steps before each record.
+        """Predict with what else is known of the run.
 
-        NaN stands for "not known" and for padding; None if no loss is known. `position` is as in `ReadsPosition`.
+        Args:
+            history: As for `AsksPredictor`.
+            lengths: As for `AsksPredictor`.
+            position: Only if `positional` is true. Float32 `[layers]`: 0 for the first layer in execution order and 1 for
+                the last.
+            loss: Only if `reads_loss` is true. Float32 `[layers, window]`, left-padded: the mean training loss of the steps
+                before each record. NaN stands for "not known" and for padding; None if no loss is known.
         """
         ...
 
@@ -209,12 +207,12 @@ class LearnedPolicy(Policy):
         if not layers:
             return {}
         history, lengths = self.history.windows(layers)
-        asked: list[Any] = [history, lengths]
+        more: list[Any] = []
         if getattr(self.predictor, "positional", False):
-            asked.append(np.array([self._places[layer] for layer in layers], np.float32))
-        more = {"loss": self._losses.windows(lengths)} if self.reads_loss else {}
+            more.append(np.array([self._places[layer] for layer in layers], np.float32))
+        loss = {"loss": self._losses.windows(lengths)} if self.reads_loss else {}
         try:
-            answer = cast(Any, self.predictor).predict(*asked, **more)
+            answer = cast(ReadsMore, self.predictor).predict(history, lengths, *more, **loss)
         except PredictionError:  # it has been logged; training continues
             return {}
         freeze = answer[0][:, 1].tolist()
