@@ -59,14 +59,14 @@ THRESHOLDS = np.linspace(0.0, 1.0, 51)  # shares of all confidences that are low
 
 def run(options):
     """Train without each group; one line for each kind of labels, with and without the loss, and seed."""
+    rules = {labels: LabelRule(source=labels, cost_limit=options.limit) for labels in options.labels}
     recorded, _ = read_dataset(options.dataset)
     digest = hashlib.sha256(options.dataset.read_bytes()).hexdigest()
     facts = {"group": "none", "dataset": digest}
     if not matching(lines_of(options.results), facts):
         held_out = {one.name: in_hindsight(one.costs) for one in with_costs(recorded)}
         add_line(options.results, facts | {"held_out": {HINDSIGHT: held_out}})
-    for labels, seed, heard in itertools.product(options.labels, options.seeds, options.heard):
-        rule = LabelRule(source=labels, cost_limit=options.limit)
+    for (labels, rule), seed, heard in itertools.product(rules.items(), options.seeds, options.heard):
         facts = {"seed": seed, "labels": rule.to_dict(), "dataset": digest, "epochs": options.epochs, "loss": heard}
         known = [line["group"] for line in lines_of(options.results) if facts.items() <= _defaults(line).items()]
         groups = [group for group in options.groups if group not in known]
