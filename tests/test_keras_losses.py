@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 from keras_runs import BACKEND, WARNINGS, compiled, data, fit, freezer, keras, mlp, not_on_torch, read
-from numpy_adapter import MockLossPredictor, ScriptedPredictor
+from numpy_adapter import MockLossPredictor
 
 pytestmark = WARNINGS
 criterion = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -18,13 +18,12 @@ class Oracle(keras.callbacks.Callback):
         x: Inputs of an epoch.
         y: Their targets.
         freezer: Whose state is kept.
-        batches: In one execution.
         saved_after: Batches after which the state is kept.
     """
 
-    def __init__(self, x, y, freezer, batches=1, saved_after=()):
+    def __init__(self, x, y, freezer, saved_after=()):
         super().__init__()
-        self.x, self.y, self.freezer, self.batches, self.saved_after = x, y, freezer, batches, saved_after
+        self.x, self.y, self.freezer, self.saved_after = x, y, freezer, saved_after
         self.losses, self.states = [], {}
 
     def on_train_batch_begin(self, batch, logs=None):
@@ -69,36 +68,42 @@ def means(losses, every):
     return [np.mean(losses[i : i + every]) for i in range(0, len(losses) - every + 1, every)]
 
 
-@pytest.mark.parametrize("kind", [keras.Sequential, LogsEachBatch])
-def test_a_mock_predictor_is_told_the_mean_since_the_record_before_across_epochs(kind):
+@pytest.fixture(scope="module")
+def whole():
+    """A run of two epochs, recorded after every third batch: what the predictor was asked with, and the oracle."""
     predictor = MockLossPredictor()
-    _, oracle = train(predictor, kind(mlp(4, 8, 8, 3).layers))
+    _, oracle = train(predictor, saved_after=(1, 5, 10))
+    return predictor.losses, oracle
+
+
+def test_a_mock_predictor_is_told_the_mean_since_the_record_before_across_epochs(whole):
+    asked, oracle = whole
     assert len(oracle.losses) == 16
-    np.testing.assert_allclose(predictor.losses[-1], [means(oracle.losses, 3)] * 3, rtol=2e-5)
-    assert predictor.losses[-1].dtype == np.float32
+    np.testing.assert_allclose(asked[-1], [means(oracle.losses, 3)] * 3, rtol=2e-5)
+    assert asked[-1].dtype == np.float32
 
 
-def test_the_state_holds_the_losses_since_the_record_for_a_mock_predictor():
-    _, oracle = train(MockLossPredictor(), saved_after=(1, 5, 10))
-    losses = oracle.losses
+def test_a_mock_predictor_is_told_the_same_where_each_batch_logs_its_own_loss(whole):
+    predictor = MockLossPredictor()
+    train(predictor, LogsEachBatch(mlp(4, 8, 8, 3).layers))
+    np.testing.assert_allclose(predictor.losses[-1], whole[0][-1], rtol=2e-5)
+
+
+def test_the_state_holds_the_losses_since_the_record_for_a_mock_predictor(whole):
+    _, oracle = whole
     for after, state in oracle.states.items():
-        since = losses[after - after % 3 : after]
-        expected = [sum(since), len(since), *means(losses[:after], 3)]
+        since = oracle.losses[after - after % 3 : after]
+        expected = [sum(since), len(since), *means(oracle.losses[:after], 3)]
         np.testing.assert_allclose(state, expected, rtol=2e-5)
     assert set(oracle.states) == {1, 5, 10}
 
 
 @not_on_torch
-def test_batches_that_are_executed_at_once_count_together_for_a_mock_predictor():
-    x, y = data(shape=(4,))
-    every = {}
-    for at_once in (1, 2):
-        predictor = MockLossPredictor()
-        model = compiled(mlp(4, 8, 8, 3), steps_per_execution=at_once)
-        fit(model, [freezer(predictor=predictor, record_every=4, decide_every=1)], inputs=(x, y))
-        every[at_once] = predictor.losses[-1]
-    np.testing.assert_allclose(every[1], every[2], rtol=2e-5)
-    assert every[1].shape == (3, 4)
+def test_batches_that_are_executed_at_once_count_together_for_a_mock_predictor(whole):
+    predictor, (x, y) = MockLossPredictor(), data(shape=(4,))
+    model = compiled(mlp(4, 8, 8, 3), steps_per_execution=2)
+    fit(model, [freezer(predictor=predictor, record_every=4, decide_every=1)], inputs=(x, y))
+    np.testing.assert_allclose(predictor.losses[-1], [means(whole[1].losses, 4)] * 3, rtol=2e-5)
 
 
 def test_accumulated_batches_count_together_for_a_mock_predictor():
@@ -121,7 +126,7 @@ class NoLoss(keras.Sequential):
 
 def test_without_a_logged_loss_a_mock_predictor_is_told_none():
     predictor = MockLossPredictor()
-    train(predictor, NoLoss(mlp(4, 8, 8, 3).layers))
+    train(predictor, NoLoss(mlp(4, 8, 8, 3).layers), epochs=1)
     assert predictor.losses
     assert set(predictor.losses) == {None}
 
@@ -139,9 +144,3 @@ def test_a_mock_model_may_log_what_is_no_loss(loss):
     mean, count = losses.take()
     assert math.isnan(mean)
     assert count == 3
-
-
-def test_nothing_is_kept_where_the_predictor_reads_no_losses():
-    own, _ = train(ScriptedPredictor(), epochs=1)
-    assert own._losses is None
-    assert not own.reads_loss
