@@ -255,7 +255,8 @@ def check_loss(loss: NDArray[np.float32], history_shape: tuple[int, ...], info: 
         )
     if loss.shape != history_shape[:2] or loss.dtype != np.float32:
         raise ValueError(
-            f"loss is {loss.dtype} {loss.shape}; expected float32 {history_shape[:2]}, one value for each row of the history."
+            f"loss is {loss.dtype} {loss.shape}; expected float32 {history_shape[:2]}, one value for each row of the "
+            "history."
         )
 
 

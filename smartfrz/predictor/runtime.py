@@ -21,9 +21,12 @@ from smartfrz.predictor.contract import (
     CONFIDENCE,
     HISTORY,
     LENGTHS,
+    LOSS,
     POSITION,
     POSITIONAL,
+    READS_LOSS,
     PredictorInfo,
+    check_loss,
     check_position,
     check_seal,
     find_fault,
@@ -152,7 +155,11 @@ class Predictor:
         return answer
 
     def predict(
-        self, history: NDArray[np.float32], lengths: NDArray[np.int64], position: NDArray[np.float32] | None = None
+        self,
+        history: NDArray[np.float32],
+        lengths: NDArray[np.int64],
+        position: NDArray[np.float32] | None = None,
+        loss: NDArray[np.float32] | None = None,
     ) -> Prediction:
         """Return the confidence that each layer can be frozen now.
 
@@ -162,6 +169,9 @@ class Predictor:
             position: Place of each layer in execution order, float32 `[layers]`: 0 for the first layer, 1 for the last,
                 -1 where it is not known. Only for predictors that are `positional`, which are somewhat less accurate
                 without it.
+            loss: Mean training loss since the record before, for each row of the history, float32 `[layers, window]`; zero
+                or less, infinite or NaN where it is not known. Only for predictors with `reads_loss`, which are less
+                accurate without it.
 
         Returns:
             Confidences and attention. A layer for which the graph computes no number from 0 to 1 has NaN as confidences.
@@ -172,11 +182,13 @@ class Predictor:
                 time is also logged.
         """
         self._check_history(history, lengths)
-        if position is not None:
-            self._check_position(position, len(history))
         feed: dict[str, NDArray[Any]] = {HISTORY: history, LENGTHS: lengths}
         if position is not None:
+            self._check_position(position, len(history))
             feed[POSITION] = position
+        if loss is not None:
+            check_loss(loss, history.shape, self.info)
+            feed[LOSS] = loss
         together = max(1, _ROWS_PER_RUN // history.shape[1]) if self.device == "cpu" else len(history)
         until = time.monotonic() + DEADLINE
         if len(history) <= together:
@@ -229,6 +241,11 @@ class Predictor:
     def positional(self) -> bool:
         """Whether the predictor looks at the layers' places in the network: `predict` accepts a `position`."""
         return self.info.representation in POSITIONAL
+
+    @property
+    def reads_loss(self) -> bool:
+        """Whether the predictor looks at the training loss: `predict` accepts a `loss`."""
+        return self.info.representation in READS_LOSS
 
     def _check_position(self, position: NDArray[np.float32], num_layers: int) -> None:
         if position.shape != (num_layers,) or position.dtype != np.float32:
@@ -321,6 +338,8 @@ def _check_graph(session: Any, info: PredictorInfo, file: str) -> None:
     }
     if info.representation in POSITIONAL:
         expected[POSITION] = ("tensor(float)", [None])
+    if info.representation in READS_LOSS:
+        expected[LOSS] = ("tensor(float)", [None, None])
     for name, (dtype, shape) in expected.items():
         received = found.get(name)
         fits = received is not None and received[0] == dtype and _has_shape(received[1], shape)

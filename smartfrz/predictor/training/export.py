@@ -20,7 +20,9 @@ from smartfrz.predictor.contract import (
     CONFIDENCE,
     HISTORY,
     LENGTHS,
+    LOSS,
     POSITION,
+    UNKNOWN_LOSS,
     UNKNOWN_POSITION,
     PredictorInfo,
     seal,
@@ -80,8 +82,10 @@ def serialise(model: FreezePredictor, info: PredictorInfo) -> bytes:
     """Return the content of the ONNX file, with an empty checksum."""
     proto = _convert(model, info.tailored_size)
     _remove_traces(proto)
+    if model.reads_loss:
+        _make_optional(proto.graph, LOSS, UNKNOWN_LOSS, 2)
     if model.positional:
-        _make_position_optional(proto.graph)
+        _make_optional(proto.graph, POSITION, UNKNOWN_POSITION, 1)
     proto.graph.name = "predictor"
     proto.producer_version = ""  # so that the same weights give the same file with any version of PyTorch
     return _finish(proto, info)
@@ -104,6 +108,9 @@ def _convert(model: FreezePredictor, tailored_size: int) -> onnx.ModelProto:
     if model.positional:
         named = {"position": torch.tensor([0.0, 0.5, UNKNOWN_POSITION])}
         inputs, shapes = [*inputs, POSITION], shapes | {"position": {0: layers}}
+    if model.reads_loss:
+        named["loss"] = torch.rand(3, 7)
+        inputs, shapes = [*inputs, LOSS], shapes | {"loss": {0: layers, 1: window}}
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")  # notes of the exporter on its own internals
         program = torch.onnx.export(
@@ -135,17 +142,17 @@ def _remove_traces(proto: onnx.ModelProto) -> None:
     del proto.metadata_props[:]
 
 
-def _make_position_optional(graph: onnx.GraphProto) -> None:
-    """Give the input `position` a default of one value, which the graph repeats for any number of layers."""
-    (value,) = (value for value in graph.input if value.name == POSITION)
-    value.type.tensor_type.shape.dim[0].dim_param = "optional_layers"  # 1 in the default
-    default = np.full(1, UNKNOWN_POSITION, np.float32)
-    graph.initializer.append(onnx.numpy_helper.from_array(default, POSITION))
+def _make_optional(graph: onnx.GraphProto, name: str, unknown: float, axes: int) -> None:
+    """Give an input a default of one value, which the graph repeats for the first `axes` axes of the history."""
+    (value,) = (value for value in graph.input if value.name == name)
+    shape, given = f"optional_{name}_shape", f"{name}_of_layers"
+    for axis in range(axes):
+        value.type.tensor_type.shape.dim[axis].dim_param = f"optional_{name}_{axis}"  # 1 in the default
+    graph.initializer.append(onnx.numpy_helper.from_array(np.full((1,) * axes, unknown, np.float32), name))
     for node in graph.node:
-        node.input[:] = [f"{POSITION}_of_layers" if used == POSITION else used for used in node.input]
-    graph.node.insert(0, onnx.helper.make_node("Shape", [HISTORY], ["optional_layers"], start=0, end=1))
-    repeated = onnx.helper.make_node("Expand", [POSITION, "optional_layers"], [f"{POSITION}_of_layers"])
-    graph.node.insert(1, repeated)
+        node.input[:] = [given if used == name else used for used in node.input]
+    graph.node.insert(0, onnx.helper.make_node("Shape", [HISTORY], [shape], start=0, end=axes))
+    graph.node.insert(1, onnx.helper.make_node("Expand", [name, shape], [given]))
 
 
 def compact(source: str | os.PathLike[str], path: str | os.PathLike[str], name: str) -> float:
@@ -227,6 +234,7 @@ class Question(NamedTuple):
     history: NDArray[np.float32]
     lengths: NDArray[np.int64]
     position: NDArray[np.float32] | None
+    loss: NDArray[np.float32] | None
 
 
 def parity(model: FreezePredictor, predictor: Predictor, rounds: int = 8, seed: int = 0) -> float:
@@ -250,9 +258,8 @@ def compare(one: Predictor, other: Predictor) -> float:
 
 
 def _ask_network(model: FreezePredictor, question: Question) -> Prediction:
-    position = None if question.position is None else torch.from_numpy(question.position)
     with torch.no_grad():
-        answer = model(torch.from_numpy(question.history), torch.from_numpy(question.lengths), position)
+        answer = model(*(None if array is None else torch.from_numpy(array) for array in question))
     return Prediction(*(tensor.numpy() for tensor in answer))
 
 
@@ -267,13 +274,17 @@ def _largest_difference(
 
 
 def _random_question(predictor: Predictor, rng: np.random.Generator) -> Question:
-    """Draw a question. If the predictor reads positions, most questions have them, known for two thirds of the layers."""
+    """Draw a question. Most have what the predictor reads beside weights, known for two thirds of the layers or records."""
     history, lengths = _random_histories(predictor, rng)
     position = None
     if predictor.positional and rng.random() < 0.75:
         position = rng.uniform(size=len(history)).astype(np.float32)
         position[::3] = UNKNOWN_POSITION
-    return Question(history, lengths, position)
+    loss = None
+    if predictor.reads_loss and rng.random() < 0.75:
+        loss = np.exp(rng.normal(size=history.shape[:2])).astype(np.float32)
+        loss[:, ::3] = UNKNOWN_LOSS
+    return Question(history, lengths, position, loss)
 
 
 def _random_histories(predictor: Predictor, rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

@@ -12,11 +12,11 @@ from smartfrz.errors import DatasetFormatError
 class Paths:
     """Paths of the layers of a run, each for a few draws of its sampled weights.
 
-    The representations `trajectory` and `trajectory+loss` see norms and angles of displacements. A rotation changes none of them, and the
-    `records` points of a path, together with the origin, span no more than `records` dimensions. So each path is rotated
-    into that many. The one figure that a rotation does change, how evenly a displacement is spread over the weights, is
-    kept beside them. Lengths are root mean squares over the weights of a draw: the sum of squares over dimensions is the
-    mean of squares over weights.
+    The representations `trajectory` and `trajectory+loss` see norms and angles of displacements. A rotation changes none
+    of them, and the `records` points of a path, together with the origin, span no more than `records` dimensions. So each
+    path is rotated into that many. The one figure that a rotation does change, how evenly a displacement is spread over
+    the weights, is kept beside them. Lengths are root mean squares over the weights of a draw: the sum of squares over
+    dimensions is the mean of squares over weights.
 
     Attributes:
         start: Length of the weights at the first record, float32 `[draws, layers]`.
