@@ -66,6 +66,24 @@ def predictor_file(tiny_model, tiny_info, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def loss_predictor_file(tmp_path_factory):
+    """The file of an untrained network that reads positions and the training loss. Read only."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("onnxscript")
+    from numpy_adapter import make_info
+
+    from smartfrz.predictor.training.export import export
+    from smartfrz.predictor.training.model import FreezePredictor
+
+    info = make_info(**TINY | {"name": "hearing", "representation": "trajectory+loss"})
+    path = tmp_path_factory.mktemp("predictor") / "hearing.onnx"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        export(FreezePredictor(info.tailored_size, info.representation), info, path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def eager_predictor(tmp_path_factory):
     """A predictor of the usual size that freezes whatever it is asked about, with a record at each of nine steps."""
     torch = pytest.importorskip("torch")
