@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
 from smartfrz.control.weight_change import CHANGE_RECORDS, relative_change
+from smartfrz.predictor.contract import READS_LOSS
 from smartfrz.predictor.training.judging import (
     Quality,
     Reliability,
@@ -20,7 +21,7 @@ from smartfrz.predictor.training.judging import (
 from smartfrz.predictor.training.runs import LabelledRun, Scores, TrainingOptions, is_decidable, layer_positions
 
 METHODS = ("weight_change", "weight_change_calibrated", "schedule", "logistic_regression")
-Features = Literal["statistics", "change", "schedule"]
+Features = Literal["statistics", "statistics+loss", "change", "schedule"]
 _LAGS = (1, CHANGE_RECORDS, 10)
 _SLOPE_RECORDS = 10
 _LEAST = 1e-7  # relative change that float32 weights can show
@@ -35,6 +36,7 @@ STATISTICS = (
     "position",
     "position_and_progress",
 )
+LOSS_STATISTICS = ("loss_fall", *(f"loss_slope_{lag}" for lag in _LAGS[1:]))
 
 
 def score_weight_change(runs: Sequence[LabelledRun], options: TrainingOptions, records: int = CHANGE_RECORDS) -> Scores:
@@ -85,6 +87,28 @@ def compute_statistics(run: LabelledRun, window: int) -> NDArray[np.float64]:
     )
 
 
+def compute_loss_statistics(run: LabelledRun, window: int) -> NDArray[np.float64]:
+    """Compute simple statistics of the training loss that the predictor sees.
+
+    Args:
+        run: The run.
+        window: Number of records in a history.
+
+    Returns:
+        float64 `[num_layers, timestamps, len(LOSS_STATISTICS)]`: the logarithm of the loss over that at the first record of
+        the window, and its mean change per record over 3 and 10 records, or as many as there are. NaN where a loss is not
+        known.
+    """
+    timestamps = run.weights.shape[1]
+    now = np.arange(timestamps)
+    first = np.maximum(now - (window - 1), 0)
+    loss = np.full(timestamps, np.nan) if run.loss is None else run.loss.astype(np.float64)
+    level = np.log(np.where(np.isfinite(loss) & (loss > 0), loss, np.nan))
+    slopes = [(level - level[np.maximum(now - lag, first)]) / lag for lag in _LAGS[1:]]
+    found = np.stack([level - level[first], *slopes], axis=-1)
+    return np.broadcast_to(found, (len(run.weights), *found.shape))
+
+
 def _schedule(run: LabelledRun, window: int) -> NDArray[np.float64]:
     """Compute the features that need no weights, float64 `[num_layers, timestamps, 4]`.
 
@@ -124,8 +148,9 @@ class Regression:
     """Logistic regression on features of each history.
 
     Attributes:
-        features: `statistics`: all of `STATISTICS`. `change`: only the relative change of the weights, to turn it into a
-            probability. `schedule`: progress and position without weights, which is what a schedule knows.
+        features: `statistics`: all of `STATISTICS`, and with `statistics+loss` also all of `LOSS_STATISTICS`. `change`: only
+            the relative change of the weights, to turn it into a probability. `schedule`: progress and position without
+            weights, which is what a schedule knows.
         mean: Mean of each feature in training, float64 `[n]`.
         scale: Standard deviation of each feature in training, float64 `[n]`.
         coefficients: Coefficients of the standardised features, float64 `[n]`.
@@ -190,8 +215,10 @@ class Regression:
 
 def _features(features: str, run: LabelledRun, options: TrainingOptions) -> NDArray[np.float64]:
     with np.errstate(invalid="ignore"):  # nothing is decided where weights are not finite
-        if features == "statistics":
+        if features.startswith("statistics"):
             made = compute_statistics(run, options.window)
+            if features == "statistics+loss":
+                made = np.concatenate([made, compute_loss_statistics(run, options.window)], axis=-1)
         elif features == "schedule":
             made = _schedule(run, options.window)
         else:
@@ -241,7 +268,8 @@ class Baselines:
             options: Options with which the predictor is trained.
         """
         threshold = best_accuracy_threshold(score_weight_change(everything, options), everything, options)
-        fitted = [Regression.fit(features, train, options) for features in ("change", "schedule", "statistics")]
+        statistics: Features = "statistics+loss" if options.representation in READS_LOSS else "statistics"
+        fitted = [Regression.fit(features, train, options) for features in ("change", "schedule", statistics)]
         return cls(threshold, *fitted)
 
     def scores(self, method: str, runs: Sequence[LabelledRun], options: TrainingOptions) -> Scores:
