@@ -288,7 +288,7 @@ def test_defaults_of_the_options_are_those_of_the_library():
         "seed",
     ):
         assert options[name].default == getattr(training, name), name
-    assert set(options["representation"].type.choices) <= set(REPRESENTATIONS)
+    assert tuple(options["representation"].type.choices) == REPRESENTATIONS
 
 
 def test_the_demo_names_missing_packages(monkeypatch):
