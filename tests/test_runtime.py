@@ -1,6 +1,7 @@
 import contextlib
 import hashlib
 import importlib.metadata
+import itertools
 import logging
 import os
 import pickle
@@ -256,6 +257,19 @@ def test_bound_runs_answer_as_plain_ones(predictor, session):
         np.testing.assert_array_equal(history, kept)
         assert bound(["attention"], {"history": history[:, ::-1], "lengths": lengths})[0].shape == shape[:2]
     np.testing.assert_array_equal(history, kept)
+
+
+def test_bound_runs_take_optional_inputs_or_do_without(loss_predictor_file):
+    predictor, rng = Predictor(loss_predictor_file, device="cpu"), np.random.default_rng(0)
+    session = runtime.open_session(loss_predictor_file.read_bytes(), "hearing.onnx", "cpu", 1)
+    bound, history = runtime.BoundRun(session, "cpu"), rng.normal(size=(3, 5, 64)).cumsum(1).astype(np.float32)
+    position, loss = np.linspace(0, 1, 3, dtype=np.float32), np.tile(np.linspace(2, 1, 5, dtype=np.float32), (3, 1))
+    answers = []
+    for optional in ({"position": position, "loss": loss}, {"position": position}, {"loss": loss}, {}):
+        (answer,) = bound(["confidence"], {"history": history, "lengths": LENGTHS} | optional)
+        np.testing.assert_array_equal(answer, predictor.predict(history, LENGTHS, **optional).confidence)
+        answers.append(answer)
+    assert min(np.abs(one - other).max() for one, other in itertools.combinations(answers, 2)) > 1e-5
 
 
 def test_bound_runs_of_several_threads_do_not_mix(predictor, session):
