@@ -12,8 +12,9 @@ from smartfrz.dataset_builder.labels import LabelRule
 from smartfrz.dataset_builder.qualities import MIN_RUNS, Outcomes, calibrate_qualities, simulate_held_out
 from smartfrz.dataset_builder.storage import RecordedRun
 from smartfrz.files import replacing
-from smartfrz.predictor.contract import PredictorInfo
+from smartfrz.predictor.contract import READS_LOSS, PredictorInfo
 from smartfrz.predictor.runtime import Predictor
+from smartfrz.predictor.training.adjusting import Adjuster
 from smartfrz.predictor.training.baselines import (
     Baselines,
     Judged,
@@ -21,7 +22,14 @@ from smartfrz.predictor.training.baselines import (
     score_weight_change,
     weight_change_confidence,
 )
-from smartfrz.predictor.training.cross_validation import Group, HeldOut, can_hold_out, check_rounds, leave_one_out
+from smartfrz.predictor.training.cross_validation import (
+    Group,
+    HeldOut,
+    adjust_all,
+    can_hold_out,
+    check_rounds,
+    leave_one_out,
+)
 from smartfrz.predictor.training.export import export
 from smartfrz.predictor.training.fit import check_runs, fit
 from smartfrz.predictor.training.judging import (
@@ -32,7 +40,7 @@ from smartfrz.predictor.training.judging import (
     reliability_table,
     score,
 )
-from smartfrz.predictor.training.model import FreezePredictor
+from smartfrz.predictor.training.model import ADJUSTED_BY, FreezePredictor
 from smartfrz.predictor.training.runs import LabelledRun, Scores, TrainingOptions, split
 
 Progress = Callable[[float, str], None]
@@ -158,13 +166,14 @@ def build_predictor(
         check_rounds(material.runs, plan.options, "name", CALIBRATION_SEEDS, [run.name for run in known])
     held_out: HeldOut = {}
     outcomes: dict[str, Outcomes] = {}
-    if plan.cross_validate:
-        held_out = _hold_out(material.runs, plan.options, _part(progress, 0.0, 0.5))
+    adjuster: Adjuster | None = None
     if calibrates:
-        outcomes = _find_costs(material.runs, known, plan.options, _part(progress, 0.5, 0.45))
+        adjuster, outcomes = _find_costs(material.runs, known, plan.options, _part(progress, 0.0, 0.45))
+    if plan.cross_validate:
+        held_out = _hold_out(material.runs, plan.options, adjuster, _part(progress, 0.45, 0.5))
     qualities = calibrate_qualities(outcomes["predictor"]) if outcomes else {}
     done = 0.95 if plan.cross_validate else 0.0
-    fitted = _fit(material.runs, plan, _part(progress, done, 1 - done, "final: "))
+    fitted = _fit(material.runs, plan, adjuster, _part(progress, done, 1 - done, "final: "))
     # Right freezes of a few validation runs say less than what freezing cost in all runs. A confidence of exactly 0 or 1
     # would freeze everything or nothing; that of a quality is neither.
     threshold = qualities["fast"].threshold if "fast" in qualities else float(np.clip(fitted.threshold, 0.01, 0.99))
@@ -194,7 +203,9 @@ def _part(progress: Progress, start: float, share: float, prefix: str = "") -> P
     return lambda done, text: progress(start + share * done, prefix + text)
 
 
-def _hold_out(runs: Sequence[LabelledRun], options: TrainingOptions, progress: Progress) -> HeldOut:
+def _hold_out(
+    runs: Sequence[LabelledRun], options: TrainingOptions, adjuster: Adjuster | None, progress: Progress
+) -> HeldOut:
     kinds: list[Group] = ["architecture"]
     if can_hold_out([run.dataset for run in runs]):
         kinds.append("dataset")
@@ -202,23 +213,34 @@ def _hold_out(runs: Sequence[LabelledRun], options: TrainingOptions, progress: P
         check_rounds(runs, options, kind)
     part = 1 / len(kinds)
     return {
-        kind: leave_one_out(runs, options, kind, _part(progress, index * part, part))
+        kind: leave_one_out(runs, options, kind, _part(progress, index * part, part), adjuster=adjuster)
         for index, kind in enumerate(kinds)
     }
 
 
 def _find_costs(
     runs: Sequence[LabelledRun], known: Sequence[RecordedRun], options: TrainingOptions, progress: Progress
-) -> dict[str, Outcomes]:
-    """Find out what freezing costs in each of the runs with costs, by networks that have not seen it."""
+) -> tuple[Adjuster | None, dict[str, Outcomes]]:
+    """Find out what freezing costs in each of the runs with costs, by networks that have not seen it.
+
+    Returns:
+        What adjusts networks by the loss, if they read it, and what was found.
+    """
     names = [run.name for run in known]
-    return simulate_held_out(leave_one_out(runs, options, "name", progress, CALIBRATION_SEEDS, names), known)
+    held_out = leave_one_out(runs, options, "name", progress, CALIBRATION_SEEDS, names)
+    adjuster = None
+    if options.representation in READS_LOSS:
+        adjuster, held_out = adjust_all(runs, held_out, options)
+    return adjuster, simulate_held_out(held_out, known)
 
 
-def _fit(runs: Sequence[LabelledRun], plan: Plan, progress: Progress) -> _Fitted:
+def _fit(runs: Sequence[LabelledRun], plan: Plan, adjuster: Adjuster | None, progress: Progress) -> _Fitted:
     options = plan.options
     train, validation = plan.split(runs)
     model = fit(train, validation, options, progress, plan.base.network if plan.base else None)
+    factors = adjuster.without([]) if adjuster else None
+    if factors is not None:
+        model.adjust(factors)
     threshold = calibrate(score(model, validation, options), validation, options, options.precision)
     return _Fitted(model, train, validation, threshold, Baselines.fit(train, train, options))
 
@@ -257,6 +279,9 @@ def _metrics(fitted: _Fitted, plan: Plan, on_validation: dict[str, Quality], hel
         "weight_change_calibrated_threshold": calibrated("weight_change"),
         "logistic_regression": baselines.statistics.to_dict() | {"threshold": calibrated("logistic_regression")},
     }
+    if fitted.model.reads_loss:
+        factors = fitted.model.adjustment.weight[0].tolist()
+        metrics["adjustment"] = {name: round(factor, 4) for name, factor in zip(ADJUSTED_BY, factors, strict=True)}
     if plan.base:
         runs = list({run.name: run for run in (*fitted.train, *fitted.validation)}.values())
         moved = answers_moved(fitted.model, plan.base.network, runs, plan.options)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
 from smartfrz.predictor.training import baselines
+from smartfrz.predictor.training.adjusting import Adjuster, apply_adjustment
 from smartfrz.predictor.training.baselines import Baselines, Judged
 from smartfrz.predictor.training.fit import check_runs, fit
 from smartfrz.predictor.training.judging import Reliability, calibrate, measure_quality, score
@@ -37,6 +38,7 @@ def leave_one_out(
     progress: Callable[[float, str], None] = lambda fraction, text: None,
     num_seeds: int = 3,
     only: Collection[str] | None = None,
+    adjuster: Adjuster | None = None,
 ) -> dict[str, dict[str, list[Judged]]]:
     """Train without one architecture, data set or run, and judge on it; repeat for each.
 
@@ -47,6 +49,7 @@ def leave_one_out(
         progress: Called with the fraction done, and a description of the current step.
         num_seeds: Number of seeds, each for the predictor and for the split into training and validation runs.
         only: Groups to hold out; all by default.
+        adjuster: Fits an adjustment by the loss, without the runs that are held out; None for no adjustment.
 
     Returns:
         For each group that was held out and each of `METHODS`, one judgement per seed.
@@ -64,9 +67,39 @@ def leave_one_out(
 
         rest = [run for run in runs if getattr(run, group) != held_out]
         test = [run for run in runs if getattr(run, group) == held_out]
-        for method, judged in _judge_without(test, rest, dataclasses.replace(options, seed=seed), report).items():
+        chosen = dataclasses.replace(options, seed=seed)
+        for method, judged in _judge_without(test, rest, chosen, report, adjuster).items():
             results[held_out][method].append(judged)
     return results
+
+
+def adjust_all(
+    runs: Sequence[LabelledRun], held_out: dict[str, dict[str, list[Judged]]], options: TrainingOptions
+) -> tuple[Adjuster, dict[str, dict[str, list[Judged]]]]:
+    """Adjust the confidences in runs that were held out alone, each by an adjustment that was fitted on the others.
+
+    Args:
+        runs: All runs.
+        held_out: What `leave_one_out` found with the group `name`, without an adjuster.
+        options: How was trained.
+
+    Returns:
+        What fits adjustments from these runs; and `held_out` with other confidences of the predictor. Their quality and
+        reliability are those from before.
+    """
+    by_name = {run.name: run for run in runs}
+    seeds = range(len(next(iter(held_out.values()))["predictor"]))
+    said = [{name: found["predictor"][seed].confidence[0] for name, found in held_out.items()} for seed in seeds]
+    adjuster = Adjuster(runs, said, options.window)
+    adjusted = {}
+    for name, found in held_out.items():
+        factors = adjuster.without([name])
+        if factors is not None:
+            confidences = (apply_adjustment(factors, one[name], by_name[name], options.window) for one in said)
+            judged = zip(found["predictor"], confidences, strict=True)
+            found = found | {"predictor": [one._replace(confidence=[confidence]) for one, confidence in judged]}
+        adjusted[name] = found
+    return adjuster, adjusted
 
 
 def check_rounds(
@@ -111,10 +144,14 @@ def _judge_without(
     rest: Sequence[LabelledRun],
     options: TrainingOptions,
     progress: Callable[[float, str], None],
+    adjuster: Adjuster | None,
 ) -> dict[str, Judged]:
     """Train on `rest`, and judge the predictor and the baselines on `test`."""
     train, validation = split(rest, options.seed)
     model = fit(train, validation, options, progress)
+    factors = adjuster.without([run.name for run in test]) if adjuster else None
+    if factors is not None:
+        model.adjust(factors)
     threshold = calibrate(score(model, validation, options), validation, options, options.precision)
     said = score(model, test, options)
     quality = measure_quality(said, test, threshold, options)

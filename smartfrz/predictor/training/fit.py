@@ -261,7 +261,7 @@ class _Windows:
         position = UNKNOWN_POSITION if hidden else layer_positions(len(run.weights))[layer]
         past = slice(max(0, timestamp + 1 - options.window), timestamp + 1)
         start, evenness, loss = 0.0, None, None
-        if options.representation in READS_LOSS and rng.random() >= options.unheard and run.loss is not None:
+        if options.representation in READS_LOSS and run.loss is not None:
             loss = run.loss[past]
         if run.paths is None:
             samples = self._samples_rng.choice(run.weights.shape[2], options.tailored_size, replace=False)

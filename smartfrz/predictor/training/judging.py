@@ -60,7 +60,7 @@ def _score_run(
     decidable = is_decidable(run, options)
     confidence = np.full(run.labels.shape, np.nan, np.float32)
     places = layer_positions(len(run.labels)) if model.positional and options.unplaced < 1 else None
-    losses = run.loss if model.reads_loss and options.unheard < 1 else None
+    losses = run.loss if model.reads_loss else None
     samples = spread_samples(run.weights.shape[2], options.tailored_size)  # any fixed ones will do
     for timestamp in range(options.min_records - 1, run.labels.shape[1]):
         layers = np.flatnonzero(decidable[:, timestamp])

@@ -1,6 +1,8 @@
 """The attention network of the predictor, Eq. 1-4. It is trained here and run by ONNX Runtime."""
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from smartfrz.predictor.contract import POSITIONAL, READS_LOSS, REPRESENTATIONS, UNKNOWN_LOSS, UNKNOWN_POSITION
@@ -23,8 +25,8 @@ class FreezePredictor(nn.Module):
         1024-256-256-64, one head of all-to-one attention, MLP_z is 64-32-32-2. Departures: scores
         are divided by sqrt(64), without which the softmax saturates early in training. With `trajectory` the MLPs see
         norms and angles of displacements instead of weights, and the layer's position: layers near the input converge
-        first, and weights do not show it. With `trajectory+loss` they also see how the training loss falls: what
-        freezing costs depends on whether the run still learns.
+        first, and weights do not show it. With `trajectory+loss` the answer is adjusted by how far the training loss has
+        fallen: what freezing costs depends on how much the run has still to learn, which one layer's weights do not show.
     """
 
     def __init__(self, tailored_size: int = 1024, representation: str = "trajectory", dropout: float = 0.0):
@@ -36,12 +38,23 @@ class FreezePredictor(nn.Module):
         self.positional = representation in POSITIONAL
         self.reads_loss = representation in READS_LOSS
         inside = tailored_size if representation == "raw" else len(FIGURES) + 2
-        inside += len(LOSS_FIGURES) if self.reads_loss else 0
         self.key = _mlp(inside, 256, ENCODING_SIZE)
         self.query = _mlp(inside, 256, ENCODING_SIZE)
         self.value = _mlp(inside, 256, ENCODING_SIZE)
         self.dropout = nn.Dropout(dropout)
         self.head = _mlp(ENCODING_SIZE, 32, 2)
+        if self.reads_loss:
+            self.adjustment = nn.Linear(len(ADJUSTED_BY), 1, bias=False).requires_grad_(False)
+            self.adjust(np.eye(len(ADJUSTED_BY))[ADJUSTED_BY.index("margin")])
+
+    def adjust(self, factors: NDArray[np.float64]) -> None:
+        """Set how the answer depends on the loss; a new network leaves its answers as they are.
+
+        Args:
+            factors: Factors of `ADJUSTED_BY`, float64 `[len(ADJUSTED_BY)]`.
+        """
+        with torch.no_grad():
+            self.adjustment.weight.copy_(torch.from_numpy(factors)[None])
 
     def forward(
         self,
@@ -87,8 +100,6 @@ class FreezePredictor(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute what `logits` returns, from what `represent` or `describe_path` made of the histories."""
         num_records = seen.shape[1]
-        if self.reads_loss:
-            seen = torch.cat([seen, describe_loss(loss, real)], dim=-1)
         if self.positional:
             seen = torch.cat([seen, _describe_position(position, lengths)[:, None].expand(-1, num_records, -1)], dim=-1)
         keys, values, query = self.key(seen), self.value(seen), self.query(seen[:, -1])
@@ -97,7 +108,11 @@ class FreezePredictor(nn.Module):
         attention = torch.where(real, scores, torch.full_like(scores, _MASKED)).softmax(-1)
         attention = attention * real.to(attention.dtype)
         context = torch.matmul(attention.unsqueeze(1), values).squeeze(1)
-        return self.head(self.dropout(context)), attention
+        logits = self.head(self.dropout(context))
+        if self.reads_loss:
+            margin = self.adjustment(describe_margin(logits[:, 1:] - logits[:, :1], *fall_of_loss(loss, real)))
+            logits = torch.cat([-0.5 * margin, 0.5 * margin], dim=-1)
+        return logits, attention
 
 
 def real_rows(history: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -231,62 +246,38 @@ def _figures(
     return torch.cat(figures, dim=-1)
 
 
-# Of record j; t is the newest record and 0 the first one whose loss is known. A figure is 0 if it needs an unknown loss.
-LOSS_FIGURES = (
-    "loss_to_now",  # log loss_j - log loss_t
-    "loss_since_first",  # log loss_j - log loss_0
-    "loss_fall",  # log loss_t - log loss_0, the same for all records
-    "loss_lag",  # log loss_j - log loss_{j-4}
-    "loss_speed",  # log loss_t - log loss_{t-4}, the same for all records
-    "loss_slope",  # log loss_t - log loss_{t-10}, the same for all records
-    "loss_known",  # whether loss_j is
-)
-_LOSS_LAGS = (_LAG, 10)
+# What the adjustment sees; the margin is the logit of the confidence that the weights alone give.
+ADJUSTED_BY = ("one", "margin", "loss_known", "loss_fall", "margin_if_loss_known")
 _MOST_LOSS = 1e30
 _MOST_FALL = 4.0  # of log loss: beyond a factor of 50 it hardly matters
 
 
-def describe_loss(loss: torch.Tensor | None, real: torch.Tensor) -> torch.Tensor:
-    """Describe how the training loss falls, by logarithms of ratios, which do not depend on its unit.
+def fall_of_loss(loss: torch.Tensor | None, real: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return how far the training loss has fallen since the first record whose loss is known.
 
     Args:
         loss: Mean training loss since the record before, float32 `[layers, window]`; None if no loss is known.
         real: True for rows that are not padding, bool `[layers, window]`.
 
     Returns:
-        float32 `[layers, window, len(LOSS_FIGURES)]`.
+        The natural logarithm of the newest loss over the first one, at least -4 and at most 4 and 0 where either is not
+        known, and whether both are known, 1 or 0; float32 `[layers, 1]` each.
     """
     if loss is None:
         loss = torch.full_like(real, UNKNOWN_LOSS, dtype=torch.float32)
     known = real & (loss > 0) & (loss < _MOST_LOSS)  # both are false for NaN
     level = torch.log(torch.where(known, loss, torch.ones_like(loss)))
-    window = loss.shape[1]
-    index = torch.arange(window, device=loss.device)
+    index = torch.arange(loss.shape[1], device=loss.device)[None, :]
     # The first known loss has the greatest distance from the end; ArgMax would be one more operator to allow.
-    first = window - ((window - index)[None, :] * known).amax(1, keepdim=True)
-    at_first = index[None, :] == first
-    start = (level * at_first).sum(1, keepdim=True)
-    now, now_known = level[:, -1:], known[:, -1:]
+    first = loss.shape[1] - ((loss.shape[1] - index) * known).amax(1, keepdim=True)
+    start = (level * (index == first)).sum(1, keepdim=True)
+    both = (known[:, -1:] & (first < loss.shape[1] - 1)).to(torch.float32)
+    return (level[:, -1:] - start).clamp(-_MOST_FALL, _MOST_FALL) * both, both
 
-    def since(before: torch.Tensor, both: torch.Tensor, level: torch.Tensor = level) -> torch.Tensor:
-        return torch.where(both, level - before, 0.0).clamp(-_MOST_FALL, _MOST_FALL)
 
-    def lagged(lag: int) -> torch.Tensor:
-        behind = (index - lag).clamp(min=0)
-        both = known & known.index_select(1, behind) & (index >= lag)[None, :]
-        return since(level.index_select(1, behind), both)
-
-    near, far = map(lagged, _LOSS_LAGS)
-    figures = [
-        since(now, known & now_known),
-        since(start, known),
-        since(start, now_known, now).expand_as(near),
-        2.0 * near,
-        2.0 * near[:, -1:].expand_as(near),
-        2.0 * far[:, -1:].expand_as(near),
-        known.to(torch.float32),
-    ]
-    return torch.stack(figures, dim=-1)
+def describe_margin(margin: torch.Tensor, fall: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """Return the `ADJUSTED_BY` of margins, float32 `[layers, len(ADJUSTED_BY)]`; each argument is `[layers, 1]`."""
+    return torch.cat([torch.ones_like(margin), margin, known, fall, known * margin], dim=-1)
 
 
 def _mean(x: torch.Tensor) -> torch.Tensor:

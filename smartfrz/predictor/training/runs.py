@@ -60,8 +60,6 @@ class TrainingOptions:
             that the size of a displacement does not matter.
         unplaced: Share of the windows that hide the layer's position from a network that reads it, so that it can also
             answer callers that do not know positions. With 1 they are hidden always, also when it is scored.
-        unheard: Share of the windows that hide the training loss from a network that reads it, so that it can also answer
-            callers that do not know it. With 1 it is hidden always, also when it is scored.
         batch_size: Windows per step.
         steps_per_epoch: Steps between two evaluations on the validation runs.
         epochs: Maximum number of epochs.
@@ -83,7 +81,6 @@ class TrainingOptions:
     jitter: float = 0.5
     jitter_slope: float = 2.0
     unplaced: float = 0.15
-    unheard: float = 0.15
     batch_size: int = 64
     steps_per_epoch: int = 40
     epochs: int = 10
