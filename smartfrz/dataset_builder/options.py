@@ -192,7 +192,7 @@ training_options = _together(
             type=click.Choice(["raw", "trajectory", "trajectory+loss"]),
             default="trajectory+loss",
             show_default=True,
-            help="What the network sees: weights; how they move; or that, and how the training loss falls.",
+            help="What the network sees: weights; how they move; or that, and how far the training loss has fallen.",
         ),
         click.option(
             "--records",
