@@ -55,14 +55,15 @@ class Turn:
     def step(self, batch, clock):
         """Take one, and note the times."""
         times = [clock()]
-        self.model(**batch).loss.backward()
+        loss = self.model(**batch).loss
+        loss.backward()
         times.append(clock())
         self.optimizer.step()
         times.append(clock())
         self.optimizer.zero_grad()
         self.kept = sum(gradient.numel() * gradient.element_size() for gradient in kept_gradients(self.freezer))
         start = clock()
-        self.freezer.step()
+        self.freezer.step(loss)
         for name, seconds in zip(
             self.seconds, (times[1] - times[0], times[2] - times[1], clock() - start), strict=True
         ):

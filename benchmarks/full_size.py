@@ -294,7 +294,7 @@ class SizedRun:
         self._scheduler.step()
         mark()
         if self._freezer is not None:
-            self._freezer.step()
+            self._freezer.step(loss)
         mark()
         self.result.steps += 1
         self._losses = [*self._losses[1 - LAST_LOSSES :], loss.detach()]

@@ -1,9 +1,10 @@
 """What a predictor should be labelled by: `python -m benchmarks.labels run|table --dataset FILE`.
 
-`run` trains predictors on labels by CKA, by what freezing costs, and by both, each without one architecture or data set in
-turn, and judges them on the runs that were left out: what would freezing by their confidences have cost and saved there,
-read off the measured cost surfaces (`smartfrz.dataset_builder.qualities.simulate`)? Nothing is trained again for
-that, so it takes minutes. Beside each predictor are the baselines of its card, fitted on the same labels.
+`run` trains predictors on labels by CKA, by what freezing costs, and by both, with and without the training loss, each
+without one architecture or data set in turn, and judges them on the runs that were left out: what would freezing by their
+confidences have cost and saved there, read off the measured cost surfaces (`smartfrz.dataset_builder.qualities.simulate`)?
+Nothing is trained again for that, so it takes minutes. Beside each predictor are the baselines of its card, fitted on the
+same labels; with the loss, logistic regression reads it, too.
 
 One JSON line a round is added to `--results`, and none is made twice. `table` needs nothing else. In it
 
@@ -21,6 +22,7 @@ worth as much computation in every run: no policy that freezes from front to bac
 
 import argparse
 import hashlib
+import itertools
 import statistics
 import sys
 from collections import defaultdict
@@ -38,7 +40,7 @@ from smartfrz.dataset_builder.datasets import read_dataset
 from smartfrz.dataset_builder.labelling import labelled_runs
 from smartfrz.dataset_builder.labels import LabelRule, Source
 from smartfrz.dataset_builder.qualities import Outcomes, simulate, with_costs
-from smartfrz.predictor.training.cross_validation import leave_one_out
+from smartfrz.predictor.training.cross_validation import adjust_all, leave_one_out
 from smartfrz.predictor.training.judging import first_freezes
 from smartfrz.predictor.training.runs import TrainingOptions
 
@@ -56,38 +58,51 @@ THRESHOLDS = np.linspace(0.0, 1.0, 51)  # shares of all confidences that are low
 
 
 def run(options):
-    """Train without each group; one line for each kind of labels and seed."""
+    """Train without each group; one line for each kind of labels, with and without the loss, and seed."""
     rules = {labels: LabelRule(source=labels, cost_limit=options.limit) for labels in options.labels}
     recorded, _ = read_dataset(options.dataset)
-    judged_by = with_costs(recorded)
-    right = {one.name: one.labels for one in labelled_runs(judged_by, LabelRule(source="costs"), RECORDS)}
     digest = hashlib.sha256(options.dataset.read_bytes()).hexdigest()
-    smaller = {"epochs": options.epochs} if options.epochs else {}
     facts = {"group": "none", "dataset": digest}
     if not matching(lines_of(options.results), facts):
-        held_out = {one.name: in_hindsight(one.costs) for one in judged_by}
+        held_out = {one.name: in_hindsight(one.costs) for one in with_costs(recorded)}
         add_line(options.results, facts | {"held_out": {HINDSIGHT: held_out}})
-    for labels, rule in rules.items():
-        runs = labelled_runs(judged_by if labels == "costs" else recorded, rule, RECORDS)
-        for group in options.groups:
-            for seed in options.seeds:
-                facts = {"group": group, "seed": seed, "labels": rule.to_dict(), "dataset": digest} | smaller
-                if any(line.get("epochs") == options.epochs for line in matching(lines_of(options.results), facts)):
-                    continue
-                training = TrainingOptions(seed=seed, **smaller)
-                judged = leave_one_out(runs, training, group, _progress(f"{labels} {group} {seed}"), num_seeds=1)
-                said = {method: {} for method in METHODS}
-                error = {method: [0.0, 0] for method in METHODS}
-                for held_out, methods in judged.items():
-                    names = [one.name for one in runs if getattr(one, group) == held_out]
-                    for method in METHODS:
-                        (one,) = methods[method]
-                        error[method][0] += one.reliability.error * int(one.reliability.counts.sum())
-                        error[method][1] += int(one.reliability.counts.sum())
-                        said[method] |= dict(zip(names, one.confidence, strict=True))
-                found = {method: outcomes_of(recorded, _ranks(said[method]), right) for method in METHODS}
-                line = {"calibration_error": {method: total / number for method, (total, number) in error.items()}}
-                add_line(options.results, facts | line | {"held_out": found})
+    for (labels, rule), seed, heard in itertools.product(rules.items(), options.seeds, options.heard):
+        facts = {"seed": seed, "labels": rule.to_dict(), "dataset": digest, "epochs": options.epochs, "loss": heard}
+        known = [line["group"] for line in lines_of(options.results) if facts.items() <= _defaults(line).items()]
+        groups = [group for group in options.groups if group not in known]
+        if not groups:
+            continue
+        runs = labelled_runs(with_costs(recorded) if labels == "costs" else recorded, rule, RECORDS)
+        smaller = {"epochs": options.epochs} if options.epochs else {}
+        training = TrainingOptions(seed=seed, representation=f"trajectory{'+loss' * heard}", **smaller)
+        name = f"{labels}{' with the loss' * heard}, seed {seed}"
+        adjuster = None
+        if heard:
+            alone = leave_one_out(runs, training, "name", _progress(f"{name}, each run"), num_seeds=1)
+            adjuster, _ = adjust_all(runs, alone, training)
+        for group in groups:
+            judged = leave_one_out(runs, training, group, _progress(f"{name}, each {group}"), 1, None, adjuster)
+            add_line(options.results, facts | {"group": group} | _judge(judged, runs, recorded, group))
+
+
+def _defaults(line):
+    """A line with what lines lack that were written before it was varied."""
+    return {"epochs": None, "loss": False} | line
+
+
+def _judge(judged, runs, recorded, group):
+    """Calibration errors and outcomes of every method, from the runs that were held out."""
+    right = {one.name: one.labels for one in labelled_runs(with_costs(recorded), LabelRule(source="costs"), RECORDS)}
+    errors, found = {}, {}
+    for method in METHODS:
+        each = {held_out: methods[method][0] for held_out, methods in judged.items()}
+        counts = [int(one.reliability.counts.sum()) for one in each.values()]
+        errors[method] = float(np.average([one.reliability.error for one in each.values()], weights=counts))
+        said = {}
+        for held_out, one in each.items():
+            said |= dict(zip([r.name for r in runs if getattr(r, group) == held_out], one.confidence, strict=True))
+        found[method] = outcomes_of(recorded, _ranks(said), right)
+    return {"calibration_error": errors, "held_out": found}
 
 
 def _progress(name):
@@ -217,11 +232,11 @@ def table(lines):
 def _settings(line):
     """Texts of what has to be the same in a row of the table: limit of the cost, epochs, dataset; "" where there is none."""
     if line["group"] == "none":
-        return "", "", f"dataset {line['dataset'][:7]}"
+        return "", "", f"dataset {line['dataset'][:7]}", ""
     limit = line["labels"].get("cost_limit")
     epochs = line.get("epochs") or TrainingOptions().epochs
     told = "" if limit is None else f"up to {limit:g} points", f"{epochs} epochs"
-    return *told, f"dataset {line['dataset'][:7]}"
+    return *told, f"dataset {line['dataset'][:7]}", "with the loss" if line.get("loss") else "without the loss"
 
 
 def _costs(each):
@@ -247,10 +262,18 @@ def main(given=None):
     parser.add_argument("--dataset", type=Path, default=DATASET)
     parser.add_argument("--labels", type=list_of(get_args(Source)), default=list(get_args(Source)))
     parser.add_argument("--groups", type=list_of(GROUPS), default=list(GROUPS))
+    parser.add_argument(
+        "--loss",
+        dest="heard",
+        choices=("with", "without", "both"),
+        default="both",
+        help="Whether predictors read the training loss. Default: both.",
+    )
     parser.add_argument("--limit", type=float, default=0.5, help="Points that freezing may cost.")
     parser.add_argument("--seeds", type=seeds, default=[0, 1, 2])
     parser.add_argument("--epochs", type=positive, help="To try something out.")
     options = parser.parse_args(given)
+    options.heard = {"with": [True], "without": [False], "both": [False, True]}[options.heard]
     torch.set_num_threads(1)
     if options.what == "run":
         run(options)

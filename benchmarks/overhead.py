@@ -60,15 +60,16 @@ def measure(model, batch, device, steps):
 
     for step in range(steps):
         start = clock()
-        model(**batch).loss.backward()
+        loss = model(**batch).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         middle = clock()
         if step == 1:
             for _ in range(freezer.predictor.info.window):  # fill the window without training
-                freezer.step()
+                freezer.step(loss)
             continue
-        decided = freezer.step()
+        decided = freezer.step(loss)
         end = clock()
         if step > 1:
             training.append(middle - start)

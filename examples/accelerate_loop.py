@@ -42,11 +42,12 @@ def main():
         model.train()
         for inputs, targets in loader:
             with accelerator.accumulate(model):
-                accelerator.backward(nn.functional.cross_entropy(model(inputs), targets))
+                loss = nn.functional.cross_entropy(model(inputs), targets)
+                accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
             if accelerator.sync_gradients:  # the optimizer really stepped
-                freezer.step()
+                freezer.step(loss)
         schedule.step()
 
     model.eval()

@@ -53,10 +53,11 @@ def train(options):
         sampler.set_epoch(epoch)
         model.train()
         for inputs, targets in loader:
-            nn.functional.cross_entropy(model(inputs), targets).backward()
+            loss = nn.functional.cross_entropy(model(inputs), targets)
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            freezer.step()  # on every rank: rank 0 decides, all freeze the same
+            freezer.step(loss)  # on every rank: rank 0 decides, all freeze the same
         schedule.step()
         if options.checkpoint and is_first:
             saved = {name: part.state_dict() for name, part in parts.items()}

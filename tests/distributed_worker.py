@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy_adapter import ChangePredictor, ScriptedPredictor, make_info
+from numpy_adapter import ChangePredictor, MockLossPredictor, ScriptedPredictor, make_info
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -135,6 +135,8 @@ class Run:
         self.hook = hook
         self.compile = options.pop("compile", None)
         self.script = script
+        self.predictor = options.pop("predictor", ScriptedPredictor)
+        self.losses = []
         self.options = OPTIONS | options
         if freezer:
             if wrap == "ddp":
@@ -149,8 +151,8 @@ class Run:
             self.forward = torch.compile(self.forward, backend=self.compile)
 
     def make_freezer(self, model=None, script=None):
-        predictor = ScriptedPredictor(list(self.script if script is None else script))
-        self.freezer = SmartFRZ(model or self.forward, self.optimizer, predictor, **self.options)
+        self.asked = self.predictor(list(self.script if script is None else script))
+        self.freezer = SmartFRZ(model or self.forward, self.optimizer, self.asked, **self.options)
 
     def step(self, number):
         self.model.train()
@@ -163,7 +165,9 @@ class Run:
                     dist.broadcast(buffer, 0)
             with contextlib.nullcontext() if synchronised else self.forward.no_sync():
                 inputs, targets = batch(self.accumulate * number + micro, self.rank)
-                (nn.functional.cross_entropy(self.forward(inputs), targets) / self.accumulate).backward()
+                loss = nn.functional.cross_entropy(self.forward(inputs), targets) / self.accumulate
+                loss.backward()
+        self.losses.append(loss.item())
         if self.wrap == "by hand":
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
@@ -171,7 +175,7 @@ class Run:
                     dist.all_reduce(parameter.grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        decisions = self.freezer.step()
+        decisions = self.freezer.step(loss)
         self.log.append(parts(self.model))
         return decisions
 
@@ -228,6 +232,21 @@ def read_later(rank, world):
         return {"by hand": by_hand.result(), "ddp": whole.result(), "resumed": second.result(), "due": due}
     finally:
         LayerReader._always_later = False
+
+
+@scenario
+def losses(rank, world):
+    """Each rank has its own losses; rank 0, which asks a mock predictor, saves the state that both resume from."""
+    whole = Run(rank, predictor=MockLossPredictor).train()
+    first = Run(rank, predictor=MockLossPredictor).train(0, 9)
+    saved = [[x.state_dict() for x in (first.model, first.optimizer, first.freezer)] if rank == 0 else None]
+    dist.broadcast_object_list(saved)
+    second = Run(rank, seed=1, script=SCRIPT[1:], predictor=MockLossPredictor)
+    for part, state in zip((second.model, second.optimizer, second.freezer), saved[0], strict=True):
+        part.load_state_dict(state)
+    second.train(9)
+    asked = [run.asked.losses[-1].tolist() if run.asked.losses else None for run in (whole, second)]
+    return {"whole": whole.result(), "resumed": second.result(), "asked": asked, "losses": whole.losses}
 
 
 @scenario

@@ -188,6 +188,27 @@ class ChangePredictor:
         return np.stack([1 - freeze, freeze], axis=1), np.zeros(history.shape[:2], np.float32)
 
 
+@dataclass
+class MockLossPredictor(ScriptedPredictor):
+    """A scripted predictor that says that it reads losses, which no file in this repository does, and keeps them.
+
+    Attributes:
+        losses: What it was asked with.
+        places: The positions it was told; empty unless `positional`.
+    """
+
+    info: PredictorInfo = field(default_factory=lambda: make_info(min_records=1))
+    reads_loss: bool = True
+    positional: bool = False
+    losses: list = field(default_factory=list)
+    places: list = field(default_factory=list)
+
+    def predict(self, history, lengths, position=None, loss=None):
+        self.losses.append(loss)
+        self.places += [] if position is None else [position]
+        return super().predict(history, lengths)
+
+
 class SlowPredictor:
     """Advances the clock of the budget, and not the machine's, at each question; sure of the first layer from one on.
 

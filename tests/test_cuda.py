@@ -1,6 +1,6 @@
 """On a real GPU: adapter, prefix cache, baselines, recording, and ONNX Runtime where its build can use one."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU that PyTorch can use", allow_module_level=True)
 
-from numpy_adapter import ScriptedPredictor, script  # noqa: E402
+from numpy_adapter import MockLossPredictor, ScriptedPredictor, script  # noqa: E402
 from torch.nn.functional import cross_entropy  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 from torch_runs import NET, Net, attach, batch, moved, parts, seeded, values  # noqa: E402
@@ -167,6 +167,29 @@ def test_recording_looking_and_deciding_wait_for_nothing_as_long_as_nothing_free
             freezer.step()
     assert sorted({event.step for event in freezer.events}) == [3, 5, 7, 9, 11]
     assert freezer.frozen_layers == (["conv1"] if frozen else [])
+    freezer.close()
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
+def test_losses_for_a_mock_predictor_are_added_up_and_read_without_waiting():
+    model, predictor = network().cuda(), MockLossPredictor()
+    optimizer = sgd(model)
+    options = {"record_every": 2, "decide_every": 1, "patience": 1, "threshold": 0.5, "verbose": False}
+    freezer = SmartFRZ(model, optimizer, predictor, **options)
+    losses = []
+    for step in range(STEPS):
+        inputs, targets = (tensor.cuda() for tensor in batch(step))
+        loss = cross_entropy(model(inputs), targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+        torch.cuda._sleep(10**7)
+        with no_waiting() if step >= 5 else nullcontext():
+            freezer.step(loss)
+    means = torch.stack(losses[:10]).reshape(5, 2).mean(1).cpu()
+    np.testing.assert_allclose(predictor.losses[-1], means.expand(3, 5), rtol=1e-5)
+    assert freezer.state_dict()["controller"]["history"]["..losses"].tolist()[:2] == [0, 0]
     freezer.close()
 
 

@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from numpy_adapter import ScriptedPredictor
 
@@ -37,7 +38,7 @@ ON_TWO = [
     *["fsdp", "different_data_fsdp", "placements", "baselines"],
     *["step_on_0_only", "step_on_1_only", "steps_end_on_1", "failing_predictor", "thaw_on_0_only", "wrong_states"],
     *[f"unlike_{name}" for name in ("layers", "width", "order", "options", "predictor")],
-    *["prefix_cache", "read_later"],
+    *["prefix_cache", "read_later", "losses"],
     "train",
 ]
 ON_FOUR = [
@@ -295,6 +296,17 @@ def test_fully_sharded_over_tensor_parallel(four):
         assert len(set(reference["frozen_at"].values())) == 2
         assert parallel["moved"] == []
         assert parallel["flops"] == reference["flops"]
+
+
+def test_rank_0_asks_a_mock_predictor_with_its_own_losses_also_after_resuming(two):
+    zero, one = of(two, "losses")
+    assert zero["losses"] != one["losses"]
+    assert zero["whole"]["frozen"] == one["whole"]["frozen"] == zero["resumed"]["frozen"] == ["conv1", "conv2"]
+    expected = np.reshape(zero["losses"][:12], (6, 2)).mean(1)
+    for asked in zero["asked"]:
+        np.testing.assert_allclose(asked, [expected] * 2, rtol=1e-5)
+    assert one["asked"] == [None, None]
+    assert zero["whole"]["weights"] == one["whole"]["weights"] == one["resumed"]["weights"]
 
 
 def test_fully_sharded_the_optimizer_and_the_state(two):

@@ -1,3 +1,4 @@
+import functools
 import shutil
 
 import numpy as np
@@ -10,7 +11,7 @@ from framework_runs import (
     run_until_killed,
     without,
 )
-from numpy_adapter import ChangePredictor
+from numpy_adapter import ChangePredictor, MockLossPredictor
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -460,3 +461,75 @@ def test_a_frozen_prefix_is_cached(tmp_path):
     assert use.hits >= 80
     assert logs[0] == pytest.approx(logs[1], abs=1e-4)  # the Trainer rounds them
     assert "forward" not in vars(models[1])
+
+
+class NotesLosses(Trainer):
+    """Notes what each optimizer step was trained on, from before the gradients are accumulated."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.losses = {}
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.losses.setdefault(self.state.global_step, []).append(loss.item())
+        return loss
+
+
+def squared(outputs, labels, num_items_in_batch=None):
+    return (outputs["logits"][:, 0] - labels).square().mean()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"gradient_accumulation_steps": 2}, {"label_smoothing_factor": 0.1}, {"compute_loss_func": squared}],
+    ids=["plain", "accumulated", "smoothed", "own"],
+)
+def test_a_mock_predictor_is_told_the_losses_that_the_trainer_trains_on(tmp_path, arguments):
+    predictor = MockLossPredictor()
+    kind = functools.partial(NotesLosses, compute_loss_func=arguments.get("compute_loss_func"))
+    arguments = {name: value for name, value in arguments.items() if name != "compute_loss_func"}
+    arguments["lr_scheduler_type"] = "constant"  # layers are not asked about after a step with a learning rate of 0
+    trainer = train(tmp_path, smartfrz(predictor=predictor, decide_every=1), kind=kind, max_steps=8, **arguments)
+    steps = [sum(trainer.losses[step]) for step in range(8)]
+    if "gradient_accumulation_steps" in arguments:
+        assert {len(losses) for losses in trainer.losses.values()} == {2, 1}  # 7 batches an epoch
+    np.testing.assert_allclose(predictor.losses[-1][0], np.reshape(steps, (4, 2)).mean(1), rtol=1e-5)
+    assert "training_step" not in vars(trainer)
+
+
+def test_losses_of_a_mock_predictor_go_on_after_resuming(tmp_path):
+    whole, resumed = MockLossPredictor(), MockLossPredictor()
+    options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 3}
+    train(tmp_path, smartfrz(predictor=whole, decide_every=1), **options)
+    train(tmp_path, smartfrz(predictor=resumed, decide_every=1), resume=str(tmp_path / "checkpoint-3"), **options)
+    np.testing.assert_array_equal(whole.losses[1][:, 0], resumed.losses[0][:, 0])
+    if RESUMES_EXACTLY:
+        np.testing.assert_array_equal(whole.losses[-1], resumed.losses[-1])
+
+
+def test_the_trainer_is_left_alone_where_the_predictor_reads_no_losses(tmp_path):
+    class Looks(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            self.attributes = set(vars(trainer))
+
+    looks = Looks()
+    trainer = trainer_of(tmp_path, smartfrz(), looks, max_steps=2)
+    trainer.train()
+    assert "training_step" not in looks.attributes
+
+
+def test_a_trainer_with_a_training_step_of_its_own_keeps_it(tmp_path):
+    predictor, seen = MockLossPredictor(), []
+    trainer = trainer_of(tmp_path, smartfrz(predictor=predictor, decide_every=1), max_steps=4)
+    step = trainer.training_step
+
+    def own(*args, **kwargs):
+        seen.append(step(*args, **kwargs))
+        return seen[-1]
+
+    trainer.training_step = own
+    trainer.train()
+    assert trainer.training_step is own
+    assert len(seen) == 4
+    assert np.isfinite(predictor.losses[-1]).all()

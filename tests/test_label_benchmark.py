@@ -67,7 +67,8 @@ def test_all_kinds_of_labels_are_judged_once(tmp_path, capsys, monkeypatch):
     dataset, results = tmp_path / "d.parquet", tmp_path / "r.jsonl"
     write_dataset(dataset, [with_paths(run, options) for run in runs], options)
     command = ["run", "--dataset", str(dataset), "--results", str(results), "--groups", "architecture", "--seeds", "0"]
-    main([*command, "--epochs", "1"])
+    command += ["--epochs", "1"]
+    main([*command, "--loss", "without"])
     lines = read_lines(results)
     assert [line["group"] for line in lines] == ["none", "architecture", "architecture", "architecture"]
     assert [line["labels"].get("source", "cka") for line in lines[1:]] == ["cka", "costs", "both"]
@@ -76,8 +77,12 @@ def test_all_kinds_of_labels_are_judged_once(tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert shown.count("| predictor |") == 3
     assert shown.count("| hindsight |") == 1
+    main([*command, "--labels", "costs"])
+    with_loss = read_lines(results)[len(lines) :]
+    assert [(line["group"], line["loss"]) for line in with_loss] == [("architecture", True)]
+    assert "| costs, with the loss | predictor |" in capsys.readouterr().out
     before = results.read_bytes()
-    main([*command, "--epochs", "1"])
+    main([*command, "--labels", "costs", "--loss", "both"])
     assert results.read_bytes() == before
 
 
@@ -120,7 +125,7 @@ def test_a_round_of_fewer_epochs_does_not_pass_for_one_of_all(tmp_path, monkeypa
     add_line(results, written([4.0, 2.0, 0.0], digest=hashlib.sha256(dataset.read_bytes()).hexdigest(), epochs=1))
     monkeypatch.setattr(labels, "leave_one_out", lambda *given, **more: pytest.fail("training"))
     command = ["run", "--dataset", str(dataset), "--results", str(results), "--labels", "costs"]
-    command += ["--groups", "architecture", "--seeds", "0"]
+    command += ["--groups", "architecture", "--seeds", "0", "--loss", "without"]
     main([*command, "--epochs", "1"])
     with pytest.raises(pytest.fail.Exception, match="training"):
         main(command)

@@ -1,6 +1,7 @@
 import functools
 import itertools
 
+import numpy as np
 import pytest
 from framework_runs import (
     assert_frozen_means_bit_identical,
@@ -10,7 +11,7 @@ from framework_runs import (
     run_until_killed,
     without,
 )
-from numpy_adapter import ChangePredictor
+from numpy_adapter import ChangePredictor, MockLossPredictor
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("lightning")
@@ -456,3 +457,54 @@ def test_a_training_step_that_calls_the_parts_is_not_cached_and_says_so(tmp_path
     fit(tmp_path, callback, model=Parts())
     assert "calls the parts of the model one by one" in caplog.text
     assert callback.report().cache.hits == 0
+
+
+class NotesLosses(Net):
+    """Notes the loss of each training step; returns it as it is, in a dict, or not at all."""
+
+    def __init__(self, returns, automatic=True):
+        super().__init__()
+        self.automatic_optimization = automatic
+        self.returns, self.losses = returns, []
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.losses.append(loss.item())
+        if not self.automatic_optimization:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+        return {"loss": loss, "dict": {"loss": loss, "more": 1}, "nothing": None}[self.returns]
+
+
+@pytest.mark.parametrize(
+    ("returns", "automatic", "accumulated"),
+    [("loss", True, 1), ("dict", True, 1), ("loss", True, 2), ("loss", False, 1), ("dict", False, 1)],
+)
+def test_a_mock_predictor_is_told_the_losses_of_the_training_steps(tmp_path, returns, automatic, accumulated):
+    predictor, model = MockLossPredictor(), NotesLosses(returns, automatic)
+    fit(tmp_path, smartfrz(predictor=predictor), model=model, accumulate_grad_batches=accumulated)
+    every = 2 * accumulated
+    expected = np.reshape(model.losses, (-1, every)).mean(1) / accumulated  # Lightning divides by it
+    asked = len(predictor.losses)
+    assert asked >= len(expected) - 1  # not after the last step, whose learning rate is 0
+    np.testing.assert_allclose(predictor.losses[-1][0], expected[:asked][-predictor.info.window :], rtol=1e-5)
+
+
+def test_without_a_loss_a_mock_predictor_is_told_none(tmp_path):
+    predictor = MockLossPredictor()
+    fit(tmp_path, smartfrz(predictor=predictor), model=NotesLosses("nothing", automatic=False))
+    assert set(predictor.losses) == {None}
+
+
+def test_losses_of_a_mock_predictor_go_on_after_resuming(tmp_path):
+    whole, resumed = MockLossPredictor(), MockLossPredictor()
+    fit(tmp_path, smartfrz(predictor=whole, record_every=3), checkpoints(tmp_path))
+    fit(
+        tmp_path,
+        smartfrz(predictor=resumed, record_every=3),
+        checkpoints(tmp_path),
+        ckpt_path=tmp_path / "step=16.ckpt",
+    )
+    np.testing.assert_array_equal(whole.losses[-1], resumed.losses[-1])

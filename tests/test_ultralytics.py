@@ -2,7 +2,9 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from numpy_adapter import MockLossPredictor
 
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
@@ -21,6 +23,7 @@ class MockTrainer:
         self.epochs, self.accumulate, self.start_epoch = epochs, accumulate, start_epoch
         self.args = SimpleNamespace(warmup_epochs=3.0)
         self.callbacks = {}
+        self.losses = []
 
     def add_callback(self, event, function):
         self.callbacks[event] = function
@@ -32,11 +35,14 @@ class MockTrainer:
         for number in range(self.start_epoch * batches, self.epochs * batches):
             if number <= warm_up:
                 self.accumulate = max(1, round(1 + number / warm_up * (nominal - 1)))
-            self.model(torch.randn(4, 4)).square().mean().backward()
+            self.loss = self.model(torch.randn(4, 4)).square().mean()
+            self.losses.append(self.loss.item())
+            self.loss.backward()
             if number - latest >= self.accumulate:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 latest = number
+            self.callbacks["on_train_batch_end"](self)
         self.callbacks["on_train_end"](self)
 
 
@@ -60,3 +66,14 @@ def test_mock_a_resumed_run_has_no_state():
     callback.attach(trainer)
     trainer.train()
     assert callback.report().num_steps == 32
+
+
+def test_mock_a_mock_predictor_is_told_the_losses_of_the_batches():
+    """The optimizer steps before the event in which the loss is passed: it counts for the next step."""
+    predictor = MockLossPredictor()
+    callback = SmartFRZCallback(predictor, record_every=2, decide_every=1, verbose=False)
+    trainer = MockTrainer(4, 2, 1)
+    callback.attach(trainer)
+    trainer.train()
+    expected = [np.mean(trainer.losses[max(0, i - 1) : i + 1]) for i in range(0, 8, 2)]
+    np.testing.assert_allclose(predictor.losses[-1][0], expected, rtol=1e-5)

@@ -164,6 +164,11 @@ class Freezer(ABC, Generic[A]):
 
     # What every framework shares.
 
+    @property
+    def reads_loss(self) -> bool:
+        """Whether the predictor, or policy, reads the training loss."""
+        return self._policy.reads_loss
+
     def _decide(self, run: Run[A]) -> list[FreezeDecision]:
         """Record, decide, freeze and thaw, after one optimizer step."""
         controller = run.controller

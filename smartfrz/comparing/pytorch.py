@@ -292,7 +292,7 @@ class TorchRun:
             loss = train_step(self.model, inputs, targets, self.task.loss, self.optimizer)
         changed = False
         if self._freezer is not None:
-            changed = any(decision.action in ("freeze", "thaw") for decision in self._freezer.step())
+            changed = any(decision.action in ("freeze", "thaw") for decision in self._freezer.step(loss))
         self._scheduler.step()
         end = self._clock()
         result.cpu_seconds += end[0] - start[0]

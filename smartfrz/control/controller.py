@@ -195,6 +195,20 @@ class FreezeController:
         """Whether the next step is one at which layers are looked at and recorded."""
         return bool(self._due) or (self.num_steps + 1) % self.record_every == 0
 
+    def records_within(self, steps: int) -> bool:
+        """Return whether something is recorded in the next so many steps."""
+        return (self.num_steps + steps) // self.record_every > self.num_steps // self.record_every
+
+    def note_loss(self, loss: Any, weight: int = 1) -> None:
+        """Tell the policy the training loss of the step that `step` counts next, if the policy reads losses.
+
+        Args:
+            loss: A float, or a scalar on a device, which is read with the weights.
+            weight: The number of losses of which it is the mean.
+        """
+        if self._policy.reads_loss:
+            self._policy.note_loss(loss, weight)
+
     def step(self) -> list[FreezeDecision]:
         """Record, decide and freeze if it is time to. Call it after every optimizer step.
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from smartfrz.control.decision import Reason
 from smartfrz.control.history import WeightHistory
+from smartfrz.control.losses import LossCurve
 from smartfrz.control.policy import Policy
 from smartfrz.control.quality import Calibration
 from smartfrz.control.tailoring import tailoring_positions
@@ -16,6 +17,7 @@ from smartfrz.errors import PredictionError, StateError
 
 RECORDS_PER_STAGE = 2
 PATIENCE = 2
+_LOSSES = "..losses"  # beside the names of layers, none of which is like this
 
 
 class HistoryFacts(Protocol):
@@ -74,11 +76,26 @@ class AsksPredictor(Protocol):
         ...
 
 
-class ReadsPosition(Protocol):
-    """What a predictor whose attribute `positional` is true offers in addition to `AsksPredictor`."""
+class ReadsMore(Protocol):
+    """What a predictor whose attribute `positional` or `reads_loss` is true offers in addition to `AsksPredictor`."""
 
-    def predict(self, history: NDArray[np.float32], lengths: NDArray[np.int64], position: NDArray[np.float32]) -> Any:
-        """Predict with `position`, float32 `[layers]`: 0 for the first layer in execution order and 1 for the last."""
+    def predict(
+        self,
+        history: NDArray[np.float32],
+        lengths: NDArray[np.int64],
+        position: NDArray[np.float32] | None = None,
+        loss: NDArray[np.float32] | None = None,
+    ) -> Any:
+        """Predict with what else is known of the run.
+
+        Args:
+            history: As for `AsksPredictor`.
+            lengths: As for `AsksPredictor`.
+            position: Only if `positional` is true. Float32 `[layers]`: 0 for the first layer in execution order and 1 for
+                the last.
+            loss: Only if `reads_loss` is true. Float32 `[layers, window]`, left-padded: the mean training loss of the steps
+                before each record. NaN stands for "not known" and for padding; None if no loss is known.
+        """
         ...
 
 
@@ -99,6 +116,7 @@ class LearnedPolicy(Policy):
         self.name = predictor.info.name
         self.threshold = predictor.info.threshold
         self.record_fraction = predictor.info.record_fraction
+        self.reads_loss = bool(getattr(predictor, "reads_loss", False))
 
     @property
     def sha256(self) -> str:
@@ -129,19 +147,21 @@ class LearnedPolicy(Policy):
         self._positions: dict[str, NDArray[np.int64]] = {}
         self.layers_changed(layers)
         self._history = WeightHistory(info.window, info.tailored_size)
-        self._awaited: Callable[[], Mapping[str, NDArray[np.float32]]] | None = None
+        self._losses = LossCurve(info.window)
+        self._awaited: Callable[[], tuple[Mapping[str, NDArray[np.float32]], float]] | None = None
 
     @property
     def history(self) -> WeightHistory:
         """The weights recorded so far. A record that is still being read is waited for."""
         awaited, self._awaited = self._awaited, None
         if awaited is not None:
-            self._append(awaited())
+            self._append(*awaited())
         return self._history
 
-    def _append(self, vectors: Mapping[str, NDArray[np.float32]]) -> None:
+    def _append(self, vectors: Mapping[str, NDArray[np.float32]], loss: float) -> None:
         for layer, vector in vectors.items():
             self._history.append(layer, vector)
+        self._losses.append(loss)
 
     def layers_changed(self, layers: Sequence[str]) -> None:
         """Choose the positions of layers that are new."""
@@ -155,16 +175,22 @@ class LearnedPolicy(Policy):
             for layer in layers
         }
 
+    def note_loss(self, loss: Any, weight: int = 1) -> None:
+        """Add the loss to the mean that belongs to the next record."""
+        self._losses.add(loss, weight)
+
     def record(self, active: list[str], *, ask: bool) -> None:
         """Read the tailored weights of the active layers, or begin to, where the adapter reads them later."""
         positions = {layer: self._positions[layer] for layer in active}
+        loss = self._losses.take_mean()
         if not getattr(self._adapter, "reads_later", False):
-            self._append(self._adapter.tailored(positions))
+            self._append(self._adapter.tailored(positions), float(loss))
             return
-        begun = self._adapter.tailored_later(positions)
+        vectors = self._adapter.tailored_later(positions)
+        read = (lambda: loss) if isinstance(loss, float) else self._adapter.loss_later(loss)
         if self._awaited is not None:
-            self._append(self._awaited())
-        self._awaited = begun
+            self._append(*self._awaited())
+        self._awaited = lambda: (vectors(), read())
 
     def excused(self, active: list[str]) -> dict[str, Reason]:
         """Return the layers whose history is too short or not finite, with the reason."""
@@ -180,13 +206,13 @@ class LearnedPolicy(Policy):
         """Return the predictor's answers; none if it gives no usable one."""
         if not layers:
             return {}
-        asked = self.history.windows(layers)
+        history, lengths = self.history.windows(layers)
+        more: list[Any] = []
+        if getattr(self.predictor, "positional", False):
+            more.append(np.array([self._places[layer] for layer in layers], np.float32))
+        loss = {"loss": self._losses.windows(lengths)} if self.reads_loss else {}
         try:
-            if getattr(self.predictor, "positional", False):
-                places = np.array([self._places[layer] for layer in layers], np.float32)
-                answer = cast(ReadsPosition, self.predictor).predict(*asked, places)
-            else:
-                answer = self.predictor.predict(*asked)
+            answer = cast(ReadsMore, self.predictor).predict(history, lengths, *more, **loss)
         except PredictionError:  # it has been logged; training continues
             return {}
         freeze = answer[0][:, 1].tolist()
@@ -197,25 +223,30 @@ class LearnedPolicy(Policy):
         self.history.drop(layer)
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
-        """Return the history."""
-        return self.history.state_dict()
+        """Return the history, and the losses if the predictor reads them."""
+        state = self.history.state_dict()
+        return state | {_LOSSES: self._losses.state()} if self.reads_loss else state
 
     def check_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Raise `StateError` if these are no vectors that the predictor reads."""
         for layer, rows in state.items():
-            if rows.shape[1:] != (self.history.tailored_size,) or rows.ndim != 2:
+            if layer == _LOSSES and self.reads_loss:
+                self._losses.check_state(rows)
+            elif rows.shape[1:] != (self.history.tailored_size,) or rows.ndim != 2:
                 raise StateError(
                     f"The saved state is damaged: the history of layer {layer!r} has shape {rows.shape}; expected vectors "
                     f"of length {self.history.tailored_size}. Resume from another checkpoint, or start without a state."
                 )
 
     def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Replace the history.
+        """Replace the history, and the losses if they were saved.
 
         Raises:
             ValueError: If an array has a different length.
         """
-        self.history.load_state_dict(dict(state))
+        self.history.load_state_dict({layer: rows for layer, rows in state.items() if layer != _LOSSES})
+        if _LOSSES in state:
+            self._losses.load_state(state[_LOSSES])
 
 
 def policy_of(predictor: AsksPredictor | Policy) -> Policy:

@@ -34,6 +34,7 @@ class Policy:
         compares_gradients: Whether the adapter needs `gradient_changes`.
         waits_for_weights: Whether recording reads weights, which on a GPU takes until the next step; the controller then
             asks after that step.
+        reads_loss: Whether the policy reads the training loss; the controller then passes it to `note_loss`.
         has_budget: Whether the policy is asked less often where its answers take too large a part of the run.
     """
 
@@ -46,6 +47,7 @@ class Policy:
     scales_learning_rates = False
     reads_gradients = False
     compares_gradients = False
+    reads_loss = False
     has_budget = False
     waits_for_weights = False
 
@@ -94,6 +96,15 @@ class Policy:
 
     def layers_changed(self, layers: Sequence[str]) -> None:
         """Go on with these layers, in execution order: some are new, or some are not trained any more."""
+
+    def note_loss(self, loss: Any, weight: int = 1) -> None:
+        """Take the training loss of one step, if `reads_loss` is true. Each process has its own.
+
+        Args:
+            loss: A float, or a scalar on a device that reads it later, as a policy that `waits_for_weights` does. Between
+                two records nobody waits for the device.
+            weight: The number of losses of which it is the mean.
+        """
 
     def record(self, active: list[str], *, ask: bool) -> None:
         """Record the active layers. `ask` is true if a freezing stage follows."""

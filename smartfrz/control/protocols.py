@@ -93,6 +93,10 @@ class ReadsLater(Adapter, Protocol):
         """Begin what `tailored` does, with the weights of now, and return what waits for it. Every process calls it."""
         ...
 
+    def loss_later(self, loss: Any) -> Callable[[], float]:
+        """Begin to read a scalar from the device, and return what waits for it."""
+        ...
+
     def disturbed_later(self, layers: list[str]) -> Callable[[], Mapping[str, Disturbance]]:
         """Begin what `disturbed` does, and return what waits for it.
 

@@ -16,6 +16,7 @@ from smartfrz.adapters.keras.compiling import CompileClock
 from smartfrz.adapters.keras.continuing import End, note_trained, warn_of_new_run
 from smartfrz.adapters.keras.freezing import KerasAdapter, thaw_leftovers
 from smartfrz.adapters.keras.layers import CallRecorder, Layer, group_layers, trace_graph
+from smartfrz.adapters.keras.losses import LoggedLosses
 from smartfrz.adapters.keras.neighbours import Board, Saving, come_first
 from smartfrz.adapters.keras.parts import group_parts, list_own_optimizers
 from smartfrz.adapters.state_file import read_state, write_state
@@ -175,6 +176,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         self._stepping: Any = None  # the optimizer whose steps count
         self._candidates: list[tuple[Any, int]] = []
         self._compiling = CompileClock()
+        self._losses: LoggedLosses | None = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Undo what an interrupted run left behind, and get to know the other callbacks."""
@@ -195,6 +197,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
                 "fit() was given several SmartFRZ callbacks; expected one: each would undo what others froze."
             )
         self._training = True
+        self._losses = LoggedLosses(model) if self.reads_loss else None
         self._saving = Saving(neighbours, self.thawed, self.save, self._read_iterations)
         self._board = Board(neighbours)
 
@@ -203,6 +206,8 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
 
         This cannot happen when training begins: `BackupAndRestore` loads its weights then, perhaps after this call.
         """
+        if self._losses is not None:
+            self._losses.begin_epoch()
         if self._begun or not self._training:
             return
         self._begun = True
@@ -246,6 +251,8 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
             raise UsageError("SmartFRZ was called outside of fit(). Pass it to fit(callbacks=[...]).")
         self._compiling.call_ended()
         self._clock.start()
+        if self._losses is not None:
+            self._losses.note(logs)
         if self._recorder is not None:
             recorder = self._recorder
             self._stop_watching()
@@ -253,9 +260,19 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         if self._run is None:
             return
         self._choose_optimizer()
-        for _ in range(self._count_steps(self._run.adapter)):
+        steps = self._count_steps(self._run.adapter)
+        if self._losses is not None and self._run.controller.records_within(steps):
+            self._pass_loss()
+        for _ in range(steps):
             self._step(self._run)
         self._clock.read()
+
+    def _pass_loss(self) -> None:
+        """Tell the controller the mean loss of the batches since this was last called."""
+        if self._losses is not None and self._run is not None:
+            mean, batches = self._losses.take()
+            if batches:
+                self._run.controller.note_loss(mean, batches)
 
     def _choose_optimizer(self) -> None:
         """Count, from the first batch on, the steps of an optimizer that the model holds if the compiled one takes none.
@@ -330,6 +347,8 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Add the scalars to the logs of the epoch, which every callback and the history see."""
+        if self._training:
+            self._pass_loss()
         if self._training and logs is not None:
             self.note_logs(logs)
             logs.update(self.scalars())
@@ -520,6 +539,7 @@ class SmartFRZ(Freezer[KerasAdapter], keras.callbacks.Callback):  # type: ignore
         return {"per_example": True, "compiler": "Keras"} | self._compiling.facts()
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        self._pass_loss()
         return copy.deepcopy(super().state_dict())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from smartfrz.adapters.torch.costs import CostProfiler
 from smartfrz.adapters.torch.distributed import RANK_TIMEOUT, TrainingProcesses, processes_of, reshard
 from smartfrz.adapters.torch.freezing import TorchAdapter, take_back
 from smartfrz.adapters.torch.layers import Layer, LayerTracer, list_uncounted
+from smartfrz.adapters.torch.losses import check_loss, plain_loss
 from smartfrz.adapters.torch.optimizer_steps import OptimizerSteps
 from smartfrz.adapters.torch.saved import check_saved, seal, to_tensors
 from smartfrz.adapters.torch.sharding import GradientWatch
@@ -65,10 +66,11 @@ class SmartFRZ(Freezer[TorchAdapter]):
     Example:
         >>> freezer = SmartFRZ(model, optimizer, total_steps=len(loader) * epochs)  # doctest: +SKIP
         >>> for inputs, targets in loader:  # doctest: +SKIP
-        ...     criterion(model(inputs), targets).backward()
+        ...     loss = criterion(model(inputs), targets)
+        ...     loss.backward()
         ...     optimizer.step()
         ...     optimizer.zero_grad()
-        ...     freezer.step()
+        ...     freezer.step(loss)
     """
 
     def __init__(
@@ -185,10 +187,17 @@ class SmartFRZ(Freezer[TorchAdapter]):
         if self._run is None and self._tracer is not None and self._tracer.done and self._saw_gradient:
             self._start()
 
-    def step(self) -> list[FreezeDecision]:
+    def step(self, loss: float | torch.Tensor | None = None) -> list[FreezeDecision]:
         """Record, decide and freeze if it is time to. Call it once after each `optimizer.step()`.
 
-        With `auto_step` the optimizer has done all this already, and calling it changes nothing.
+        With `auto_step` the optimizer has done all this already, and calling it only passes a loss, which then counts for
+        the next step.
+
+        Args:
+            loss: The training loss of this step, for predictors that read how it falls (`reads_loss`); others ignore it. A
+                float, or a tensor of one number, of which the graph is not kept and which is not waited for on a GPU.
+                Only ratios count: the loss of one of several accumulated batches will do, but not one that a gradient
+                scaler has scaled. None, NaN and infinity mean that it is not known.
 
         Returns:
             The decisions of this step; empty if it was not a freezing stage.
@@ -196,13 +205,17 @@ class SmartFRZ(Freezer[TorchAdapter]):
         Raises:
             UsageError: If the model has not run forward and backward in training mode yet.
             UnsupportedModelError: If the model has no layers to freeze.
+            TypeError: If `loss` is something else, such as a tensor with a loss for each sample.
         """
+        check_loss(loss)
         if self._rounds is not None:
+            if self._run is not None:
+                self._note_loss(self._run.controller, loss)
             decisions, self._latest = self._latest, []
             return decisions
         if self._updates is not None:
             self._updates.note_call()
-        decisions = self._after_update()
+        decisions = self._after_update(loss)
         if self._updates is None:
             self._updates = UpdateWatch(self._model.parameters())
         return decisions
@@ -222,7 +235,11 @@ class SmartFRZ(Freezer[TorchAdapter]):
             return
         self._latest = self._after_update()
 
-    def _after_update(self) -> list[FreezeDecision]:
+    def _note_loss(self, controller: FreezeController, loss: float | torch.Tensor | None) -> None:
+        if self.reads_loss and loss is not None:
+            controller.note_loss(plain_loss(loss))
+
+    def _after_update(self, loss: float | torch.Tensor | None = None) -> list[FreezeDecision]:
         run = self._run or self._start()
         controller = run.controller
         self._clock.start()
@@ -238,6 +255,7 @@ class SmartFRZ(Freezer[TorchAdapter]):
         if self._processes is not None and controller.looks_next:
             # On every process. After an evaluation, some modules show parameters that are not the ones that are trained.
             reshard(self._model)
+        self._note_loss(controller, loss)
         decisions = self._decide(run)
         if len(run.adapter.all_layers()) != len(run.layers):
             self._run = replace(run, layers=run.adapter.descriptions())

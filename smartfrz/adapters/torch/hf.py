@@ -1,8 +1,10 @@
 """SmartFRZ for the `Trainer` of Hugging Face transformers."""
 
+import functools
 import inspect
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,6 +15,7 @@ from torch import nn
 from smartfrz.adapters.state_file import from_json, read_state, to_json, write_state
 from smartfrz.adapters.torch.callback import FreezingCallback
 from smartfrz.adapters.torch.freezing import take_back
+from smartfrz.adapters.torch.losses import BatchLosses
 from smartfrz.adapters.torch.pictures import send_picture
 from smartfrz.adapters.torch.saved import to_arrays, to_tensors
 from smartfrz.errors import StateError
@@ -50,6 +53,7 @@ class SmartFRZCallback(FreezingCallback, TrainerCallback, ExportableState):
     """
 
     _handler: CallbackHandler | None = None
+    _losses: "_TrainingLosses | None" = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Thaw what an interrupted run left frozen: the optimizer only takes parameters that require a gradient."""
@@ -76,6 +80,9 @@ class SmartFRZCallback(FreezingCallback, TrainerCallback, ExportableState):
             self._saved(entry, args, state.global_step, inspect.currentframe()) if state.global_step else None,
             state.global_step,
         )
+        frame = next(_frames_of_trainers(inspect.currentframe()), None)
+        if frame is not None and self.freezer is not None and self.freezer.reads_loss:
+            self._losses = _TrainingLosses(frame.f_locals["self"])
         # The Trainer looks itself up here when it saves; a checkpoint made without us has no such key.
         kept.setdefault(name, {})
 
@@ -130,7 +137,7 @@ class SmartFRZCallback(FreezingCallback, TrainerCallback, ExportableState):
         """Act after each optimizer step, not after each accumulated batch."""
         if self.freezer is None:
             return
-        self.freezer.step()
+        self.freezer.step(self._losses.take(mean=False) if self._losses else None)
         # Only to TensorBoard, W&B and the like: hundreds of numbers would flood the console and the history.
         confidences = self.freezer.confidences()
         for reporter in self._reporters() if confidences else ():
@@ -157,6 +164,12 @@ class SmartFRZCallback(FreezingCallback, TrainerCallback, ExportableState):
         reporters = self._reporters() if state.is_world_process_zero else []
         for writer in filter(None, map(_writer_of, reporters)):
             send_picture(self.report(), writer)
+
+    def _end(self) -> None:
+        super()._end()
+        if self._losses is not None:
+            self._losses.close()
+            self._losses = None
 
     def state(self) -> dict[str, Any]:
         """Return what the Trainer keeps in `trainer_state.json`, and write the rest beside it."""
@@ -199,9 +212,44 @@ def _folders_of_resumed_training(frame: FrameType | None) -> list[str]:
 
     Callbacks do not learn it, and the folder may have been moved. Which file is the right one is known by its id.
     """
-    found = []
+    found = [frame.f_locals.get("resume_from_checkpoint") for frame in _frames_of_trainers(frame)]
+    return list(dict.fromkeys(os.fspath(folder) for folder in found if isinstance(folder, (str, os.PathLike))))
+
+
+def _frames_of_trainers(frame: FrameType | None) -> Iterator[FrameType]:
+    """Yield the calls of a Trainer's methods that led here, the latest first. Callbacks are not told their Trainer."""
     while frame is not None:
         if isinstance(frame.f_locals.get("self"), Trainer):
-            found.append(frame.f_locals.get("resume_from_checkpoint"))
+            yield frame
         frame = frame.f_back
-    return list(dict.fromkeys(os.fspath(folder) for folder in found if isinstance(folder, (str, os.PathLike))))
+
+
+class _TrainingLosses(BatchLosses):
+    """Notes what each training step of a Trainer returns: the loss, wherever it was computed, of one batch.
+
+    A Trainer divides it by the number of accumulated batches, so the sum is the loss of an optimizer step.
+    """
+
+    def __init__(self, trainer: Trainer):
+        super().__init__()
+        self._trainer, self._before = trainer, trainer.__dict__.get("training_step")
+        step = trainer.training_step
+
+        @functools.wraps(step)
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            loss = step(*args, **kwargs)
+            self.add(loss)
+            return loss
+
+        self._own = training_step
+        trainer.__dict__["training_step"] = training_step
+
+    def close(self) -> None:
+        """Give the Trainer its own method back."""
+        attributes = self._trainer.__dict__
+        if attributes.get("training_step") is not self._own:  # somebody wrapped it again
+            return
+        if self._before is None:
+            del attributes["training_step"]
+        else:
+            attributes["training_step"] = self._before

@@ -539,6 +539,11 @@ class LayerReader:
         joined = copy_later(torch.cat(list(picked.values())))
         return lambda: _cut(picked, joined())
 
+    def loss_later(self, loss: torch.Tensor) -> Callable[[], float]:
+        """Begin to read a scalar, and return what waits for it."""
+        copied = copy_later(loss)
+        return lambda: float(copied())
+
     def _pick(self, positions: Mapping[str, NDArray[np.int64]]) -> dict[str, torch.Tensor]:
         """Return copies of the values at these positions of each layer, float32 `[n]` on the layer's device."""
         parts = {layer: self._split(layer, indices) for layer, indices in positions.items()}

@@ -1,6 +1,7 @@
 """SmartFRZ for the `Trainer` of Lightning."""
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -8,6 +9,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from smartfrz.adapters.torch.callback import FreezingCallback
 from smartfrz.adapters.torch.freezing import take_back
+from smartfrz.adapters.torch.losses import BatchLosses
 from smartfrz.adapters.torch.pictures import send_picture
 from smartfrz.errors import UsageError
 
@@ -75,6 +77,7 @@ class SmartFRZCallback(FreezingCallback, Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the freezer: the optimizers exist by now, and are restored if fitting resumes."""
         saved, self._saved = self._saved, None
+        self._losses = BatchLosses()
         self._step = _TrainingStep(pl_module)
         self._begin(
             self._step,
@@ -95,10 +98,14 @@ class SmartFRZCallback(FreezingCallback, Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Act if an optimizer stepped: not while gradients are accumulated, once for several optimizers."""
-        if self.freezer is None or trainer.global_step == self._global_step:
+        if self.freezer is None:
+            return
+        if self.freezer.reads_loss:
+            self._losses.add(outputs.get("loss") if isinstance(outputs, Mapping) else outputs)
+        if trainer.global_step == self._global_step:
             return
         self._global_step = trainer.global_step
-        self.freezer.step()
+        self.freezer.step(self._losses.take(mean=True))
         if not trainer.barebones:
             pl_module.log_dict(self._logs(), batch_size=1)
         if self.freezer.just_recorded:

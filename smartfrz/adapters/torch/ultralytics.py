@@ -3,6 +3,7 @@
 from typing import Any
 
 from smartfrz.adapters.torch.callback import FreezingCallback
+from smartfrz.adapters.torch.losses import is_loss
 
 __all__ = ["SmartFRZCallback"]
 
@@ -25,12 +26,19 @@ class SmartFRZCallback(FreezingCallback):
         """Add the callback to an `ultralytics.YOLO`, or to a trainer."""
         self._options["auto_step"] = True  # there is no event after a step of the optimizer
         model.add_callback("on_train_start", self.on_train_start)
+        model.add_callback("on_train_batch_end", self.on_train_batch_end)
         model.add_callback("on_train_end", self.on_train_end)
 
     def on_train_start(self, trainer: Any) -> None:
         """Make the freezer: model and optimizer exist by now."""
         steps = _count_steps(trainer)
         self._begin(trainer.model, trainer.optimizer, steps, steps, None, trainer.start_epoch)
+
+    def on_train_batch_end(self, trainer: Any) -> None:
+        """Pass the loss of the batch, for predictors that read losses."""
+        loss = getattr(trainer, "loss", None)
+        if self.freezer is not None and is_loss(loss):
+            self.freezer.step(loss)
 
     def on_train_end(self, trainer: Any) -> None:
         """Leave the model as it was found."""
