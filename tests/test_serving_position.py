@@ -12,9 +12,11 @@ if not importlib.util.find_spec("kserve"):  # not imported: its protobuf names a
     pytest.skip("kserve is not installed", allow_module_level=True)
 pytest.importorskip("onnxscript")
 
-from numpy_adapter import make_info  # noqa: E402
+from numpy_adapter import NumpyAdapter, make_info  # noqa: E402
 from serving_process import ServingProcess, outputs  # noqa: E402
 
+from smartfrz.control.controller import FreezeController  # noqa: E402
+from smartfrz.control.options import FreezeOptions  # noqa: E402
 from smartfrz.predictor.remote import RemotePredictor  # noqa: E402
 from smartfrz.predictor.runtime import Predictor  # noqa: E402
 from smartfrz.predictor.training.export import export  # noqa: E402
@@ -113,6 +115,28 @@ def test_a_predictor_that_reads_no_loss_is_sent_none(server, file, told):
     assert (remote.positional, remote.reads_loss) == (True, False)
     expected = Predictor(file, device="cpu").predict(*told[:3])
     np.testing.assert_allclose(remote.predict(*told).confidence, expected.confidence, atol=1e-6)
+
+
+def decided(predictor, losses):
+    """The confidences of a run in which the loss before each step is given."""
+    adapter = NumpyAdapter.random({"a": 400, "b": 200, "c": 100})
+    controller = FreezeController(
+        adapter, predictor, FreezeOptions(record_every=1, decide_every=1, patience=1, threshold=0.9999)
+    )
+    for loss in losses:
+        adapter.train_step()
+        controller.note_loss(loss)
+        controller.step()
+    return [event.confidence for event in controller.events]
+
+
+def test_a_run_that_asks_the_server_sees_what_the_file_says_about_its_losses(server, loss_predictor_file):
+    losses = [4.0, 3.0, float("nan"), 2.0, 1.5, 1.0, 0.8, 0.5]
+    local = Predictor(loss_predictor_file, device="cpu")
+    expected = decided(local, losses)
+    np.testing.assert_allclose(decided(RemotePredictor(server.url("hearing")), losses), expected, atol=1e-6)
+    apart = np.abs(np.subtract(expected, decided(local, [1.0] * 8)))
+    assert np.nanmax(apart) > 1e-3  # NaN: too few records
 
 
 def test_metadata_list_the_inputs_of_those_that_read_them(server):
