@@ -44,8 +44,7 @@ from smartfrz.errors import SmartFRZError
 
 PLAIN_SHARES = "30,50,70,85"
 SHARES = (100, 70, 50)
-THRESHOLDS = (0.95, 0.85, None, 0.5, 0.3)  # None is the predictor's own
-CACHED = (None, 0.3)
+THRESHOLDS = (None, 0.2, 0.1)  # None is the predictor's own
 TELL_EVERY = 60  # seconds
 
 
@@ -84,17 +83,12 @@ def methods_for(job, kind=None, cached=False, rivals=RIVALS, shares=SHARES):
         f"{label}, {name}": dataclasses.replace(smartfrz, options={**smartfrz.options, **options})
         for name, options in settings.items()
     }
-    made = [_shorter(family, method, share) for family, method in families.items() for share in shares]
     if cached and job.benchmark.repeats:
-        made += [
-            dataclasses.replace(
-                smartfrz,
-                name=f"{label}, {_threshold(value)} and cache, 100 %",
-                options={**smartfrz.options, **({"threshold": value} if value else {})},
-                cache=lambda: PrefixCache(memory="4GB"),
-            )
-            for value in CACHED
-        ]
+        families |= {
+            f"{family} and cache": dataclasses.replace(method, cache=lambda: PrefixCache(memory="4GB"))
+            for family, method in families.items()
+        }
+    made = [_shorter(family, method, share) for family, method in families.items() for share in shares]
     made += [_shorter(name, known[name], share) for name in rivals for share in shares]
     return [*fewer_steps(PLAIN_SHARES), *made]
 
