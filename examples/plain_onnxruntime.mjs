@@ -1,6 +1,6 @@
 // Ask a predictor from JavaScript: node plain_onnxruntime.mjs smartfrz-base.onnx request.json
 // As plain_onnxruntime.py, with the same request and the same answer. Once, in this folder: npm install
-// onnxruntime-web knows of no optional inputs: "position" cannot be passed, and is unknown to the predictor.
+// onnxruntime-web knows of no optional inputs: "position" and "loss" cannot be passed, and are unknown to the predictor.
 import { readFileSync } from "node:fs";
 import * as ort from "onnxruntime-web";
 

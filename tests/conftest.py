@@ -2,6 +2,7 @@ import gc
 import importlib.util
 import sys
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from required import missing
@@ -62,6 +63,26 @@ def predictor_file(tiny_model, tiny_info, tmp_path_factory):
 
     path = tmp_path_factory.mktemp("predictor") / "tiny.onnx"
     export(tiny_model, tiny_info, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def loss_predictor_file(tmp_path_factory):
+    """The file of an untrained network that reads positions and the training loss. Read only."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("onnxscript")
+    from numpy_adapter import make_info
+
+    from smartfrz.predictor.training.export import export
+    from smartfrz.predictor.training.model import FreezePredictor
+
+    info = make_info(**TINY | {"name": "hearing", "representation": "trajectory+loss"})
+    path = tmp_path_factory.mktemp("predictor") / "hearing.onnx"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = FreezePredictor(info.tailored_size, info.representation)
+    model.adjust(np.array([0.1, 0.9, -0.2, 0.8, 0.1]))  # a new network would not look at the loss
+    export(model, info, path)
     return path
 
 

@@ -19,11 +19,12 @@ class Formula:
     """
 
     def __init__(self):
-        self.shapes = []
+        self.shapes, self.losses = [], []
         self.go = threading.Event()
 
-    def predict(self, history, lengths, position=None):
+    def predict(self, history, lengths, position=None, loss=None):
         self.shapes.append(history.shape[:2])
+        self.losses.append(loss)
         self.go.wait(10)
         if history.max() > 1e6:
             raise RuntimeError("the formula fails")
@@ -35,7 +36,7 @@ class Formula:
 
 
 def gathered(questions, **options):
-    """The shapes of the runs, and the answers, where the first question is run while the others arrive."""
+    """The formula, and its answers, where the first question is run while the others arrive."""
     formula = Formula()
 
     async def ask():
@@ -51,7 +52,8 @@ def gathered(questions, **options):
         await batcher.close()
         return answers
 
-    return formula.shapes, asyncio.run(ask())
+    answers = asyncio.run(ask())
+    return formula, answers
 
 
 def alone(history, lengths):
@@ -62,8 +64,8 @@ def alone(history, lengths):
 
 def test_what_waits_at_the_same_time_is_run_together_and_answered_apart():
     questions = [histories(layers, window, 8, seed=layers) for layers, window in ((1, 3), (2, 4), (3, 6), (4, 5))]
-    shapes, answers = gathered(questions)
-    assert shapes == [(1, 3), (9, 6)]
+    formula, answers = gathered(questions)
+    assert formula.shapes == [(1, 3), (9, 6)]
     for question, answer in zip(questions, answers, strict=True):
         expected = alone(*question)
         assert answer.attention.shape == question[0].shape[:2]
@@ -71,19 +73,35 @@ def test_what_waits_at_the_same_time_is_run_together_and_answered_apart():
         np.testing.assert_array_equal(answer.attention, expected.attention)
 
 
+def test_losses_stand_with_their_records_and_are_unknown_for_those_who_told_none():
+    one, two, three = (histories(layers, window, 8) for layers, window in ((1, 3), (2, 3), (3, 4)))
+    told = np.array([[3, 2, 1], [6, 5, 4]], np.float32)
+    formula, _ = gathered([one, (*two, None, told), three, (*one, None, told[:1])])
+    alone, together = formula.losses
+    assert alone is None
+    assert together.dtype == np.float32
+    assert together.tolist() == [[0, 3, 2, 1], [0, 6, 5, 4], *[[0, 0, 0, 0]] * 3, [0, 3, 2, 1]]
+
+
+def test_a_request_that_is_run_alone_keeps_its_losses():
+    told = np.array([[3, 2, 1]], np.float32)
+    formula, _ = gathered([(*histories(1, 3, 8), None, told)])
+    assert formula.losses[0] is told
+
+
 def test_windows_that_differ_much_are_run_apart():
-    shapes, _ = gathered([histories(1, window, 8) for window in (1, 10, 4, 9, 3, 5)])
-    assert shapes == [(1, 1), (3, 10), (2, 4)]
+    formula, _ = gathered([histories(1, window, 8) for window in (1, 10, 4, 9, 3, 5)])
+    assert formula.shapes == [(1, 1), (3, 10), (2, 4)]
 
 
 def test_the_largest_batch_and_a_request_beyond_it():
-    shapes, _ = gathered([histories(layers, 4, 8) for layers in (1, 15, 6, 5, 30, 2)])
-    assert shapes == [(1, 4), (20, 4), (8, 4), (30, 4)]
+    formula, _ = gathered([histories(layers, 4, 8) for layers in (1, 15, 6, 5, 30, 2)])
+    assert formula.shapes == [(1, 4), (20, 4), (8, 4), (30, 4)]
 
 
 def test_nobody_is_overtaken_for_ever():
-    shapes, _ = gathered([histories(layers, 4, 8) for layers in (1, 19, 19, 1, 1, 1)])
-    assert shapes == [(1, 4), (20, 4), (20, 4), (1, 4)]
+    formula, _ = gathered([histories(layers, 4, 8) for layers in (1, 19, 19, 1, 1, 1)])
+    assert formula.shapes == [(1, 4), (20, 4), (20, 4), (1, 4)]
 
 
 def test_a_request_waits_a_little_for_others():
@@ -103,8 +121,8 @@ def test_a_request_waits_a_little_for_others():
 
 def test_a_failure_is_told_to_those_who_asked_and_to_nobody_else():
     bad = histories(1, 4, 8)[0] + np.float32(1e7), np.array([4])
-    shapes, answers = gathered([histories(2, 4, 8), bad, histories(1, 9, 8)])
-    assert len(shapes) == 3
+    formula, answers = gathered([histories(2, 4, 8), bad, histories(1, 9, 8)])
+    assert len(formula.shapes) == 3
     assert isinstance(answers[1], RuntimeError)
     assert answers[0].confidence.shape == (2, 2)
     assert answers[2].confidence.shape == (1, 2)

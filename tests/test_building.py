@@ -48,7 +48,7 @@ def rows(table, first):
 
 def test_the_file_says_how_it_was_made(built):
     info = Predictor(built[0]).info
-    assert (info.name, info.window, info.tailored_size, info.representation) == ("mine", 8, 32, "trajectory")
+    assert (info.name, info.window, info.tailored_size, info.representation) == ("mine", 8, 32, "trajectory+loss")
     assert info.record_fraction == pytest.approx(1 / 30)
     assert info.dataset_sha256 == DIGEST
     assert info.min_records == SMALL.min_records

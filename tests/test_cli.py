@@ -7,6 +7,7 @@ import sys
 import pytest
 from builder_fixtures import TINY_PARTS, environment_without, invoke, labelled_runs, write_recipe, write_runs
 
+from smartfrz import zoo
 from smartfrz.cli import main as smartfrz
 from smartfrz.dataset_builder import building
 from smartfrz.dataset_builder.cli import main as build
@@ -227,6 +228,19 @@ def test_train_passes_its_options_on(places, tmp_path, monkeypatch):
     assert len(first) == 64
 
 
+@pytest.mark.parametrize("base", [None, "predictor_file", "smartfrz-base"])
+def test_what_the_network_sees_is_what_its_base_sees(places, tmp_path, monkeypatch, request, base):
+    seen = []
+    monkeypatch.setattr(building, "build_predictor", lambda material, plan, *_: seen.append(plan.options) or "the card")
+    given, expected = (), "trajectory+loss"
+    if base is not None:
+        file = request.getfixturevalue(base) if base == "predictor_file" else base
+        given, expected = ("--base", file), zoo.load(file, device="cpu").info.representation
+    result = invoke(build, "train", places["runs"], "-o", tmp_path / "my.onnx", *given)
+    assert result.exit_code == 0, result.output
+    assert [options.representation for options in seen] == [expected]
+
+
 @pytest.mark.parametrize("package", ["torch", "pyarrow", "rich"])
 def test_missing_packages_are_named(places, tmp_path, package):
     # In a process of its own, in which nothing is imported yet.
@@ -288,7 +302,7 @@ def test_defaults_of_the_options_are_those_of_the_library():
         "seed",
     ):
         assert options[name].default == getattr(training, name), name
-    assert set(options["representation"].type.choices) <= set(REPRESENTATIONS)
+    assert tuple(options["representation"].type.choices) == REPRESENTATIONS
 
 
 def test_the_demo_names_missing_packages(monkeypatch):

@@ -120,7 +120,9 @@ def test_a_file_of_another_network_is_refused(predictor_file, tmp_path, change, 
 def test_a_base_that_does_not_fit_is_refused(base):
     runs = labelled_runs()
     for change in ({"tailored_size": 16}, {"representation": "raw"}):
-        with pytest.raises(ValueError, match=r"`base` reads tailored_size=32 as 'trajectory', but the options say"):
+        with pytest.raises(
+            ValueError, match=r"`base` reads tailored_size=32 as 'trajectory\+loss', but the options say"
+        ):
             fit(runs[1:], runs[:1], dataclasses.replace(SMALL, **change), base=base.network)
 
 

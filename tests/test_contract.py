@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 from numpy_adapter import make_info
 
 from smartfrz.errors import PredictorFileError
-from smartfrz.predictor.contract import FORMAT_VERSION, REPRESENTATIONS, PredictorInfo, check_seal, seal
+from smartfrz.predictor.contract import (
+    FORMAT_VERSION,
+    POSITIONAL,
+    READS_LOSS,
+    REPRESENTATIONS,
+    PredictorInfo,
+    check_loss,
+    check_seal,
+    seal,
+)
 
 REGISTRY = Path(__file__).parents[1] / "registry"
 PROPERTY = b"smartfrz.sha256\x12\x40"
@@ -106,6 +115,32 @@ def test_a_property_out_of_range(change):
 def test_another_format_version(version):
     with pytest.raises(PredictorFileError, match=f"has format_version {version}; .* reads 1.*pip install --upgrade"):
         PredictorInfo.from_metadata(metadata(format_version=version), "f.onnx")
+
+
+def test_a_representation_that_reads_losses_reads_positions_too():
+    assert set(READS_LOSS) < set(POSITIONAL) < set(REPRESENTATIONS)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        ((3, 4), np.float32, r"loss is float32 \(3, 4\); expected float32 \(3, 5\), one value for each row"),
+        ((3,), np.float32, r"loss is float32 \(3,\); expected"),
+        ((3, 5, 1), np.float32, r"loss is float32 \(3, 5, 1\); expected"),
+        ((3, 5), np.float64, r"loss is float64 \(3, 5\); expected float32"),
+    ],
+)
+def test_losses_that_do_not_fit(shape, dtype, message):
+    with pytest.raises(ValueError, match=message):
+        check_loss(np.ones(shape, dtype), (3, 5, 64), make_info(representation="trajectory+loss"))
+
+
+def test_any_value_may_be_a_loss_of_a_predictor_that_reads_it():
+    loss = np.array([[0, -1, np.nan, np.inf, -np.inf, 1e-30, 1e30]], np.float32)
+    check_loss(loss, (1, 7, 64), make_info(representation="trajectory+loss"))
+    for other in set(REPRESENTATIONS) - set(READS_LOSS):
+        with pytest.raises(ValueError, match=rf"reads no loss: its representation is '{other}'\. Leave `loss` out"):
+            check_loss(loss, (1, 7, 64), make_info(representation=other))
 
 
 def test_an_onnx_file_of_somebody_else():

@@ -323,8 +323,9 @@ def test_a_predictor_on_the_gpu_answers_as_on_the_cpu(both):
         shape = (layers, records, info.tailored_size)
         history = (random.normal(size=shape).cumsum(1) / 10).astype(np.float32)
         lengths = random.integers(1, records + 1, layers)
-        where = np.linspace(0, 1, layers, dtype=np.float32) if info.representation == "trajectory" else None
-        for one, other in zip(*(p.predict(history, lengths, where) for p in both), strict=True):
+        where = np.linspace(0, 1, layers, dtype=np.float32) if here.positional else None
+        loss = np.exp(random.normal(size=shape[:2])).astype(np.float32) if here.reads_loss else None
+        for one, other in zip(*(p.predict(history, lengths, where, loss) for p in both), strict=True):
             # with weights of 8 bits, what is multiplied is rounded to 8 bits, too
             np.testing.assert_allclose(one, other, atol=1e-2 if info.name == "smartfrz-tiny" else 1e-5)
 

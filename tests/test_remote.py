@@ -38,6 +38,8 @@ class Impostor(http.server.ThreadingHTTPServer):
     Attributes:
         mode: One of the keys of `ANSWERS`; `confident` answers as it should.
         times: How often it was asked for decisions.
+        described: Names of inputs in its metadata; None for metadata without inputs.
+        received: For each question, its inputs and their shapes.
         hung_up: Set when the client closes a connection on which an answer without end is sent.
     """
 
@@ -48,7 +50,7 @@ class Impostor(http.server.ThreadingHTTPServer):
         self.mode, self.times = "confident", 0
         self.hung_up = threading.Event()
         self.properties = INFO.to_metadata() | {"smartfrz.sha256": SHA256} if properties is None else properties
-        self.layers = []
+        self.layers, self.described, self.received = [], None, []
         self.url = f"http://127.0.0.1:{self.server_port}/scripted"
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -58,7 +60,9 @@ class Impostor(http.server.ThreadingHTTPServer):
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        self.answer(200, json.dumps({"name": "scripted", "properties": self.server.properties}).encode())
+        names = self.server.described
+        inputs = {} if names is None else {"inputs": [{"name": name} for name in names]}
+        self.answer(200, json.dumps({"name": "scripted", "properties": self.server.properties} | inputs).encode())
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -66,6 +70,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         shape = header["inputs"][0]["shape"]
         self.server.times += 1
         self.server.layers.append(shape[0])
+        self.server.received.append({given["name"]: given["shape"] for given in header["inputs"]})
         ANSWERS[self.server.mode](self, *shape[:2])
 
     def answer(self, status, body, **headers):
@@ -328,6 +333,26 @@ def test_many_layers_are_asked_about_in_parts():
     assert confidence.shape == (10, 2)
     assert attention.shape == (10, 3)
     assert server.layers == [4, 4, 2]
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("described", [None, ["history", "lengths"], ["history", "lengths", "position"]])
+def test_a_server_that_lists_no_loss_is_sent_none(impostor, described):
+    impostor.described = described
+    predictor = RemotePredictor(impostor.url)
+    assert not predictor.reads_loss
+    predictor.predict(*histories(3, 4, 8), loss=np.ones((3, 4), np.float32))
+    assert impostor.received == [{"history": [3, 4, 8], "lengths": [3]}]
+
+
+def test_a_loss_goes_to_a_server_that_lists_it_in_the_same_parts():
+    server = Impostor(INFO.to_metadata() | {"smartfrz.sha256": SHA256, "smartfrz.max_layers": "4"})
+    server.described = ["history", "lengths", "position", "loss"]
+    predictor = RemotePredictor(server.url)
+    assert predictor.reads_loss
+    predictor.predict(*histories(6, 3, 8), loss=np.ones((6, 3), np.float32))
+    assert [sent["loss"] for sent in server.received] == [[4, 3], [2, 3]]
     server.shutdown()
     server.server_close()
 

@@ -1,6 +1,7 @@
 import contextlib
 import hashlib
 import importlib.metadata
+import itertools
 import logging
 import os
 import pickle
@@ -258,6 +259,19 @@ def test_bound_runs_answer_as_plain_ones(predictor, session):
     np.testing.assert_array_equal(history, kept)
 
 
+def test_bound_runs_take_optional_inputs_or_do_without(loss_predictor_file):
+    predictor, rng = Predictor(loss_predictor_file, device="cpu"), np.random.default_rng(0)
+    session = runtime.open_session(loss_predictor_file.read_bytes(), "hearing.onnx", "cpu", 1)
+    bound, history = runtime.BoundRun(session, "cpu"), rng.normal(size=(3, 5, 64)).cumsum(1).astype(np.float32)
+    position, loss = np.linspace(0, 1, 3, dtype=np.float32), np.tile(np.linspace(2, 1, 5, dtype=np.float32), (3, 1))
+    answers = []
+    for optional in ({"position": position, "loss": loss}, {"position": position}, {"loss": loss}, {}):
+        (answer,) = bound(["confidence"], {"history": history, "lengths": LENGTHS} | optional)
+        np.testing.assert_array_equal(answer, predictor.predict(history, LENGTHS, **optional).confidence)
+        answers.append(answer)
+    assert min(np.abs(one - other).max() for one, other in itertools.combinations(answers, 2)) > 1e-5
+
+
 def test_bound_runs_of_several_threads_do_not_mix(predictor, session):
     bound, rng = runtime.BoundRun(session, "cpu"), np.random.default_rng(0)
     histories, lengths = rng.normal(size=(16, 6, 10, 64)).astype(np.float32), np.full(6, 10)
@@ -318,6 +332,81 @@ def test_a_foreign_graph_with_our_metadata(content, write):
     model.metadata_props.extend(onnx.load_from_string(content).metadata_props)
     with pytest.raises(PredictorFileError, match=r"contract at 'history': received None, expected tensor\(float\)"):
         Predictor(write(model))
+
+
+def input_of(model, name="loss"):
+    return next(value for value in model.graph.input if value.name == name)
+
+
+def default_of(model, values):
+    """Give the input another default."""
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == "loss")
+    tensor.CopyFrom(onnx.numpy_helper.from_array(np.asarray(values), "loss"))
+
+
+def without_loss(model):
+    model.graph.input.remove(input_of(model))
+
+
+def with_another_input(model):
+    model.graph.input.add().CopyFrom(input_of(model))
+    model.graph.input[-1].name = "losses"
+
+
+def with_axes(model, number):
+    dim = onnx.TensorShapeProto(dim=[{"dim_param": f"d{i}"} for i in range(number)]).dim
+    del input_of(model).type.tensor_type.shape.dim[:]
+    input_of(model).type.tensor_type.shape.dim.extend(dim)
+
+
+def with_integers(model):
+    input_of(model).type.tensor_type.elem_type = onnx.TensorProto.INT64
+
+
+def with_fixed_window(model):
+    input_of(model).type.tensor_type.shape.dim[1].dim_value = 1
+
+
+ODD_LOSSES = {
+    "none": (without_loss, r"breaks the predictor contract.* no tensors but .*'loss'\]"),
+    "two of them": (with_another_input, r"breaks the predictor contract.* no tensors but .*'loss'\]"),
+    "one axis": (
+        lambda model: with_axes(model, 1),
+        r"(ONNX Runtime cannot load|breaks the predictor contract at 'loss')",
+    ),
+    "sixty axes": (lambda model: with_axes(model, 60), "has a tensor of 60 axes; expected at most 8"),
+    "integers": (with_integers, "(ONNX Runtime cannot load|breaks the predictor contract at 'loss')"),
+    "a fixed window": (with_fixed_window, r"breaks the predictor contract at 'loss': .*1\].*None is dynamic"),
+    "a default of integers": (lambda model: default_of(model, [[0]]), "ONNX Runtime cannot load"),
+    "a default of sixty axes": (
+        lambda model: default_of(model, np.zeros((1,) * 60, np.float32)),
+        "has a constant of 60 axes; expected at most 8",
+    ),
+    "a default of other sizes": (
+        lambda model: default_of(model, np.zeros((3, 7), np.float32)),
+        "(cannot be used: on made-up weights|ONNX Runtime cannot load)",
+    ),
+    "a default of text": (
+        lambda model: default_of(model, np.array([["long"]], object)),
+        "contains text in tensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ODD_LOSSES)
+def test_a_graph_whose_loss_is_odd(loss_predictor_file, write, case):
+    change, message = ODD_LOSSES[case]
+    model = onnx.load(loss_predictor_file)
+    change(model)
+    with pytest.raises(PredictorFileError, match=message):
+        Predictor(write(model), device="cpu")
+
+
+@pytest.mark.parametrize("representation", ["raw", "trajectory"])
+def test_a_graph_with_a_loss_that_its_representation_does_not_read(loss_predictor_file, write, representation):
+    model = with_metadata(loss_predictor_file.read_bytes(), representation=representation)
+    with pytest.raises(PredictorFileError, match=r"breaks the predictor contract at 'history'.*no tensors but"):
+        Predictor(write(model), device="cpu")
 
 
 def test_a_graph_that_onnxruntime_cannot_load(content, write):

@@ -25,31 +25,48 @@ from smartfrz.zoo import registry
 
 KIT = Path(__file__).parent.parent / "examples" / "serving"
 NAME = "smartfrz-base"
+HEARING = "hearing"
 needs_the_kit = pytest.mark.skipif(not KIT.exists(), reason="the examples are not here")
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory, predictor_file):
-    """The predictor that is shipped, which reads positions, and one that does not."""
-    process = ServingProcess(tmp_path_factory.mktemp("kit") / "log", NAME, f"tiny={predictor_file}")
+def served(predictor_file, loss_predictor_file):
+    """The predictor that is shipped, one that reads nothing but weights, and one that reads losses; name and place."""
+    return {NAME: NAME, "tiny": predictor_file, HEARING: loss_predictor_file}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, served):
+    process = ServingProcess(tmp_path_factory.mktemp("kit") / "log", *named(served).values())
     yield process
     process.kill()
 
 
-@pytest.fixture(scope="module")
-def asked(tmp_path_factory):
-    """A request in a file, and the answer of the predictor itself."""
-    predictor, rng = zoo.load(NAME, device="cpu"), np.random.default_rng(0)
+@pytest.fixture(scope="module", params=[NAME, HEARING])
+def asked(request, served, tmp_path_factory):
+    """The name of a predictor, a request in a file, and the answer of the predictor itself."""
+    predictor, rng = zoo.load(served[request.param], device="cpu"), np.random.default_rng(0)
+    size = predictor.info.tailored_size
     speed = np.logspace(-1, -7, 5)[:, None, None]
-    steps = (speed * rng.normal(size=(5, 10, 1024))).cumsum(axis=1)
-    history = (0.05 * rng.normal(size=(5, 1, 1024)) + steps).astype(np.float32)
+    steps = (speed * rng.normal(size=(5, 10, size))).cumsum(axis=1)
+    history = (0.05 * rng.normal(size=(5, 1, size)) + steps).astype(np.float32)
     lengths, position = np.array([10, 10, 4, 10, 10]), np.linspace(0, 1, 5, dtype=np.float32)
-    request = {"layers": [f"block.{number}" for number in range(5)], "history": history.tolist()}
-    path = tmp_path_factory.mktemp("request") / "request.json"
-    path.write_text(json.dumps(request | {"lengths": lengths.tolist(), "position": position.tolist()}))
-    confidence = predictor.predict(history, lengths, position).confidence[:, 1]
-    assert np.abs(confidence - predictor.predict(history, lengths).confidence[:, 1]).max() > 0.1  # positions matter
-    return path, request["layers"], confidence, predictor.info.threshold
+    loss = np.tile(np.linspace(2, 1, 10, dtype=np.float32), (5, 1))
+    loss[:, 1] = 0  # not known
+    layers, path = [f"block.{number}" for number in range(5)], tmp_path_factory.mktemp("request") / "request.json"
+    arrays = {"history": history, "lengths": lengths, "position": position, "loss": loss}
+    path.write_text(json.dumps({"layers": layers} | {key: array.tolist() for key, array in arrays.items()}))
+    read = (position, loss) if predictor.reads_loss else (position,)
+    confidence = predictor.predict(history, lengths, *read).confidence[:, 1]
+    for used in range(len(read)):  # what is left out matters
+        apart = np.abs(confidence - predictor.predict(history, lengths, *read[:used]).confidence[:, 1]).max()
+        assert apart > (0.1 if request.param == NAME and not used else 1e-4)
+    return request.param, path, layers, confidence, predictor.info
+
+
+def named(served):
+    """What to give to `smartfrz serve` for each predictor."""
+    return {name: name if name == place else f"{name}={place}" for name, place in served.items()}
 
 
 def example(*arguments):
@@ -57,13 +74,15 @@ def example(*arguments):
     return result.exit_code, result.stdout, result.stderr
 
 
-@pytest.mark.parametrize("name", [NAME, "tiny"])
-def test_the_example_works_when_it_is_pasted(server, predictor_file, name):
+@pytest.mark.parametrize("name", [NAME, "tiny", HEARING])
+def test_the_example_works_when_it_is_pasted(server, served, name):
     for program in ("sh", "awk", "curl"):
         if not shutil.which(program):
             pytest.skip(f"needs {program}")
-    code, text, remark = example(NAME if name == NAME else f"tiny={predictor_file}", "--port", server.port)
+    code, text, remark = example(named(served)[name], "--port", server.port)
     assert code == 0
+    predictor = zoo.load(served[name], device="cpu")
+    assert ("position" in text, "loss" in text) == (predictor.positional, predictor.reads_loss)
     assert "the first one stands still, the second one moves" in remark
     result = subprocess.run(["sh"], input=text, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
@@ -107,7 +126,7 @@ def test_the_start_page_says_what_this_is(server):
     assert status == 200
     assert (page["name"], page["version"]) == ("smartfrz", smartfrz.__version__)
     assert "Open Inference Protocol" in page["description"]
-    assert [model["name"] for model in page["models"]] == [NAME, "tiny"]
+    assert [model["name"] for model in page["models"]] == [NAME, "tiny", HEARING]
     for path in page["links"].values():
         assert server.request("GET", path)[0] == 200
     for model in page["models"]:
@@ -116,10 +135,12 @@ def test_the_start_page_says_what_this_is(server):
         assert server.request("POST", model["infer"], b"{}")[0] == 400
 
 
-def test_one_checksum_is_listed_and_served(server, predictor_file):
+def test_one_checksum_is_listed_and_served(server, served):
     entry = registry.find(NAME)
-    served = {model["name"]: model["sha256"] for model in server.get("/")[1]["models"]}
-    assert served == {NAME: entry.sha256, "tiny": hashlib.sha256(predictor_file.read_bytes()).hexdigest()}
+    told = {model["name"]: model["sha256"] for model in server.get("/")[1]["models"]}
+    files = {name: place for name, place in served.items() if name != NAME}
+    sums = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+    assert told == {NAME: entry.sha256} | sums
     described = server.get(f"/v2/models/{NAME}")[1]
     assert described["properties"]["smartfrz.sha256"] == entry.sha256
     (version,) = described["versions"]
@@ -130,7 +151,7 @@ def test_one_checksum_is_listed_and_served(server, predictor_file):
 CLIENTS = {"REST": "client_rest.py", "gRPC": "client_grpc.py", "JavaScript": "client.mjs"}
 
 
-def ask(client, server, *arguments):
+def ask(client, server, name, *arguments):
     """Run a client of the kit without any of our code, and return its answers."""
     if client == "JavaScript" and not shutil.which("node"):
         pytest.skip("needs node")
@@ -140,7 +161,7 @@ def ask(client, server, *arguments):
     program = ["node"] if client == "JavaScript" else [sys.executable, "-I", "-W", "always"]
     address = f"127.0.0.1:{server.grpc_port}" if client == "gRPC" else f"http://127.0.0.1:{server.port}"
     result = subprocess.run(
-        [*program, KIT / CLIENTS[client], address, NAME, *arguments], capture_output=True, text=True, env=os.environ
+        [*program, KIT / CLIENTS[client], address, name, *arguments], capture_output=True, text=True, env=os.environ
     )
     assert (result.returncode, result.stderr) == (0, "")
     return [json.loads(line) for line in result.stdout.splitlines()]
@@ -149,11 +170,11 @@ def ask(client, server, *arguments):
 @needs_the_kit
 @pytest.mark.parametrize("client", CLIENTS)
 def test_a_client_gets_the_answers_of_the_predictor(client, server, asked):
-    path, layers, confidence, threshold = asked
-    rows = ask(client, server, path)
+    name, path, layers, confidence, info = asked
+    rows = ask(client, server, name, path)
     if client != "gRPC":
-        assert rows.pop(0) == {"predictor": NAME, "threshold": threshold}
-        assert [row["freeze"] for row in rows] == [row["confidence"] >= threshold for row in rows]
+        assert rows.pop(0) == {"predictor": info.name, "threshold": info.threshold}
+        assert [row["freeze"] for row in rows] == [row["confidence"] >= info.threshold for row in rows]
     assert [row["layer"] for row in rows] == layers
     np.testing.assert_allclose([row["confidence"] for row in rows], confidence, atol=1e-6)
 
@@ -161,9 +182,10 @@ def test_a_client_gets_the_answers_of_the_predictor(client, server, asked):
 @needs_the_kit
 @pytest.mark.parametrize("client", CLIENTS)
 def test_a_client_without_a_request_makes_one_up(client, server):
-    still, moving = ask(client, server)[-2:]
+    still, moving = ask(client, server, NAME)[-2:]
     assert still["confidence"] > 0.9
     assert moving["confidence"] < 0.3
+    assert [row["layer"] for row in ask(client, server, HEARING)[-2:]] == ["still", "moving"]
 
 
 @needs_the_kit

@@ -66,9 +66,18 @@ def test_the_default_predictor_as_a_model_repository(tmp_path):
 
 @pytest.mark.parametrize("max_layers", [0, 64])
 def test_the_tensors_are_those_of_the_graph(tmp_path, max_layers):
+    check_tensors(BASE, tmp_path, max_layers)
+
+
+def test_the_optional_inputs_of_a_graph_are_left_out(tmp_path, loss_predictor_file):
+    assert Predictor(loss_predictor_file, device="cpu").reads_loss
+    check_tensors(loss_predictor_file, tmp_path, 64)
+
+
+def check_tensors(path, folder, max_layers):
     import onnxruntime
 
-    place = triton.export(BASE, tmp_path, max_layers=max_layers)
+    place = triton.export(path, folder, max_layers=max_layers)
     config = parsed(place)
     session = onnxruntime.InferenceSession(place / "1" / "model.onnx", providers=["CPUExecutionProvider"])
     # As Triton does it: no further required input, and with batching a first dimension is put before all.

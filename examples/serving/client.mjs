@@ -21,7 +21,8 @@ function madeUp(records = 8, size = inputs.history.shape.at(-1)) {
     let weights = Array.from({ length: size }, () => random(1));
     return Array.from({ length: records }, () => (weights = weights.map((weight) => weight + random(speed))));
   });
-  return { layers: ["still", "moving"], history, lengths: [records, records], position: [0, 1] };
+  const falling = Array.from({ length: records }, (_, record) => 1 + 1 / (record + 1));
+  return { layers: ["still", "moving"], history, lengths: [records, records], position: [0, 1], loss: [falling, falling] };
 }
 const request = file ? JSON.parse(readFileSync(file)) : madeUp();
 
@@ -29,9 +30,9 @@ const request = file ? JSON.parse(readFileSync(file)) : madeUp();
 const tensors = Object.keys(inputs)
   .filter((key) => key in request)
   .map((key) => {
-    const data = request[key];
-    const shape = key === "history" ? [data.length, data[0].length, data[0][0].length] : [data.length];
-    const flat = data.flat(2);
+    const shape = [];
+    for (let part = request[key]; Array.isArray(part); part = part[0]) shape.push(part.length);
+    const flat = request[key].flat(2);
     const array = inputs[key].datatype === "INT64" ? BigInt64Array.from(flat, BigInt) : Float32Array.from(flat);
     return { key, shape, array };
   });

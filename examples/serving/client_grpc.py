@@ -21,6 +21,7 @@ else:
     steps = rng.normal(0, 0.03, shape) * np.array([0, 1]).reshape(2, 1, 1)
     history = rng.normal(0, 0.3, (2, 1, shape[2])) + steps.cumsum(axis=1)
     request = {"layers": ["still", "moving"], "history": history, "lengths": [8, 8], "position": [0, 1]}
+    request["loss"] = np.tile(1 + 1 / np.arange(1, 9), (2, 1))
 
 tensors = []
 for key, tensor in inputs.items():

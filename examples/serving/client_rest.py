@@ -1,8 +1,9 @@
 """Ask `smartfrz serve` over HTTP with NumPy alone: python client_rest.py http://127.0.0.1:8080 smartfrz-base request.json.
 
 The request is that of plain_onnxruntime.py: {"layers": [names], "history": [layers][records][tailored_size], oldest first,
-"lengths": [records a layer], "position": [0 for the first layer to 1 for the last]}. Without a file, the
-request is about two made-up layers: the first one stands still, the second one moves.
+"lengths": [records a layer], "position": [0 for the first layer to 1 for the last], "loss": [layers][records], the mean
+training loss since the record before, 0 where it is not known}. What the predictor does not read is not sent. Without a
+file, the request is about two made-up layers: the first one stands still, the second one moves.
 """
 
 import json
@@ -24,6 +25,7 @@ else:
     steps = rng.normal(0, 0.03, shape) * np.array([0, 1]).reshape(2, 1, 1)
     history = rng.normal(0, 0.3, (2, 1, shape[2])) + steps.cumsum(axis=1)
     request = {"layers": ["still", "moving"], "history": history, "lengths": [8, 8], "position": [0, 1]}
+    request["loss"] = np.tile(1 + 1 / np.arange(1, 9), (2, 1))
 
 types = {"FP32": "<f4", "INT64": "<i8"}
 arrays = {key: np.asarray(request[key], types[inputs[key]["datatype"]]) for key in inputs if key in request}

@@ -335,8 +335,8 @@ def compact(predictor: Path, output: Path, name: str | None) -> None:
 def dataset(runs: Path, output: Path, notes: Path | None, **options: Any) -> None:
     """Make a dataset that predictors can be trained from, some hundred times smaller than the recordings.
 
-    Instead of weights it holds the norms and angles that the representation `trajectory` sees, beside similarities (CKA),
-    losses, learning rates, and the costs of freezing where they were measured.
+    Instead of weights it holds the norms and angles that predictors see (all but those with --representation raw), beside
+    similarities (CKA), losses, learning rates, and the costs of freezing where they were measured.
     """
     from smartfrz.dataset_builder.dataset_cards import dataset_card
     from smartfrz.dataset_builder.datasets import PathOptions, with_paths, write_dataset

@@ -1,6 +1,7 @@
 """Datasets: many recorded runs in one small Parquet file, with the paths of the layers instead of their weights.
 
-A predictor that reads `trajectory` can be trained from it. Labels are derived at load, as with recordings.
+A predictor that reads `trajectory` or `trajectory+loss` can be trained from it. Labels are derived at load, as with
+recordings.
 """
 
 import hashlib

@@ -189,10 +189,10 @@ training_options = _together(
         click.option("--name", default=None, help="Name in the file. Default: the output file's name."),
         click.option(
             "--representation",
-            type=click.Choice(["raw", "trajectory"]),
-            default="trajectory",
+            type=click.Choice(["raw", "trajectory", "trajectory+loss"]),
+            default="trajectory+loss",
             show_default=True,
-            help="What the network sees: weights, or how they move.",
+            help="What the network sees: weights; how they move; or that, and how far the training loss has fallen.",
         ),
         click.option(
             "--records",

@@ -28,6 +28,7 @@ from smartfrz.predictor.contract import (
     CONFIDENCE,
     HISTORY,
     LENGTHS,
+    LOSS,
     POSITION,
     PREFIX,
     PredictorInfo,
@@ -68,6 +69,7 @@ class RemotePredictor:
         info: Facts about the predictor.
         sha256: SHA-256 of the predictor's file on the server.
         positional: True if the predictor reads the positions of layers and the server accepts them.
+        reads_loss: True if the predictor reads the training loss and the server accepts it.
 
     Raises:
         ServerError: If the server cannot be reached, or has no predictor of that name.
@@ -115,12 +117,19 @@ class RemotePredictor:
         inputs = described.get("inputs")
         names = [given.get("name") for given in inputs if isinstance(given, dict)] if isinstance(inputs, list) else []
         self.positional = POSITION in names
+        self.reads_loss = LOSS in names
         self._layers_per_request = min(max_layers, _LAYERS_PER_REQUEST)
 
     def predict(
-        self, history: NDArray[np.float32], lengths: NDArray[np.int64], position: NDArray[np.float32] | None = None
+        self,
+        history: NDArray[np.float32],
+        lengths: NDArray[np.int64],
+        position: NDArray[np.float32] | None = None,
+        loss: NDArray[np.float32] | None = None,
     ) -> Prediction:
         """Return the server's answer to the question that `Predictor.predict` answers.
+
+        A loss is not sent unless `reads_loss`: a server that does not list that input refuses it.
 
         Raises:
             ServerError: If there is no usable answer in time. The first of several failures in a row is also logged.
@@ -131,7 +140,8 @@ class RemotePredictor:
             for start in range(0, len(history), self._layers_per_request):
                 part = slice(start, start + self._layers_per_request)
                 positions = None if position is None else position[part]
-                answers.append(self._predict(history[part], lengths[part], positions, until))
+                losses = None if loss is None or not self.reads_loss else loss[part]
+                answers.append(self._predict(history[part], lengths[part], positions, losses, until))
         except ServerError as error:
             if not self._down:
                 logger.warning(
@@ -151,6 +161,7 @@ class RemotePredictor:
         history: NDArray[np.float32],
         lengths: NDArray[np.int64],
         position: NDArray[np.float32] | None,
+        loss: NDArray[np.float32] | None,
         until: float,
     ) -> Prediction:
         tensors: dict[str, tuple[str, NDArray[Any]]] = {
@@ -159,6 +170,8 @@ class RemotePredictor:
         }
         if position is not None:
             tensors[POSITION] = ("FP32", position.astype("<f4"))
+        if loss is not None:
+            tensors[LOSS] = ("FP32", loss.astype("<f4"))
         header = {
             "inputs": [
                 {

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from smartfrz.predictor.contract import UNKNOWN_POSITION
+from smartfrz.predictor.contract import UNKNOWN_LOSS, UNKNOWN_POSITION
 from smartfrz.predictor.runtime import Prediction
 
 MAX_WAIT_SECONDS = 60.0  # by then a client has given up and asked again
@@ -21,7 +21,11 @@ class Predicts(Protocol):
     """The part of a `Predictor` that a batcher needs."""
 
     def predict(
-        self, history: NDArray[np.float32], lengths: NDArray[np.int64], position: NDArray[np.float32] | None = None
+        self,
+        history: NDArray[np.float32],
+        lengths: NDArray[np.int64],
+        position: NDArray[np.float32] | None = None,
+        loss: NDArray[np.float32] | None = None,
     ) -> Prediction:
         """Return confidence and attention."""
         ...
@@ -36,6 +40,7 @@ class _Question:
     history: NDArray[np.float32]
     lengths: NDArray[np.int64]
     position: NDArray[np.float32] | None
+    loss: NDArray[np.float32] | None
     answer: "asyncio.Future[Prediction]"
     arrived: float = field(default_factory=time.monotonic)
 
@@ -87,14 +92,18 @@ class Batcher:
         return len(self._waiting)
 
     async def ask(
-        self, history: NDArray[np.float32], lengths: NDArray[np.int64], position: NDArray[np.float32] | None = None
+        self,
+        history: NDArray[np.float32],
+        lengths: NDArray[np.int64],
+        position: NDArray[np.float32] | None = None,
+        loss: NDArray[np.float32] | None = None,
     ) -> Prediction:
         """Return the answer of `Predictor.predict` to arguments that have been checked.
 
         Raises:
             Overloaded: If the request waited for more than `MAX_WAIT_SECONDS`.
         """
-        question = _Question(history, lengths, position, asyncio.get_running_loop().create_future())
+        question = _Question(history, lengths, position, loss, asyncio.get_running_loop().create_future())
         async with self._arrival:
             self._waiting.append(question)
             self._arrival.notify_all()
@@ -164,14 +173,15 @@ class Batcher:
 
     def _run(self, batch: Sequence[_Question]) -> list[Prediction]:
         if len(batch) == 1:
-            return [self._predictor.predict(batch[0].history, batch[0].lengths, batch[0].position)]
+            (only,) = batch
+            return [self._predictor.predict(only.history, only.lengths, only.position, only.loss)]
         window = max(question.window for question in batch)
         ends = np.cumsum([question.num_layers for question in batch])
         history = np.zeros((ends[-1], window, batch[0].history.shape[2]), np.float32)
         for question, end in zip(batch, ends, strict=True):
             history[end - question.num_layers : end, window - question.window :] = question.history
         lengths = np.concatenate([question.lengths for question in batch])
-        answer = self._predictor.predict(history, lengths, _join_positions(batch))
+        answer = self._predictor.predict(history, lengths, _join_positions(batch), _join_losses(batch, window))
         confidence, attention = (np.split(array, ends[:-1]) for array in answer)
         return [
             Prediction(c, a[:, window - question.window :])
@@ -188,3 +198,13 @@ def _join_positions(batch: Sequence[_Question]) -> NDArray[np.float32] | None:
         return None
     unknown = [np.full(question.num_layers, UNKNOWN_POSITION, np.float32) for question in batch]
     return np.concatenate([u if q.position is None else q.position for q, u in zip(batch, unknown, strict=True)])
+
+
+def _join_losses(batch: Sequence[_Question], window: int) -> NDArray[np.float32] | None:
+    if all(question.loss is None for question in batch):
+        return None
+    losses = [np.full((question.num_layers, window), UNKNOWN_LOSS, np.float32) for question in batch]
+    for question, loss in zip(batch, losses, strict=True):
+        if question.loss is not None:
+            loss[:, window - question.window :] = question.loss
+    return np.concatenate(losses)

@@ -10,7 +10,17 @@ from kserve import InferOutput, InferRequest, InferResponse, Model
 from kserve.errors import InvalidInput, ModelNotReady
 from numpy.typing import NDArray
 
-from smartfrz.predictor.contract import ATTENTION, CONFIDENCE, HISTORY, LENGTHS, POSITION, POSITIONAL, PREFIX
+from smartfrz.predictor.contract import (
+    ATTENTION,
+    CONFIDENCE,
+    HISTORY,
+    LENGTHS,
+    LOSS,
+    POSITION,
+    POSITIONAL,
+    PREFIX,
+    READS_LOSS,
+)
 from smartfrz.predictor.runtime import Prediction, Predictor
 from smartfrz.serving import metrics, tensors
 from smartfrz.serving.batching import Batcher
@@ -56,10 +66,12 @@ class PredictorModel(Model):  # type: ignore[misc]
         return self.info.to_metadata() | facts
 
     def get_input_types(self) -> list[dict[str, Any]]:
-        """Return name, datatype and shape of the inputs; -1 is dynamic. `position` is optional."""
+        """Return name, datatype and shape of the inputs; -1 is dynamic. `position` and `loss` are optional."""
         shapes = {HISTORY: [-1, -1, self.info.tailored_size], LENGTHS: [-1]}
         if self.info.representation in POSITIONAL:
             shapes[POSITION] = [-1]
+        if self.info.representation in READS_LOSS:
+            shapes[LOSS] = [-1, -1]
         return [{"name": name, "datatype": tensors.INPUTS[name].datatype, "shape": s} for name, s in shapes.items()]
 
     def get_output_types(self) -> list[dict[str, Any]]:
@@ -109,9 +121,9 @@ class PredictorModel(Model):  # type: ignore[misc]
             arrays, wanted = self._check(payload)
         except ValueError as error:
             raise InvalidInput(str(error)) from error
-        history, lengths = arrays[HISTORY], arrays[LENGTHS]
-        answer = _keep_training_on_overflow(await self._batcher.ask(history, lengths, arrays.get(POSITION)))
-        metrics.LAYERS.labels(self.name).inc(len(history))
+        question = arrays[HISTORY], arrays[LENGTHS], arrays.get(POSITION), arrays.get(LOSS)
+        answer = _keep_training_on_overflow(await self._batcher.ask(*question))
+        metrics.LAYERS.labels(self.name).inc(len(answer.confidence))
         protocol = "grpc" if payload.from_grpc else "rest"
         metrics.SECONDS.labels(self.name, protocol).observe(time.perf_counter() - begin)
         return InferResponse(

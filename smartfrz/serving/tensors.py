@@ -19,8 +19,10 @@ from smartfrz.predictor.contract import (
     CONFIDENCE,
     HISTORY,
     LENGTHS,
+    LOSS,
     POSITION,
     PredictorInfo,
+    check_loss,
     check_position,
 )
 
@@ -37,6 +39,7 @@ INPUTS = {
     HISTORY: Spec("FP32", np.float32, 3),
     LENGTHS: Spec("INT64", np.int64, 1),
     POSITION: Spec("FP32", np.float32, 1),
+    LOSS: Spec("FP32", np.float32, 2),
 }
 OUTPUTS = (CONFIDENCE, ATTENTION)
 _JSON_KINDS = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "nothing"}
@@ -158,7 +161,7 @@ def _from_numbers(name: str, shape: Sequence[int], data: Any) -> NDArray[Any]:
             f"flat or nested as {list(shape)}."
         )
     try:
-        with np.errstate(over="ignore"):  # infinity is refused later
+        with np.errstate(over="ignore"):  # infinity is refused later; as a loss it is not known
             array = np.array(flat, np.float64 if real else np.int64).astype(INPUTS[name].dtype)
     except OverflowError as error:
         raise ValueError(f"'data' of {name!r} holds an integer beyond 64 bits; expected smaller ones.") from error
@@ -170,16 +173,16 @@ def _types(data: Any) -> set[type]:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Check that the names are a predictor's inputs, in any order.
+    """Check that the names are a predictor's inputs, in any order; all but `history` and `lengths` are optional.
 
     Raises:
         ValueError: If they are not.
     """
-    if sorted(names) not in ([HISTORY, LENGTHS], [HISTORY, LENGTHS, POSITION]):
+    if len(set(names)) < len(names) or not {HISTORY, LENGTHS} <= set(names) <= set(INPUTS):
         received = ", ".join(name[:40] for name in names[:4])
         raise ValueError(
             f"The inputs are {len(names)}, [{received}]; expected {HISTORY} and {LENGTHS}, each once, and perhaps "
-            f"{POSITION}."
+            f"{POSITION} and {LOSS}."
         )
 
 
@@ -214,7 +217,7 @@ def check(tensors: Mapping[str, NDArray[Any]], info: PredictorInfo, max_layers: 
     """Check that a predictor can answer.
 
     Args:
-        tensors: `history`, `lengths`, and perhaps `position`; their claims have been checked.
+        tensors: `history`, `lengths`, and perhaps `position` and `loss`; their claims have been checked.
         info: Facts about the predictor.
         max_layers: Maximum number of layers in a request.
 
@@ -237,3 +240,5 @@ def check(tensors: Mapping[str, NDArray[Any]], info: PredictorInfo, max_layers: 
         if len(position) != num_layers:
             raise ValueError(f"position holds {len(position)} values; expected {num_layers}, one a layer.")
         check_position(position, info)
+    if LOSS in tensors:
+        check_loss(tensors[LOSS], history.shape, info)

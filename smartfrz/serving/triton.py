@@ -52,7 +52,8 @@ def config(info: PredictorInfo, sha256: str, name: str, max_layers: int = MAX_LA
     """Return the model configuration as protobuf text.
 
     Triton's batch dimension is the layers: the answer about one layer does not depend on the others, so Triton may
-    combine requests from several trainings if their windows are equally long.
+    combine requests from several trainings if their windows are equally long. `position` and `loss` are left out, since
+    Triton's ONNX Runtime backend accepts no optional inputs: they are unknown to the predictor.
 
     Args:
         info: The predictor's metadata.
