@@ -40,7 +40,7 @@ from smartfrz.dataset_builder.datasets import read_dataset
 from smartfrz.dataset_builder.labelling import labelled_runs
 from smartfrz.dataset_builder.labels import LabelRule, Source
 from smartfrz.dataset_builder.qualities import Outcomes, simulate, with_costs
-from smartfrz.predictor.training.cross_validation import adjust_all, leave_one_out
+from smartfrz.predictor.training.cross_validation import leave_one_out, make_adjuster
 from smartfrz.predictor.training.judging import first_freezes
 from smartfrz.predictor.training.runs import TrainingOptions
 
@@ -79,7 +79,7 @@ def run(options):
         adjuster = None
         if heard:
             alone = leave_one_out(runs, training, "name", _progress(f"{name}, each run"), num_seeds=1)
-            adjuster, _ = adjust_all(runs, alone, training)
+            adjuster = make_adjuster(runs, alone, training)
         for group in groups:
             judged = leave_one_out(runs, training, group, _progress(f"{name}, each {group}"), 1, None, adjuster)
             add_line(options.results, facts | {"group": group} | _judge(judged, runs, recorded, group))

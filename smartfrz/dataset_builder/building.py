@@ -29,6 +29,7 @@ from smartfrz.predictor.training.cross_validation import (
     can_hold_out,
     check_rounds,
     leave_one_out,
+    make_adjuster,
 )
 from smartfrz.predictor.training.export import export
 from smartfrz.predictor.training.fit import check_runs, fit
@@ -228,10 +229,11 @@ def _find_costs(
     """
     names = [run.name for run in known]
     held_out = leave_one_out(runs, options, "name", progress, CALIBRATION_SEEDS, names)
-    adjuster = None
-    if options.representation in READS_LOSS:
-        adjuster, held_out = adjust_all(runs, held_out, options)
-    return adjuster, simulate_held_out(held_out, known)
+    if options.representation not in READS_LOSS:
+        return None, simulate_held_out(held_out, known)
+    adjuster = make_adjuster(runs, held_out, options)
+    with_loss, without = (simulate_held_out(adjust_all(adjuster, held_out, loss=loss), known) for loss in (True, False))
+    return adjuster, with_loss | {"predictor without the loss": without["predictor"]}
 
 
 def _fit(runs: Sequence[LabelledRun], plan: Plan, adjuster: Adjuster | None, progress: Progress) -> _Fitted:

@@ -9,7 +9,7 @@ import numpy as np
 from smartfrz.control.quality import TARGETS
 from smartfrz.dataset_builder.qualities import Outcomes
 from smartfrz.dataset_builder.storage import RecordedRun
-from smartfrz.predictor.contract import PredictorInfo
+from smartfrz.predictor.contract import READS_LOSS, PredictorInfo
 from smartfrz.predictor.training.baselines import Judged
 from smartfrz.predictor.training.cross_validation import HeldOut, can_hold_out
 from smartfrz.predictor.training.judging import Quality, Reliability, reliability_table
@@ -89,6 +89,7 @@ def write_card(
         f"{round(1 / info.record_fraction)} records per run, as `{info.representation}`. Freezes a layer at a confidence of "
         f"{info.threshold:.3f} or more. License: {info.license}.",
         "",
+        *([_adjusted(info.metrics["adjustment"]), ""] if "adjustment" in info.metrics else []),
         *([f"**{few}**", ""] if few else []),
         f"Labels: {_labels(info.metrics['label_rule'], recorded)}. Threshold: {threshold}. PyTorch and ONNX Runtime "
         f"differ by at most {difference:.1g}.",
@@ -97,7 +98,7 @@ def write_card(
     if outcomes:
         lines += _costs(info, outcomes, [run.name for run in recorded if run.costs is not None])
     for group, methods in held_out.items():
-        lines += _never_seen(group, methods)
+        lines += _never_seen(group, methods, info.representation in READS_LOSS)
     if "base" in info.metrics:
         lines += _continued(info, options)
     lines += [
@@ -124,6 +125,22 @@ def write_card(
             f"{accuracies['reference']:.3f}, {accuracies['recorded']:.3f} | {used} |"
         )
     return "\n".join([*lines, "", f"SHA-256 of the recordings: `{info.dataset_sha256}`.", ""])
+
+
+def _adjusted(factors: Mapping[str, float]) -> str:
+    if not factors["loss_fall"]:
+        return "It takes the training loss as an input, but makes nothing of it: too few recordings have costs."
+    heard = {
+        name: factors[name] + factors[more]
+        for name, more in (("margin", "margin_if_loss_known"), ("one", "loss_known"))
+    }
+    return (
+        "Where the training loss is known, its answer is adjusted by it: the logit of the confidence is "
+        f"{heard['margin']:.2f} times that of the layer's weights alone, plus {heard['one']:.2f}, plus "
+        f"{factors['loss_fall']:.2f} times the logarithm of the loss relative to that at the first record. Without the loss "
+        f"it is {factors['margin']:.2f} times that of the weights, plus {factors['one']:.2f}. This was fitted on runs that "
+        "networks had not seen."
+    )
 
 
 def _labels(rule: Mapping[str, Any], recorded: Sequence[RecordedRun]) -> str:
@@ -191,7 +208,7 @@ def _costs(info: PredictorInfo, outcomes: Mapping[str, Outcomes], names: Sequenc
     return [*lines, ""]
 
 
-def _never_seen(group: str, by_seed: dict[str, dict[str, list[Judged]]]) -> list[str]:
+def _never_seen(group: str, by_seed: dict[str, dict[str, list[Judged]]], reads_loss: bool) -> list[str]:
     """Describe architectures or data sets that were held out."""
     what = {"architecture": "architecture", "dataset": "data set"}[group]
     groups = {name: {m: mean_of(found) for m, found in by.items()} for name, by in by_seed.items()}
@@ -208,7 +225,7 @@ def _never_seen(group: str, by_seed: dict[str, dict[str, list[Judged]]]) -> list
         "training runs; calibrated, its threshold is chosen like the predictor's. Schedule is a logistic regression on "
         "what a schedule from front to back knows: the progress of the run and the position of the layer. "
         "Logistic regression also reads the change over 1, 3, 10 and all records of the same history, their "
-        "ratios and slope.",
+        f"ratios and slope{', and the fall of the loss' if reads_loss else ''}.",
         "",
         *quality_table(groups | {"mean": means}, "held out"),
         "",

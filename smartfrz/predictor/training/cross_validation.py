@@ -73,33 +73,45 @@ def leave_one_out(
     return results
 
 
-def adjust_all(
+def make_adjuster(
     runs: Sequence[LabelledRun], held_out: dict[str, dict[str, list[Judged]]], options: TrainingOptions
-) -> tuple[Adjuster, dict[str, dict[str, list[Judged]]]]:
-    """Adjust the confidences in runs that were held out alone, each by an adjustment that was fitted on the others.
+) -> Adjuster:
+    """Return what fits adjustments to the runs that were held out alone.
 
     Args:
         runs: All runs.
         held_out: What `leave_one_out` found with the group `name`, without an adjuster.
         options: How was trained.
-
-    Returns:
-        What fits adjustments from these runs; and `held_out` with other confidences of the predictor. Their quality and
-        reliability are those from before.
     """
-    by_name = {run.name: run for run in runs}
     seeds = range(len(next(iter(held_out.values()))["predictor"]))
     said = [{name: found["predictor"][seed].confidence[0] for name, found in held_out.items()} for seed in seeds]
-    adjuster = Adjuster(runs, said, options.window)
-    adjusted = {}
+    return Adjuster(runs, said, options.window)
+
+
+def adjust_all(
+    adjuster: Adjuster, held_out: dict[str, dict[str, list[Judged]]], *, loss: bool = True
+) -> dict[str, dict[str, list[Judged]]]:
+    """Adjust confidences in runs that were held out alone, each by an adjustment that was fitted on the others.
+
+    Args:
+        adjuster: What `make_adjuster` returned for them.
+        held_out: What was found there.
+        loss: Whether the loss is known.
+
+    Returns:
+        `held_out` with other confidences of the predictor. Their quality and reliability are those from before.
+    """
+    by_name = {run.name: run if loss else dataclasses.replace(run, loss=None) for run in adjuster.runs}
+    adjusted = dict(held_out)
     for name, found in held_out.items():
         factors = adjuster.without([name])
         if factors is not None:
-            confidences = (apply_adjustment(factors, one[name], by_name[name], options.window) for one in said)
+            confidences = (
+                apply_adjustment(factors, said[name], by_name[name], adjuster.window) for said in adjuster.said
+            )
             judged = zip(found["predictor"], confidences, strict=True)
-            found = found | {"predictor": [one._replace(confidence=[confidence]) for one, confidence in judged]}
-        adjusted[name] = found
-    return adjuster, adjusted
+            adjusted[name] = found | {"predictor": [one._replace(confidence=[values]) for one, values in judged]}
+    return adjusted
 
 
 def check_rounds(
