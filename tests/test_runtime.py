@@ -348,6 +348,10 @@ def without_loss(model):
     model.graph.input.remove(input_of(model))
 
 
+def with_required_loss(model):
+    model.graph.initializer.remove(next(tensor for tensor in model.graph.initializer if tensor.name == "loss"))
+
+
 def with_another_input(model):
     model.graph.input.add().CopyFrom(input_of(model))
     model.graph.input[-1].name = "losses"
@@ -368,8 +372,9 @@ def with_fixed_window(model):
 
 
 ODD_LOSSES = {
-    "none": (without_loss, r"breaks the predictor contract.* no tensors but .*'loss'\]"),
-    "two of them": (with_another_input, r"breaks the predictor contract.* no tensors but .*'loss'\]"),
+    "none": (without_loss, r"breaks the predictor contract at 'loss': received None, expected tensor\(float\)"),
+    "required": (with_required_loss, "breaks the predictor contract at 'loss': the input has no default; expected an"),
+    "two of them": (with_another_input, r"breaks the predictor contract at 'losses'.* no tensors but .*'loss'\]"),
     "one axis": (
         lambda model: with_axes(model, 1),
         r"(ONNX Runtime cannot load|breaks the predictor contract at 'loss')",
@@ -405,7 +410,7 @@ def test_a_graph_whose_loss_is_odd(loss_predictor_file, write, case):
 @pytest.mark.parametrize("representation", ["raw", "trajectory"])
 def test_a_graph_with_a_loss_that_its_representation_does_not_read(loss_predictor_file, write, representation):
     model = with_metadata(loss_predictor_file.read_bytes(), representation=representation)
-    with pytest.raises(PredictorFileError, match=r"breaks the predictor contract at 'history'.*no tensors but"):
+    with pytest.raises(PredictorFileError, match=r"breaks the predictor contract at '(position|loss)'.*no tensors but"):
         Predictor(write(model), device="cpu")
 
 

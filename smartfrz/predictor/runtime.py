@@ -340,14 +340,19 @@ def _check_graph(session: Any, info: PredictorInfo, file: str) -> None:
         expected[POSITION] = ("tensor(float)", [None])
     if info.representation in READS_LOSS:
         expected[LOSS] = ("tensor(float)", [None, None])
-    for name, (dtype, shape) in expected.items():
+    for name in (*expected, *found):
+        dtype, shape = expected.get(name, ("no such tensor", []))
         received = found.get(name)
-        fits = received is not None and received[0] == dtype and _has_shape(received[1], shape)
-        if not fits or len(found) != len(expected):
+        if received is None or received[0] != dtype or not _has_shape(received[1], shape):
             raise PredictorFileError(
                 f"{file!r} breaks the predictor contract at {name!r}: received {received}, expected {dtype} "
                 f"{shape} (None is dynamic), and no tensors but {list(expected)}. Export it with smartfrz-build train."
             )
+    if required := {v.name for v in session.get_inputs()} - {HISTORY, LENGTHS}:
+        raise PredictorFileError(
+            f"{file!r} breaks the predictor contract at {min(required)!r}: the input has no default; expected an "
+            "initializer of the same name. Export it with smartfrz-build train."
+        )
 
 
 def _has_shape(received: Sequence[int | str], expected: Sequence[int | None]) -> bool:
