@@ -218,13 +218,13 @@ def test_compact_refuses_what_is_no_predictor_and_leaves_nothing(tmp_path):
 class MockPlaced:
     """Answers with the position, times a weight; 0 where it is told none."""
 
-    positional = True
+    positional, reads_loss = True, False
     info = make_info(tailored_size=4, window=3, representation="trajectory")
 
     def __init__(self, weight):
         self.weight = weight
 
-    def predict(self, history, lengths, position=None):
+    def predict(self, history, lengths, position=None, loss=None):
         told = np.zeros(len(history), np.float32) if position is None else self.weight * position
         return Prediction(np.stack([-told, told], axis=1), np.zeros(history.shape[:2], np.float32))
 

@@ -65,7 +65,7 @@ MODULES = {
     for path in sorted(ROOT.rglob("*.py"))
 }
 MAY_IMPORT = read_table()
-TRAINING_ONLY = {"model.py", "judging.py", "fit.py", "export.py"}
+TRAINING_ONLY = {"adjusting.py", "model.py", "judging.py", "fit.py", "export.py"}
 
 
 def loaded_after(statement):

@@ -171,6 +171,19 @@ def test_the_card_says_what_freezing_costs(built):
     assert "2 points" in card
 
 
+def test_a_predictor_from_recordings_with_costs_is_adjusted_by_the_loss(built):
+    predictor = Predictor(built[0])
+    adjustment = predictor.info.metrics["adjustment"]
+    assert adjustment["loss_fall"]
+    history, lengths = np.random.default_rng(0).normal(size=(1, 6, SMALL.tailored_size)), np.array([6])
+    asked = history.astype(np.float32), lengths, None
+    told = [predictor.predict(*asked, np.geomspace(2, end, 6, dtype=np.float32)[None]) for end in (2.0, 0.5)]
+    logits = [np.log(one.confidence[0, 1] / one.confidence[0, 0]) for one in told]
+    assert logits[1] - logits[0] == pytest.approx(adjustment["loss_fall"] * np.log(0.25), abs=1e-3)
+    assert f"{adjustment['loss_fall']:.2f} times the logarithm of the loss" in built[1]
+    assert built[1].count("| predictor without the loss |") == 1
+
+
 def test_the_command_trains_on_costs_and_says_what_lacks_them(tmp_path):
     folder = tmp_path / "runs"
     folder.mkdir()
@@ -248,7 +261,7 @@ def judged_as(monkeypatch, tmp_path):
         points = np.broadcast_to(points, (3, len(points)))
         outcomes = Outcomes(np.array(thresholds), points, np.broadcast_to(np.linspace(0.75, 0.85, 3), points.shape))
         monkeypatch.setattr(building, "_hold_out", lambda *given: {})
-        monkeypatch.setattr(building, "_find_costs", lambda *given: {"predictor": outcomes})
+        monkeypatch.setattr(building, "_find_costs", lambda *given: (None, {"predictor": outcomes}))
         monkeypatch.setattr(building, "export", lambda model, info, output: infos.append(info) or 0.0)
         infos, recorded = [], [with_costs(run) for run in recorded_runs()]
         recorded[1:2] = [replace(run, costs=None) for run in recorded[1:2]]

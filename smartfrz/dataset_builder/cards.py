@@ -129,7 +129,10 @@ def write_card(
 
 def _adjusted(factors: Mapping[str, float]) -> str:
     if not factors["loss_fall"]:
-        return "It takes the training loss as an input, but makes nothing of it: too few recordings have costs."
+        return (
+            "It takes the training loss as an input, but makes nothing of it: that is fitted where three recordings or more "
+            "have costs."
+        )
     heard = {
         name: factors[name] + factors[more]
         for name, more in (("margin", "margin_if_loss_known"), ("one", "loss_known"))
