@@ -64,11 +64,27 @@ def test_rows_end_at_the_newest_record_for_a_mock_predictor_also_where_layers_jo
     alike(predictor.losses[joined], [[8, 7, 6], [8, 7, 6], [NAN, 7, 6]])
 
 
-@pytest.mark.parametrize("wrong", [NAN, math.inf, -math.inf, 1e300, 0.0, -2.0])
+@pytest.mark.parametrize("wrong", [NAN, math.inf, -math.inf, 1e300, 0.0])
 def test_a_loss_that_is_none_is_unknown_for_its_record_only(wrong):
     predictor = MockLossPredictor()
     run(controller_of(predictor), [8, 8, wrong, wrong, 4, 4])
     alike(predictor.losses[2], [[8, NAN, 4]] * 3)
+
+
+def test_a_mock_predictor_is_told_no_losses_of_both_signs():
+    """An ELBO, or a policy gradient: near zero it would pass for a loss that has fallen by a factor of thousands."""
+    predictor = MockLossPredictor(info=make_info(window=4, min_records=1))
+    controller = controller_of(predictor, record_every=1)
+    run(controller, [3, 2, -1, 1e-4])
+    state = controller.state_dict()
+    run(controller, [2, 2, 1])
+    assert [losses is None for losses in predictor.losses] == [False, False, True, True, True, True, False]
+    resumed = MockLossPredictor(info=predictor.info)
+    other = controller_of(resumed, record_every=1)
+    other.load_state_dict(state)
+    run(other, [2, 2, 1])
+    assert resumed.losses[:2] == [None, None]
+    alike(resumed.losses[2], [[1e-4, 2, 2, 1]] * 3)
 
 
 def test_without_any_known_loss_a_mock_predictor_is_told_none():
@@ -136,6 +152,17 @@ def test_an_older_state_without_losses_loads_and_they_are_unknown():
     resumed.load_state_dict(sealed(state))
     run(resumed, [2, 2])
     alike(predictor.losses[0], [[NAN, 2]] * 3)
+
+
+def test_a_state_with_losses_loads_where_the_same_mock_predictor_reads_none():
+    """As where a run goes on with a server that does not offer the input."""
+    controller = controller_of(MockLossPredictor())
+    run(controller, [4, 4, 4])
+    state = controller.state_dict()
+    resumed = controller_of(MockLossPredictor(reads_loss=False))
+    resumed.load_state_dict(state)
+    assert "..losses" not in resumed.state_dict()["history"]
+    np.testing.assert_equal(resumed.state_dict()["history"], {k: v for k, v in state["history"].items() if k in SIZES})
 
 
 @pytest.mark.parametrize(

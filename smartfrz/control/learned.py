@@ -230,7 +230,7 @@ class LearnedPolicy(Policy):
     def check_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Raise `StateError` if these are no vectors that the predictor reads."""
         for layer, rows in state.items():
-            if layer == _LOSSES and self.reads_loss:
+            if layer == _LOSSES:
                 self._losses.check_state(rows)
             elif rows.shape[1:] != (self.history.tailored_size,) or rows.ndim != 2:
                 raise StateError(

@@ -15,7 +15,9 @@ _LARGEST = float(np.finfo(np.float32).max)
 class LossCurve:
     """Keeps the mean loss of the steps that led to each of the newest records. All layers share it.
 
-    A mean is NaN, which stands for "not known", if there was no loss, or if it is not positive and finite.
+    A mean is NaN, which stands for "not known", if there was no loss, or if it is zero or not finite. While one in the
+    window is below zero, none is known: ratios of numbers of both signs mean nothing, and a loss on its way through zero
+    would pass for one that has fallen far.
 
     Args:
         window: Number of records that are kept.
@@ -40,7 +42,7 @@ class LossCurve:
 
     def append(self, mean: float) -> None:
         """Add the mean that belongs to the newest record."""
-        self._means.append(mean if 0 < mean <= _LARGEST else math.nan)
+        self._means.append(mean if 0 < abs(mean) <= _LARGEST else math.nan)
 
     def windows(self, lengths: NDArray[np.int64]) -> NDArray[np.float32] | None:
         """Return the mean before each record of histories that end at the newest one.
@@ -50,12 +52,14 @@ class LossCurve:
 
         Returns:
             float32 `[layers, window]`, left-padded with NaN. The window is as long as the longest history. None if no
-            loss is known.
+            loss is known, or if one in the window is below zero.
         """
         longest = int(lengths.max(initial=1))
         row = np.full(longest, np.nan, np.float32)
         known = list(self._means)[-longest:]
         row[longest - len(known) :] = known
+        if (row < 0).any():
+            return None
         losses = np.where(np.arange(longest) >= longest - lengths[:, None], row, np.float32(np.nan))
         return None if np.isnan(losses).all() else losses
 
@@ -67,15 +71,15 @@ class LossCurve:
         """Raise `StateError` if `state` did not return this."""
         fine = state.ndim == 1 and state.dtype.kind == "f" and 2 <= len(state) <= 2 + self._window
         if fine:
-            count, means = state[1], state[2:]
-            known = means[~np.isnan(means)]
+            count, sizes = state[1], np.abs(state[2:])
+            known = sizes[~np.isnan(sizes)]
             fine = bool(0 <= count < 2**53 and count == np.floor(count) and ((known > 0) & (known <= _LARGEST)).all())
         if not fine:
             shown = " ".join(repr(state).split())
             raise StateError(
                 f"The saved state is damaged: the training losses are {shown:.100}; expected a sum, a number of steps, and "
-                f"up to {self._window} means that are positive or NaN. Resume from another checkpoint, or start without a "
-                "state."
+                f"up to {self._window} means that are neither zero nor infinite. Resume from another checkpoint, or start "
+                "without a state."
             )
 
     def load_state(self, state: NDArray[Any]) -> None:

@@ -197,7 +197,8 @@ class SmartFRZ(Freezer[TorchAdapter]):
             loss: The training loss of this step, for predictors that read how it falls (`reads_loss`); others ignore it. A
                 float, or a tensor of one number, of which the graph is not kept and which is not waited for on a GPU.
                 Only ratios count: the loss of one of several accumulated batches will do, but not one that a gradient
-                scaler has scaled. None, NaN and infinity mean that it is not known.
+                scaler has scaled. None, NaN, infinity and zero mean that it is not known. Where some are below zero,
+                none is used.
 
         Returns:
             The decisions of this step; empty if it was not a freezing stage.
