@@ -86,7 +86,10 @@ def decide(predictor, recorded, layer=None):
     asked = [np.ascontiguousarray(history[None]), np.array([length])]
     if predictor.positional:
         asked.append(np.array([index / max(1, len(run.labels) - 1)], np.float32))
-    answer = predictor.predict(*asked)
+    loss = {}
+    if predictor.reads_loss and run.loss is not None:
+        loss["loss"] = np.ascontiguousarray(run.loss[None, now + 1 - length : now + 1])
+    answer = predictor.predict(*asked, **loss)
     scale = np.linalg.norm(history[-1])
     steps = np.linalg.norm(np.diff(history, axis=0), axis=1) / scale
     every = round(len(recorded.step) / run.weights.shape[1])

@@ -1,14 +1,19 @@
 """What commands of the benchmarks say of arguments that they cannot use; other tests measure."""
 
+import dataclasses
 import os
 import subprocess
 import sys
 
 import pytest
 from benchmark_source import ROOT
-from builder_fixtures import write_runs
+from builder_fixtures import recorded_run, write_runs
 
 from benchmarks import explain, keras_step, predictor_tables, rates, serving
+from smartfrz.dataset_builder.labelling import labelled_runs, rule_of
+from smartfrz.predictor.runtime import Predictor
+from smartfrz.predictor.training.judging import score
+from smartfrz.predictor.training.runs import TrainingOptions
 
 # Command, arguments, message; {runs} holds recorded runs in which nothing freezes, {empty} nothing
 REFUSED = {
@@ -89,3 +94,14 @@ def test_the_load_generator_loads_no_framework():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert result.stdout == "set()\n"
+
+
+def test_a_decision_is_explained_with_the_losses_that_it_was_made_with(loss_predictor_file):
+    predictor, recorded = Predictor(loss_predictor_file, device="cpu"), recorded_run(pool=64)
+    predictor.info = dataclasses.replace(predictor.info, threshold=0.01, record_fraction=1 / 30)
+    decision = explain.decide(predictor, recorded)
+    layer, now = recorded.layers.index(decision.layer), recorded.progress.tolist().index(decision.progress[-1])
+    info = predictor.info
+    options = TrainingOptions(window=info.window, tailored_size=info.tailored_size, min_records=info.min_records)
+    (scores,) = score(predictor, labelled_runs([recorded], rule_of(info, [recorded]), 30), options)
+    assert decision.confidence == pytest.approx(scores[layer, now], abs=1e-6)
