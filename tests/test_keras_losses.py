@@ -7,6 +7,8 @@ import pytest
 from keras_runs import BACKEND, WARNINGS, compiled, data, fit, freezer, keras, mlp, not_on_torch, read
 from numpy_adapter import MockLossPredictor
 
+from smartfrz.adapters.keras.losses import LoggedLosses
+
 pytestmark = WARNINGS
 criterion = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
@@ -116,6 +118,45 @@ def test_accumulated_batches_count_together_for_a_mock_predictor():
     np.testing.assert_allclose(predictor.losses[-1], [means(oracle.losses, 4)] * 3, rtol=2e-5)
 
 
+class Pairs(LoggedLosses):
+    """Notes the mean of each two batches. In the first epoch, the logs may be NaN from the second batch on."""
+
+    def __init__(self, model, nan):
+        super().__init__(model)
+        self.nan, self.noted, self.means = nan, 0, []
+
+    def note(self, logs):
+        self.noted += 1
+        super().note({"loss": math.nan} if self.nan and 2 <= self.noted <= 8 else logs)
+        if self.noted % 2 == 0:
+            self.means.append(self.take()[0])
+
+
+class Evaluates(keras.callbacks.Callback):
+    """Calls `evaluate` after the fifth batch of the first epoch, which begins Keras' mean anew."""
+
+    done = False
+
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 4 and not self.done:
+            self.done = True
+            self.model.evaluate(*data(10, (4,)), verbose=0)
+
+
+@pytest.mark.parametrize(("by", "unknown"), [("evaluate", [2]), ("nan", [0, 1, 2, 3])])
+def test_losses_are_known_again_after_an_interruption(whole, by, unknown, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "smartfrz.adapters.keras.callback.LoggedLosses",
+        lambda model: made.append(Pairs(model, nan=by == "nan")) or made[0],
+    )
+    callbacks = [freezer(predictor=MockLossPredictor(), record_every=100), *([Evaluates()] if by == "evaluate" else [])]
+    fit(compiled(mlp(4, 8, 8, 3)), callbacks, inputs=data(shape=(4,)))
+    expected = np.array(means(whole[1].losses, 2))
+    expected[unknown] = math.nan
+    np.testing.assert_allclose(made[0].means, expected, rtol=2e-5)
+
+
 class NoLoss(keras.Sequential):
     def train_step(self, *args):
         if BACKEND == "jax":
@@ -133,8 +174,6 @@ def test_without_a_logged_loss_a_mock_predictor_is_told_none():
 
 @pytest.mark.parametrize("loss", [None, np.zeros(3), "0.5", [0.5], math.nan])
 def test_a_mock_model_may_log_what_is_no_loss(loss):
-    from smartfrz.adapters.keras.losses import LoggedLosses
-
     class MockModel:
         metrics = ()
 

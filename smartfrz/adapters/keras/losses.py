@@ -12,7 +12,8 @@ class LoggedLosses:
 
     Keras logs the mean over the epoch so far. A `train_step` of the user's may log the loss of each batch instead, which
     shows at the second batch. The device is waited for only then, and in `take`. A loss that is NaN stays in the mean, so
-    that nothing is known until the epoch ends.
+    that nothing is known until the epoch ends. `evaluate` within an epoch begins the mean anew: if that shows, nothing is
+    known until the next look.
 
     Args:
         model: The model that is trained.
@@ -27,7 +28,7 @@ class LoggedLosses:
         """Start over, as the means of Keras do."""
         self._latest: Any = None
         self._calls = self._taken = 0
-        self._total_taken = 0.0
+        self._total_taken = self._weight_taken = 0.0
         self._sum: Any = 0.0  # of the losses of single batches
 
     def note(self, logs: dict[str, Any] | None) -> None:
@@ -36,32 +37,47 @@ class LoggedLosses:
         self._calls += 1
         if self._latest is None:
             return
-        if self._is_mean is None and self._calls == 2:
+        if self._is_mean is None and self._calls > 1:
             self._is_mean = self._logs_mean()
         if not self._is_mean:
             self._sum = self._sum + self._latest
 
-    def _logs_mean(self) -> bool:
-        """Return whether what was logged is the result of the model's metric of that name, which is a mean."""
+    def _logs_mean(self) -> bool | None:
+        """Return whether what was logged is the result of the model's metric of that name; None if it is not finite."""
+        latest, metric = _number(self._latest), self._metric()
+        if not math.isfinite(latest):
+            return None
+        return metric is not None and math.isclose(_number(metric.result()), latest, rel_tol=1e-5)
+
+    def _metric(self) -> Any:
+        """Return the model's metric of that name, which is a mean, with its state of now; None if there is none."""
         metric = next((metric for metric in self._model.metrics if metric.name == "loss"), None)
-        if metric is None:
-            return False
-        if keras.backend.backend() == "jax":
+        if metric is not None and keras.backend.backend() == "jax":
             self._model.jax_state_sync()
-        return math.isclose(_number(metric.result()), _number(self._latest), rel_tol=1e-5)
+        return metric
 
     def take(self) -> tuple[float, int]:
         """Return the mean loss since the last call, NaN if it is not known, and the number of calls of `note` since then."""
-        count, self._taken = self._calls - self._taken, self._calls
+        count, taken, self._taken = self._calls - self._taken, self._taken, self._calls
         if self._latest is None or not count:
             mean = math.nan
         elif self._is_mean is False:
             mean = _number(self._sum) / count
         else:
-            total = self._calls * _number(self._latest)
-            mean, self._total_taken = (total - self._total_taken) / count, total
+            mean = self._mean_since(taken)
         self._sum = 0.0
         return mean, count
+
+    def _mean_since(self, taken: int) -> float:
+        """Return the mean of the calls after so many of this epoch, from two running means and their weights."""
+        metric = self._metric()
+        weight = _number(metric.count) if isinstance(metric, keras.metrics.Mean) else 0.0
+        weight = weight or float(self._calls)
+        before, total_before = self._weight_taken, self._total_taken
+        self._weight_taken, self._total_taken = weight, weight * _number(self._latest)
+        if taken and not 0 < weight - before <= 2 * before / taken * (self._calls - taken):
+            return math.nan  # the mean began anew, or another one was added
+        return (self._total_taken - total_before) / (weight - before)
 
 
 def _loss_in(logs: dict[str, Any]) -> Any:
