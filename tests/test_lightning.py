@@ -498,6 +498,24 @@ def test_without_a_loss_a_mock_predictor_is_told_none(tmp_path):
     assert set(predictor.losses) == {None}
 
 
+class SkipsBatches(NotesLosses):
+    """Returns no loss for every third batch, the first one included, which Lightning then does not train on."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss if batch_idx % 3 else None
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_batches_may_be_skipped_from_the_first_one_on(tmp_path):
+    predictor, model = MockLossPredictor(), SkipsBatches("loss")
+    callback = smartfrz(predictor=predictor)
+    fit(tmp_path, callback, model=model)
+    assert callback.freezer.num_steps == len(model.losses) - 1
+    alone = [loss for batch, loss in enumerate(model.losses[:3]) if batch % 3]
+    np.testing.assert_allclose(predictor.losses[0][0], [np.mean(alone)], rtol=1e-6)
+
+
 def test_losses_of_a_mock_predictor_go_on_after_resuming(tmp_path):
     whole, resumed = MockLossPredictor(), MockLossPredictor()
     fit(tmp_path, smartfrz(predictor=whole, record_every=3), checkpoints(tmp_path))

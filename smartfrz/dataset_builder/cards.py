@@ -140,9 +140,9 @@ def _adjusted(factors: Mapping[str, float]) -> str:
     return (
         "Where the training loss is known, its answer is adjusted by it: the logit of the confidence is "
         f"{heard['margin']:.2f} times that of the layer's weights alone, plus {heard['one']:.2f}, plus "
-        f"{factors['loss_fall']:.2f} times the logarithm of the loss relative to that at the oldest record. Without the loss "
-        f"it is {factors['margin']:.2f} times that of the weights, plus {factors['one']:.2f}. This was fitted on runs that "
-        "networks had not seen."
+        f"{factors['loss_fall']:.2f} times the logarithm of the loss relative to that at the oldest record. Without the "
+        f"loss it is {factors['margin']:.2f} times that of the weights, plus {factors['one']:.2f}. This was fitted on runs "
+        "that networks had not seen."
     )
 
 

@@ -105,6 +105,8 @@ class SmartFRZCallback(FreezingCallback, Callback):
         if trainer.global_step == self._global_step:
             return
         self._global_step = trainer.global_step
+        if not (outputs or self.freezer.num_steps) and pl_module.automatic_optimization:
+            return  # `training_step` returned None: there was no backward pass yet, which `step` would ask for
         self.freezer.step(self._losses.take(mean=True))
         if not trainer.barebones:
             pl_module.log_dict(self._logs(), batch_size=1)
