@@ -59,3 +59,16 @@ def lines_of(path):
     """Read the lines of a file of results; exit with a message if one is damaged."""
     with errors_as_messages():
         return read_lines(path)
+
+
+def progress_printer(name):
+    """Make a progress callback that tells on stderr of each fifth of the work."""
+    shown = 0.0
+
+    def progress(done, text):
+        nonlocal shown
+        if done - shown >= 0.2:
+            shown = done
+            print(f"{name}: {done:.0%} {text}", file=sys.stderr, flush=True)
+
+    return progress

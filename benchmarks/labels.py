@@ -24,7 +24,6 @@ import argparse
 import hashlib
 import itertools
 import statistics
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import get_args
@@ -32,7 +31,7 @@ from typing import get_args
 import numpy as np
 import torch
 
-from benchmarks.arguments import errors_as_messages, lines_of, list_of, positive, seeds
+from benchmarks.arguments import errors_as_messages, lines_of, list_of, positive, progress_printer, seeds
 from smartfrz.comparing.lines import add_line, matching
 from smartfrz.control.learned import PATIENCE, RECORDS_PER_STAGE
 from smartfrz.dataset_builder.costs import CostSurface, judge
@@ -78,10 +77,10 @@ def run(options):
         name = f"{labels}{' with the loss' * heard}, seed {seed}"
         adjuster = None
         if heard:
-            alone = leave_one_out(runs, training, "name", _progress(f"{name}, each run"), num_seeds=1)
+            alone = leave_one_out(runs, training, "name", progress_printer(f"{name}, each run"), num_seeds=1)
             adjuster = make_adjuster(runs, alone, training)
         for group in groups:
-            judged = leave_one_out(runs, training, group, _progress(f"{name}, each {group}"), 1, None, adjuster)
+            judged = leave_one_out(runs, training, group, progress_printer(f"{name}, each {group}"), 1, None, adjuster)
             add_line(options.results, facts | {"group": group} | _judge(judged, runs, recorded, group))
 
 
@@ -103,17 +102,6 @@ def _judge(judged, runs, recorded, group):
             said |= dict(zip([r.name for r in runs if getattr(r, group) == held_out], one.confidence, strict=True))
         found[method] = outcomes_of(recorded, _ranks(said), right)
     return {"calibration_error": errors, "held_out": found}
-
-
-def _progress(name):
-    shown = [0.0]
-
-    def progress(done, text):
-        if done - shown[0] >= 0.2:
-            shown[0] = done
-            print(f"{name}: {done:.0%} {text}", file=sys.stderr, flush=True)
-
-    return progress
 
 
 def _ranks(said):

@@ -22,7 +22,6 @@ One JSON line a result is added to `--results`, and none is made twice. `table` 
 import argparse
 import math
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -35,7 +34,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import paper
-from benchmarks.arguments import errors_as_messages, lines_of, list_of, positive, seeds
+from benchmarks.arguments import errors_as_messages, lines_of, list_of, positive, progress_printer, seeds
 from benchmarks.compare import Job
 from benchmarks.decision import kept_bytes, untrained
 from benchmarks.pictures import save
@@ -85,22 +84,12 @@ def run(options):
                 chosen = {key: facts[key] for key in ("representation", "window", "tailored_size", "seed")}
                 chosen |= {"unplaced": setting["unplaced"]} if "unplaced" in setting else {}
                 training = TrainingOptions(min_records=predictor.info.min_records, **chosen, **smaller)
+                told = f"{name} {facts['window']}/{facts['tailored_size']}"
                 start = time.perf_counter()
                 runs = labelled_runs(recorded, rule, setting["records"])
-                judged = leave_one_out(runs, training, progress=_progress(facts), num_seeds=1)
+                judged = leave_one_out(runs, training, progress=progress_printer(told), num_seeds=1)
                 line = facts | {"held_out": plain(judged), "seconds": time.perf_counter() - start}
                 add_line(options.results, line)
-
-
-def _progress(facts):
-    shown = [0.0]
-
-    def progress(done, text):
-        if done - shown[0] >= 0.1:
-            shown[0] = done
-            print(f"{facts['table']} {facts['window']}/{facts['tailored_size']}: {done:.0%} {text}", file=sys.stderr)
-
-    return progress
 
 
 def plain(judged):

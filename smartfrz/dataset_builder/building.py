@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from smartfrz.dataset_builder.cards import mean_of, pooled, quality_table, write_card
+from smartfrz.dataset_builder.labelling import seen_by
 from smartfrz.dataset_builder.labels import LabelRule
 from smartfrz.dataset_builder.qualities import MIN_RUNS, Outcomes, calibrate_qualities, simulate_held_out
 from smartfrz.dataset_builder.storage import RecordedRun
@@ -341,7 +342,7 @@ def judge_predictor(predictor: Predictor, runs: Sequence[LabelledRun]) -> dict[s
 
 def evaluation_text(info: PredictorInfo, judged: Mapping[str, Mapping[str, Judged]]) -> str:
     """Return what `judge_predictor` found as Markdown tables; runs that the predictor was trained on are marked."""
-    seen = _seen(info)
+    seen = seen_by(info)
     results = {
         name + seen.get(name, " (held out)"): {method: one.quality for method, one in methods.items()}
         for name, methods in judged.items()
@@ -356,18 +357,6 @@ def evaluation_text(info: PredictorInfo, judged: Mapping[str, Mapping[str, Judge
         lines += ["", f"Confidence, and share that was ready, of the {len(unseen)} runs that are held out:", ""]
         lines += reliability_table(known)
     return "\n".join(lines)
-
-
-def _seen(info: PredictorInfo) -> dict[str, str]:
-    """Return a remark for each run that the predictor or its base has seen."""
-    base = info.metrics.get("base", {})
-    remarks = (
-        (base, "validated_on", " (its base validated on)"),
-        (base, "trained_on", " (its base trained on)"),
-        (info.metrics, "trained_on", " (trained on)"),
-        (info.metrics, "validated_on", " (validated on)"),
-    )
-    return {name: remark for facts, key, remark in remarks for name in facts.get(key, [])}
 
 
 def _answers(

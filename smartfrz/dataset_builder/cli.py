@@ -281,10 +281,12 @@ def calibrate(predictor: Path, runs: Path, output: Path) -> None:
     """
     from smartfrz.control.quality import TARGETS
     from smartfrz.dataset_builder.datasets import read_together
-    from smartfrz.dataset_builder.qualities import calibrate_file, seen_by
+    from smartfrz.dataset_builder.labelling import seen_by
+    from smartfrz.dataset_builder.qualities import calibrate_file
 
     recorded = read_together(_files_in([runs]))
-    found = calibrate_file(predictor, recorded, output)
+    info = calibrate_file(predictor, recorded, output)
+    found, known = info.qualities, seen_by(info)
     lines = [
         f"{name:<9} threshold {one.threshold:.3f}: {one.points:+.2f} points (spread {one.spread:.2f}) at "
         f"{one.computation:.0%} of the computation, over {one.runs} runs, each with thresholds chosen without it"
@@ -295,8 +297,7 @@ def calibrate(predictor: Path, runs: Path, output: Path) -> None:
         for name, target in TARGETS.items()
         if name not in found
     ]
-    seen = seen_by(output, recorded)
-    if seen:
+    if seen := [run.name for run in recorded if run.costs is not None and run.name in known]:
         commands.note(
             f"The predictor was trained or validated on {', '.join(seen)}, so the figures flatter. Calibrate it on "
             "other runs."

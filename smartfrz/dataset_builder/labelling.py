@@ -66,6 +66,18 @@ def rule_of(info: PredictorInfo, recorded: Sequence[RecordedRun]) -> LabelRule:
     return replace(rule, source="cka")
 
 
+def seen_by(info: PredictorInfo) -> dict[str, str]:
+    """Return a remark for each run that the predictor or its base has seen."""
+    base = info.metrics.get("base", {})
+    remarks = (
+        (base, "validated_on", " (its base validated on)"),
+        (base, "trained_on", " (its base trained on)"),
+        (info.metrics, "trained_on", " (trained on)"),
+        (info.metrics, "validated_on", " (validated on)"),
+    )
+    return {name: remark for facts, key, remark in remarks for name in facts.get(key, [])}
+
+
 def labelled_runs(recorded: Sequence[RecordedRun], rule: LabelRule, records: int) -> list[LabelledRun]:
     """Label recorded runs, and thin them to about `records` timestamps each.
 

@@ -14,6 +14,7 @@ from smartfrz.dataset_builder.labelling import labelled_runs, records_of
 from smartfrz.dataset_builder.labels import LabelRule
 from smartfrz.dataset_builder.storage import RecordedRun
 from smartfrz.errors import DatasetFormatError
+from smartfrz.predictor.contract import PredictorInfo
 from smartfrz.predictor.runtime import Predictor
 from smartfrz.predictor.training.baselines import Judged
 from smartfrz.predictor.training.export import with_info
@@ -132,14 +133,6 @@ def with_costs(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
     return found
 
 
-def seen_by(path: Path, runs: Sequence[RecordedRun]) -> list[str]:
-    """Return the names of those runs that a predictor file, or its base, was trained or validated on."""
-    metrics = Predictor(path, device="cpu").info.metrics
-    facts = (metrics, metrics.get("base", {}))
-    known = {name for of in facts for key in ("trained_on", "validated_on") for name in of.get(key, [])}
-    return [run.name for run in runs if run.costs is not None and run.name in known]
-
-
 def calibrate_qualities(outcomes: Outcomes) -> dict[str, Calibration]:
     """Choose the threshold of each quality, and tell what it means for a run that it was not chosen on.
 
@@ -175,8 +168,11 @@ def _lowest(cost: NDArray[np.float64], target: float) -> int | None:
     return int(np.argmax(within)) if within.any() else None
 
 
-def calibrate_file(path: Path, runs: Sequence[RecordedRun], output: Path) -> dict[str, Calibration]:
+def calibrate_file(path: Path, runs: Sequence[RecordedRun], output: Path) -> PredictorInfo:
     """Write a predictor file again with its qualities; its answers stay what they were.
+
+    Returns:
+        What the new file says of the predictor.
 
     Raises:
         PredictorFileError: If the predictor cannot be used.
@@ -194,5 +190,6 @@ def calibrate_file(path: Path, runs: Sequence[RecordedRun], output: Path) -> dic
             f"{len(outcomes.points)} runs; expected at most {max(TARGETS.values()):g}. Nothing was written. Train it on "
             "runs like these first: smartfrz-build train --labels costs."
         )
-    with_info(path, replace(predictor.info, qualities=qualities), output)
-    return qualities
+    info = replace(predictor.info, qualities=qualities)
+    with_info(path, info, output)
+    return info
