@@ -2,8 +2,9 @@
 
 A network sees one layer at a time. From its weights it ranks layers and moments of a run well, but it does not see how much
 the run as a whole has still to learn. The training loss shows that, at least in part: where it has fallen far, freezing was
-found to cost less. So after the network is trained a logistic regression is fitted to four numbers: the network's own answer
-and the fall of the loss. It is fitted on runs that the network has not seen, since on those that it has it is always right.
+found to cost less. So after the network is trained, a logistic regression is fitted to the network's own answer and the
+fall of the loss, and another one to the answer alone, for where the loss is not known. Both are fitted on runs that the
+network has not seen, since on those that it was trained on it is nearly always right.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -18,7 +19,7 @@ from smartfrz.predictor.training.model import ADJUSTED_BY, describe_margin, fall
 from smartfrz.predictor.training.runs import LabelledRun
 
 _LEAST = 1e-6  # distance of a confidence from 0 and 1, so that its logit is finite
-_PENALTY = 0.01  # of the regression: hardly any, since it has five coefficients
+_PENALTY = 0.01  # of the regressions: hardly any, since they have three coefficients at most
 
 
 def apply_adjustment(
