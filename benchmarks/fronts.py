@@ -44,7 +44,7 @@ from smartfrz.errors import SmartFRZError
 
 PLAIN_SHARES = "30,50,70,85"
 SHARES = (100, 70, 50)
-THRESHOLDS = (None, 0.2, 0.1)  # None is the predictor's own
+THRESHOLDS = (None, 0.3, 0.2)  # None is the predictor's own
 TELL_EVERY = 60  # seconds
 
 

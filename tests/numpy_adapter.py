@@ -190,7 +190,7 @@ class ChangePredictor:
 
 @dataclass
 class MockLossPredictor(ScriptedPredictor):
-    """A scripted predictor that says that it reads losses, which no file in this repository does, and keeps them.
+    """A scripted predictor that reads losses, and keeps what it was asked with.
 
     Attributes:
         losses: What it was asked with.

@@ -79,7 +79,7 @@ def test_the_network_comes_back_bit_for_bit(tmp_path, representation):
 def test_the_predictor_of_the_package_comes_back():
     path = embedded_folder() / "smartfrz-base.onnx"
     model = restore(path)
-    assert (model.tailored_size, model.representation, model.training) == (1024, "trajectory", False)
+    assert (model.tailored_size, model.representation, model.training) == (1024, "trajectory+loss", False)
     assert parity(model, Predictor(path), seed=5) <= 1e-5
 
 

@@ -131,7 +131,7 @@ def test_from_a_name_to_a_predictor_that_goes_on_from_the_default_one(tmp_path, 
     assert "## Continued from smartfrz-base" in result.stdout
     assert "| smartfrz-base | " in result.stdout.replace("| new0, new1 ", "").replace("| new1 ", "")
     info = Predictor("fine.onnx").info
-    assert (info.window, info.tailored_size, info.representation) == (30, 1024, "trajectory")
+    assert (info.window, info.tailored_size, info.representation) == (30, 1024, "trajectory+loss")
     assert info.metrics["base"]["name"] == "smartfrz-base"
     base = zoo.load("smartfrz-base", device="cpu").info.metrics
     assert info.metrics["base"]["trained_on"] == base["trained_on"]

@@ -47,7 +47,7 @@ def test_what_is_said_of_a_file_comes_from_the_file():
         "smartfrz-base-2.1.onnx",
         "smartfrz-base-2.1.md",
     )
-    assert (entry.window, entry.tailored_size, entry.representation) == (30, 1024, "trajectory")
+    assert (entry.window, entry.tailored_size, entry.representation) == (30, 1024, "trajectory+loss")
     assert (entry.size, entry.sha256) == (BASE.stat().st_size, registry.sha256(BASE.read_bytes()))
     assert entry.metrics == registry.find("smartfrz-base").metrics
     assert entry.metrics["auc"] > entry.metrics["weight_change_auc"] > 0.5
@@ -246,7 +246,7 @@ def test_mock_hub_gets_a_model_card_with_metadata(hub):
     assert (card.data.license, card.data.library_name) == ("apache-2.0", "smartfrz")
     assert card.data.tags == ["layer-freezing", "onnx", "vision"]
     auc, change = (registry.find("smartfrz-base").metrics[name] for name in ("auc", "weight_change_auc"))
-    row = f"| [smartfrz-base@1](smartfrz-base-1.md) | 30 | 1024 | trajectory | vision | {auc} | {change} |"
+    row = f"| [smartfrz-base@1](smartfrz-base-1.md) | 30 | 1024 | trajectory+loss | vision | {auc} | {change} |"
     assert row in card.content
     assert "SMARTFRZ_ZOO=hf://org/carded smartfrz zoo download smartfrz-base@1" in card.content
     assert CARD.strip() in card.content

@@ -62,7 +62,7 @@ def few_recordings(architectures: Sequence[str]) -> str:
     return (
         f"This predictor was made from few recordings: {len(architectures)} of {', '.join(kinds)}. Use it for trainings "
         "like these only, and compare whole trainings first (smartfrz compare): so few say little about other networks. "
-        "With four recordings or more, two each of two architectures, a card can judge that; smartfrz-base was made from 12."
+        "With four recordings or more, two each of two architectures, a card can judge that; smartfrz-base was made from 17."
     )
 
 
