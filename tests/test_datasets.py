@@ -348,7 +348,7 @@ def test_more_records_than_a_dataset_has_are_refused(tmp_path):
     assert labelled_runs(read_dataset(path)[0], RULE, 5)[0].paths.moved.shape[2] == 5
     result = train(tmp_path / "my.onnx", path)
     assert (
-        "has every 3. of 30 timestamps of 'cnn-a', but 30 records a run need every 1. Choose other --records"
+        "keeps one in 3 of the 30 timestamps of 'cnn-a', but 30 records a run need one in 1. Choose other --records"
         in " ".join(result.output.split())
     )
 

@@ -143,7 +143,7 @@ def test_a_dataset_of_other_records_is_an_error(runs, tmp_path, command):
     more = ["-o", str(tmp_path / "c.onnx")] if command == "calibrate" else []
     result = CliRunner().invoke(main, [command, str(BASE), str(tmp_path / "d.parquet"), *more])
     assert isinstance(result.exception, SystemExit)
-    assert "of 30 timestamps of 'cnn-0', but 30 records a run need every 1" in " ".join(result.output.split())
+    assert "of the 30 timestamps of 'cnn-0', but 30 records a run need one in 1" in " ".join(result.output.split())
 
 
 def test_too_few_recordings_with_costs(runs):

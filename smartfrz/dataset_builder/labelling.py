@@ -97,8 +97,8 @@ def labelled_runs(recorded: Sequence[RecordedRun], rule: LabelRule, records: int
         if run.paths is not None:
             if every % run.paths.every:
                 raise DatasetFormatError(
-                    f"The dataset has every {run.paths.every}. of {len(run.step)} timestamps of {run.name!r}, but {records} "
-                    f"records a run need every {every}. Choose other --records, or train on the recordings."
+                    f"The dataset keeps one in {run.paths.every} of the {len(run.step)} timestamps of {run.name!r}, but "
+                    f"{records} records a run need one in {every}. Choose other --records, or train on the recordings."
                 )
             paths = run.paths.unpack().thinned(every // run.paths.every)
         runs.append(
