@@ -46,7 +46,7 @@ def test_a_client_without_smartfrz_gets_the_same_answers(language, request_and_a
     # Another build of the same operators: float32 rounding.
     np.testing.assert_allclose([row["confidence"] for row in rows], confidence, atol=1e-4)
     assert [row["freeze"] for row in rows] == [row["confidence"] >= info.threshold for row in rows]
-    assert confidence.max() - confidence.min() > 0.5  # else the comparison would say little
+    assert confidence.max() - confidence.min() > 0.3  # else the comparison would say little
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

@@ -92,7 +92,7 @@ def test_the_example_works_when_it_is_pasted(server, served, name):
     assert (output["name"], output["shape"]) == ("confidence", [2, 2])
     if name == NAME:
         (_, still), (_, moving) = np.reshape(output["data"], (2, 2))
-        assert still > 0.9
+        assert still > 0.5
         assert moving < 0.3
 
 
@@ -183,7 +183,7 @@ def test_a_client_gets_the_answers_of_the_predictor(client, server, asked):
 @pytest.mark.parametrize("client", CLIENTS)
 def test_a_client_without_a_request_makes_one_up(client, server):
     still, moving = ask(client, server, NAME)[-2:]
-    assert still["confidence"] > 0.9
+    assert still["confidence"] > 0.5
     assert moving["confidence"] < 0.3
     assert [row["layer"] for row in ask(client, server, HEARING)[-2:]] == ["still", "moving"]
 
