@@ -298,7 +298,7 @@ def complete(shell, words, **environment):
 def test_bash_completes_commands_options_and_names_of_local_registries(tmp_path):
     assert complete("bash", ["smartfrz", "zoo", "dow"]) == ["plain,download"]
     assert complete("bash", ["smartfrz", "zoo", "show", "smartfrz-b"]) == ["plain,smartfrz-base"]
-    assert complete("bash", ["smartfrz", "demo", "--predictor", "smartfrz-base@"]) == ["plain,smartfrz-base@3"]
+    assert complete("bash", ["smartfrz", "demo", "--predictor", "smartfrz-base@"]) == ["plain,smartfrz-base@4"]
     assert complete("bash", ["smartfrz", "serve", "./mine"]) == ["file,./mine"]
     assert "plain,smartfrz-base" in complete("bash", ["smartfrz-build", "train", "runs", "--base", "smart"])
     tiny = next(entry for entry in registry.embedded() if entry.name == "smartfrz-tiny")
