@@ -60,6 +60,7 @@ def run(options):
     """Train without each group; one line for each kind of labels, with and without the loss, and seed."""
     rules = {labels: LabelRule(source=labels, cost_limit=options.limit) for labels in options.labels}
     recorded, _ = read_dataset(options.dataset)
+    right = {one.name: one.labels for one in labelled_runs(with_costs(recorded), LabelRule(source="costs"), RECORDS)}
     digest = hashlib.sha256(options.dataset.read_bytes()).hexdigest()
     facts = {"group": "none", "dataset": digest}
     if not matching(lines_of(options.results), facts):
@@ -67,7 +68,7 @@ def run(options):
         add_line(options.results, facts | {"held_out": {HINDSIGHT: held_out}})
     for (labels, rule), seed, heard in itertools.product(rules.items(), options.seeds, options.heard):
         facts = {"seed": seed, "labels": rule.to_dict(), "dataset": digest, "epochs": options.epochs, "loss": heard}
-        known = [line["group"] for line in lines_of(options.results) if facts.items() <= _defaults(line).items()]
+        known = [line["group"] for line in matching([_defaults(line) for line in lines_of(options.results)], facts)]
         groups = [group for group in options.groups if group not in known]
         if not groups:
             continue
@@ -81,7 +82,7 @@ def run(options):
             adjuster = make_adjuster(runs, alone, training)
         for group in groups:
             judged = leave_one_out(runs, training, group, progress_printer(f"{name}, each {group}"), 1, None, adjuster)
-            add_line(options.results, facts | {"group": group} | _judge(judged, runs, recorded, group))
+            add_line(options.results, facts | {"group": group} | _judge(judged, runs, recorded, right, group))
 
 
 def _defaults(line):
@@ -89,9 +90,8 @@ def _defaults(line):
     return {"epochs": None, "loss": False} | line
 
 
-def _judge(judged, runs, recorded, group):
+def _judge(judged, runs, recorded, right, group):
     """Calibration errors and outcomes of every method, from the runs that were held out."""
-    right = {one.name: one.labels for one in labelled_runs(with_costs(recorded), LabelRule(source="costs"), RECORDS)}
     errors, found = {}, {}
     for method in METHODS:
         each = {held_out: methods[method][0] for held_out, methods in judged.items()}
